@@ -1,0 +1,39 @@
+# make demo       a small model, trained from nothing and sampled, in minutes on a CPU
+# make test       the tests
+# make test-slow  the tests that take minutes each
+# make clean      removes .venv and caches; runs (out/) and datasets stay
+#
+# All of them make .venv and install requirements.txt into it, once. To choose:
+#   PYTHON=python3.12   the Python to use (3.10 or newer)
+#   TORCH_INDEX=<url>   a package index of PyTorch builds, e.g. the CPU-only ones of https://download.pytorch.org/whl/cpu
+# pip's own settings (PIP_INDEX_URL, pip.conf …) are honoured.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+DEMO_OUT := out/quickstart
+
+.PHONY: demo test test-slow clean
+
+demo: $(INSTALLED)
+	$(RUN) train.py config/quickstart.py
+	$(RUN) sample.py --out_dir=$(DEMO_OUT) --prompt="The function returns" --num_samples=1 --max_new_tokens=100
+	@echo "run log: $$(ls -t $(DEMO_OUT)/run_*.jsonl | head -n 1)"
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -q tests
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -q -m slow tests
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("needs Python 3.10 or newer: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,361 @@
+"""Config file + command line → TrainConfig, with the origin of every value.
+
+    python train.py [config/x.py | run.json] [--key=value | --key value | --flag …]
+
+Precedence: command line > config file > (its base files) > preset > default. A config file is Python, run in its own
+namespace; each public name it sets is a key. All problems are collected and raised together as one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from model_config import COMPONENT_KINDS, PRESETS, ModelConfig, components, did_you_mean, expand_pattern
+from training.train_config import EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
+
+REPOSITORY = Path(__file__).resolve().parent
+SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be used; the message has one sentence a line."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A resolved configuration: the values, and where each came from ('command line', 'config/x.py:12', 'default')."""
+
+    train: TrainConfig
+    origins: dict[str, str]
+
+    def given(self, key: str) -> bool:
+        """Whether the user set this key, in a file or on the command line."""
+        return self.origins[key] != "default"
+
+    def resolved(self, model: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
+        """Values and origins of all keys, the model's filled in: what --print_config prints and a run saves."""
+        values = {key: getattr(self.train, key) for key in KEYS}
+        origins = dict(self.origins)
+        for key, value in model.to_dict().items():
+            if values[key] is None and value is not None:
+                preset_value = PRESETS[self.train.arch_preset][1].get(key)
+                origins[key] = (f"preset {self.train.arch_preset}" if value == preset_value else
+                                "dataset" if key == "vocab_size" else "derived")
+                values[key] = value
+        return values, origins
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]]:
+    """argv → (config file or None, {key: text, or True for a bare flag}, switches). Raises ConfigError."""
+    config_file, given, switches, problems = None, {}, set(), []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--"):
+            if config_file is None:
+                config_file = word
+            else:
+                problems.append(f"{word!r}: only one config file can be given (there is {config_file!r} already); "
+                                "build one on another with base = \"…\", and write keys as --key=value.")
+            continue
+        key, equals, text = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key in SWITCHES:
+            switches.add(key)
+        elif key not in KEYS:
+            problems.append(f"--{key} is not a key{did_you_mean(key, KEYS)}. --help lists them all.")
+            if not equals and words and not words[0].startswith("--"):
+                words.pop(0)
+        elif equals:
+            given[key] = text
+        elif TYPES[key] is bool:
+            given[key] = words.pop(0) if words and _is_bool(words[0]) else True
+        elif words and not words[0].startswith("--"):
+            given[key] = words.pop(0)
+        else:
+            problems.append(f"--{key} needs a value ({describe_type(key)}): --{key}=…")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config_file, given, switches
+
+
+def read_config_file(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, tuple[Any, str]]:
+    """A .py config, or a run's saved .json/.jsonl → {key: (value, origin)}; bases first. Raises ConfigError."""
+    file = find_config_file(path)
+    if file in _above:
+        raise ConfigError(f"{shown(file)}: base = … goes in a circle: {' → '.join(p.name for p in _above + (file,))}.")
+    if file.suffix in (".json", ".jsonl"):
+        return _read_saved_config(file)
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shown(file)} cannot be read: {error}.") from error
+    namespace: dict[str, Any] = {"__name__": "kitbash_config", "__file__": str(file)}
+    try:
+        exec(compile(source, str(file), "exec"), namespace)
+    except (Exception, SystemExit) as error:
+        line = error.lineno if isinstance(error, SyntaxError) else _line_in(error, str(file))
+        raise ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}") from error
+    lines = _assignment_lines(source)
+    names = {name: value for name, value in namespace.items()
+             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    values: dict[str, tuple[Any, str]] = {}
+    base = names.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{shown(file)}:{lines.get('base', 1)}: base={base!r} must be the path of a config file.")
+        values = read_config_file(file.parent / base, _above + (file,))
+    problems, own = [], {}
+    for name, value in names.items():
+        where = f"{shown(file)}:{lines.get(name, 1)}"
+        if name not in KEYS:
+            problems.append(f"{where}: {name!r} is not a key{did_you_mean(name, KEYS)}. "
+                            "Names of the file's own begin with '_'.")
+            continue
+        try:
+            own[name] = (convert(name, value), where)
+        except ConfigError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return _overlay(values, own, shown(file))
+
+
+def find_config_file(path: str | Path) -> Path:
+    """The file a user means: relative to the working directory, else to the repository. Raises ConfigError."""
+    for candidate in (Path(path).expanduser(), REPOSITORY / path):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = {p.name: f"config/{p.name}" for p in sorted((REPOSITORY / "config").glob("*.py"))}
+    near = did_you_mean(Path(path).name, known).replace("(did you mean '", "(did you mean 'config/")
+    raise ConfigError(f"config file {str(path)!r} does not exist{near}. There is: {', '.join(known.values())}.")
+
+
+def shown(path: Path) -> str:
+    """A path as a message shows it: relative to the repository or the working directory where it lies inside."""
+    for root in (REPOSITORY, Path.cwd()):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return str(path)
+
+
+def _read_saved_config(file: Path) -> dict[str, tuple[Any, str]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        document = json.loads(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
+        saved, origins = document["config"], document["origins"]
+        items = {key: (value, origins.get(key, "saved")) for key, value in saved.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
+                          "Give a run_*.json, run_*.jsonl or a checkpoint's state.json.") from error
+    unknown = [key for key in items if key not in KEYS]
+    if unknown:
+        raise ConfigError("\n".join(f"{shown(file)}: {key!r} is not a key{did_you_mean(key, KEYS)}." for key in unknown))
+    return {key: (convert(key, value), f"{shown(file)}") for key, (value, origin) in items.items()
+            if value is not None and origin.split()[0] not in ("derived", "dataset")}
+
+
+def _line_in(error: BaseException, filename: str) -> int:
+    """The line of `filename` in which an exception arose (the innermost frame there)."""
+    line, trace = 1, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == filename:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def _assignment_lines(source: str) -> dict[str, int]:
+    """name → the line that last binds it in a module's source."""
+    lines = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            lines[node.id] = max(node.lineno, lines.get(node.id, 0))
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines[node.name] = node.lineno
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            lines.update({(alias.asname or alias.name): node.lineno for alias in node.names})
+    return lines
+
+
+# ------------------------------------------------------------------------------------------- converting
+
+def convert(key: str, value: Any) -> Any:
+    """A value from a file, or text from the command line, as the key's declared type, where nothing is lost.
+
+    '1' → 1.0 and '3e8' → 300000000 are fine, 1.5 for an int is not. Raises ConfigError naming key, value and type.
+    """
+    if key == "layer_pattern" and isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
+    for kind in _alternatives(TYPES[key]):
+        converted = _as(kind, value)
+        if converted is not _NO:
+            return converted
+    raise ConfigError(f"{key}={value!r} is not {describe_type(key).removesuffix(' or None')}.")
+
+
+_NO = object()
+
+
+def _alternatives(kind: Any) -> tuple:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _is_bool(text: str) -> bool:
+    return text.lower() in ("true", "false", "0", "1")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """`value` as `kind`, or _NO."""
+    text = isinstance(value, str)
+    if kind is type(None):
+        return None if value is None or (text and value == "None") else _NO
+    if typing.get_origin(kind) is Literal:
+        return value if value in typing.get_args(kind) else _NO
+    if kind is bool:
+        if text and _is_bool(value):
+            return value.lower() in ("true", "1")
+        return value if isinstance(value, bool) else _NO
+    if isinstance(value, bool):
+        return _NO
+    if kind is str:
+        return value if text else str(value) if isinstance(value, Path) else _NO
+    try:
+        if kind is int:
+            if text and re.fullmatch(r"[+-]?[0-9_]+", value.strip()):
+                return int(value)
+            number = float(value)
+            return int(number) if number.is_integer() else _NO
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return _NO
+
+
+def describe_type(key: str) -> str:
+    """A key's type in words: 'a whole number', "'cosine' or 'linear'", 'True or False', 'a number or None'."""
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
+    pieces = []
+    for kind in _alternatives(TYPES[key]):
+        pieces += [repr(v) for v in typing.get_args(kind)] if typing.get_origin(kind) is Literal else [words[kind]]
+    if key in COMPONENT_KINDS:
+        pieces = [repr(name) for name in components(key)]
+    return pieces[0] if len(pieces) == 1 else ", ".join(pieces[:-1]) + " or " + pieces[-1]
+
+
+# ------------------------------------------------------------------------------------------- resolving
+
+def _overlay(weaker: dict, stronger: dict, where: str) -> dict[str, tuple[Any, str]]:
+    """`stronger` over `weaker`; of exclusive keys the stronger source's wins. Raises ConfigError if it sets two."""
+    merged = dict(weaker)
+    for group in EXCLUSIVE:
+        chosen = [key for key in group if key in stronger and stronger[key][0] is not None]
+        if len(chosen) > 1:
+            raise ConfigError(f"{where} sets {' and '.join(chosen)}, which say the same thing; give one of them.")
+        for key in group if chosen else ():
+            merged.pop(key, None)
+    return {**merged, **stronger}
+
+
+def configure(argv: list[str]) -> Configuration:
+    """The command line, without switches, → a checked Configuration. Raises ConfigError with all problems."""
+    config_file, given, _ = parse_command_line(argv)
+    problems: list[str] = []
+    values: dict[str, tuple[Any, str]] = {}
+    if config_file is not None:
+        try:
+            values = read_config_file(config_file)
+        except ConfigError as error:
+            problems += str(error).split("\n")
+    line = {}
+    for key, text in given.items():
+        try:
+            line[key] = (convert(key, text), "command line")
+        except ConfigError as error:
+            problems.append(f"--{error}")
+    try:
+        values = _overlay(values, line, "the command line")
+    except ConfigError as error:
+        problems.append(str(error))
+    train = TrainConfig(**{key: value for key, (value, _) in values.items()})
+    problems += train.problems()
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return Configuration(train, {key: values[key][1] if key in values else "default" for key in KEYS})
+
+
+def continue_from(now: Configuration, saved: dict[str, Any], where: str,
+                  weights_only: bool = False) -> tuple[Configuration, list[str]]:
+    """The configuration of a run that continues the checkpoint whose resolved keys are `saved`.
+
+    Keys of the model, the data order and the optimizer come from the checkpoint; others too unless the user set them
+    now. A new run that takes only the weights takes only the keys of the model. Returns the configuration and a note for each value of a config file that the checkpoint overrules. Raises
+    ConfigError naming every key for which the command line says otherwise.
+    """
+    values, origins, notes, problems = {}, dict(now.origins), [], []
+    exclusive = {key: group for group in EXCLUSIVE for key in group}
+    fixed = MODEL_KEYS if weights_only else FIXED_ON_RESUME
+    for key in KEYS:
+        mine, theirs = getattr(now.train, key), saved.get(key)
+        differs = now.given(key) and mine is not None and mine != theirs
+        if differs and key == "layer_pattern":  # two ways to write one pattern
+            differs = expand_pattern(mine, saved["n_layer"]) != expand_pattern(theirs, saved["n_layer"])
+        if key in fixed:
+            if differs and now.origins[key] == "command line":
+                problems.append(f"--{key}={mine} differs from the checkpoint's {key}={theirs} ({where}); a resumed "
+                                f"run keeps it. Leave the flag out, or start afresh with --init_from=scratch.")
+            elif differs:
+                notes.append(f"{key}={theirs} from the checkpoint ({now.origins[key]} says {mine})")
+            keep = True
+        else:
+            keep = not weights_only and not any(now.given(other) for other in exclusive.get(key, (key,)))
+        values[key] = theirs if keep and key in saved else mine
+        if keep and key in saved:
+            origins[key] = "checkpoint"
+    if problems:
+        raise ConfigError("\n".join(problems))
+    train = replace(now.train, **values)
+    if train.problems():
+        raise ConfigError("\n".join(train.problems()))
+    return Configuration(train, origins), notes
+
+
+# ------------------------------------------------------------------------------------------- printing
+
+def print_config(configuration: Configuration) -> None:
+    """Print every key with its value and origin, in the form of a config file."""
+    values, origins = configuration.resolved(configuration.train.model_config())
+    for group in GROUPS:
+        print(f"# {group}")
+        for key in (k for k, f in KEYS.items() if f.metadata["group"] == group):
+            value, origin = values[key], origins[key]
+            if key == "vocab_size" and not configuration.given(key):
+                value, origin = None, f"the dataset's, else {values[key]} ({origin})"
+            print(f"{f'{key} = {value!r}':<48} # {origin}")
+        print()
+
+
+def print_help(usage: str) -> None:
+    """Print usage and every key: group, name, type, default, meaning."""
+    print(usage.strip())
+    for group in GROUPS:
+        print(f"\n{group}:")
+        for key, field in KEYS.items():
+            if field.metadata["group"] != group:
+                continue
+            kind = describe_type(key).removesuffix(" or None") if field.default is None else describe_type(key)
+            default = "" if field.default is None else f"  default {field.default!r}"
+            print(f"  --{key}: {kind}{default}\n        {field.metadata['help']}")
+    print(f"\npresets (--arch_preset): {', '.join(PRESETS)}")
+    print("A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins;"
+          "\n--debug shows the traceback of an error.")

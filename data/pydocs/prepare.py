@@ -1,0 +1,11 @@
+"""Prepare data/pydocs (see README.md): python data/pydocs/prepare.py [--tokenizer=…] [--vocab_size=…] [--help]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))         # works from any working directory
+
+from data.preparation import prepare_embedded
+
+if __name__ == "__main__":
+    sys.exit(prepare_embedded("pydocs"))

@@ -1,0 +1,525 @@
+"""The on-disk format of a dataset, written and read here only.
+
+A dataset is a folder:
+
+    train.bin, val.bin   little-endian uint16 or uint32 token ids, no header (or shards train_00000.bin, …)
+    meta.json            dtype, vocab_size, tokenizer, and per split tokens, bytes of text, documents, files with sha256
+    tokenizer.json       the tokenizer itself, so that the folder needs nothing else
+    meta.pkl             for nanoGPT's tools; never read here
+
+A folder without meta.json is nanoGPT's own: it is read as uint16. Inspect or check a dataset with
+
+    python -m data.token_dataset info DIR
+    python -m data.token_dataset verify DIR
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, Sequence
+
+import numpy as np
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+UINT16_VOCAB = 2 ** 16               # the largest vocabulary whose ids fit in uint16
+FULL_CHECK_BYTES = 256 * 2 ** 20     # splits below this are hashed and scanned whole when opened: ~0.2 s at most
+SAMPLE_BYTES = 2 ** 20               # larger ones are sampled: this much at SAMPLES places
+SAMPLES = 64
+
+DATA_DIR = Path(__file__).resolve().parent
+STAGING = ".staging"                 # where a writer works; readers never look into it
+PUBLISHING = ".publishing"           # exists while finished files are moved into place: the folder is not consistent
+
+
+class DatasetError(Exception):
+    """A dataset cannot be used as asked; the message says what, why, and what to do."""
+
+
+def resolve_dataset(name_or_path: str | os.PathLike) -> Path:
+    """The folder of a dataset: a name means data/<name>; a path, or the name of an existing folder, means that folder."""
+    text = os.path.expanduser(os.fspath(name_or_path))
+    if not text.strip():
+        raise DatasetError("The dataset's name is empty; give a name such as pydocs, or the path of a folder.")
+    path, named = Path(text), DATA_DIR / text
+    is_path = path.is_absolute() or text in (".", "..") or os.sep in text or "/" in text
+    return path if is_path or (path.is_dir() and not named.is_dir()) else named
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a finished dataset of this format lies in `folder` (its content is checked when it is opened)."""
+    return (folder / "meta.json").is_file() and not (folder / PUBLISHING).exists()
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+class DatasetWriter:
+    """Writes a dataset document by document, and shows it to readers only when it is whole.
+
+    Used as a context manager: files grow in a hidden folder; `publish` moves them into place, meta.json last. An exception,
+    a kill or a power cut before that leaves `folder` as it was; one *during* it leaves a marker that readers refuse.
+    One writer a folder at a time (data.preparation holds a lock around it).
+
+        with DatasetWriter(folder, tokenizer, source="my texts") as writer:
+            writer.add("train", ids, text_bytes=len(text.encode()))
+            writer.add("val", …)
+            meta = writer.publish()
+
+    append_eos: end each document with the tokenizer's eos id (for corpora of more than one document).
+    shard_tokens: start a new file (train_00000.bin, train_00001.bin, …) after this many tokens.
+    """
+
+    def __init__(self, folder: str | os.PathLike, tokenizer, *, source: str = "", append_eos: bool = False,
+                 shard_tokens: int | None = None):
+        if append_eos and tokenizer.eos_id is None:
+            raise ValueError(f"append_eos needs a tokenizer with an eos id, and {tokenizer.name!r} has none.")
+        self.folder = Path(folder)
+        self.tokenizer, self.source, self.append_eos = tokenizer, source, append_eos
+        self.dtype = "uint16" if tokenizer.vocab_size <= UINT16_VOCAB else "uint32"
+        self._staging = self.folder / STAGING
+        shutil.rmtree(self._staging, ignore_errors=True)             # what a killed writer left
+        self._staging.mkdir(parents=True)
+        self._splits = {split: _SplitWriter(self._staging, split, DTYPES[self.dtype], shard_tokens) for split in SPLITS}
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.discard()
+
+    def add(self, split: str, ids: Sequence[int], text_bytes: int) -> None:
+        """Append one document to "train" or "val": its token ids, and how many UTF-8 bytes of text they stand for."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if self.append_eos:
+            ids = np.append(ids, self.tokenizer.eos_id)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
+            raise ValueError(f"the tokenizer {self.tokenizer.name!r} gave ids from {ids.min()} to {ids.max()}, outside of its "
+                             f"vocabulary of {self.tokenizer.vocab_size:,}.")
+        self._splits[split].write(ids, text_bytes)
+
+    def publish(self) -> dict:
+        """Finish the files, move them into place, and return the content of meta.json."""
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype,
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer": {"kind": self.tokenizer.kind, "name": self.tokenizer.name,
+                          "fingerprint": self.tokenizer.fingerprint},
+            "special_ids": {"eos_id": self.tokenizer.eos_id},
+            "splits": {split: writer.finish() for split, writer in self._splits.items()},
+            "source": self.source,
+        }
+        for split, described in meta["splits"].items():
+            if not described["tokens"]:
+                raise DatasetError(f"The {split} split of {self.folder} would be empty; give more text or another val_fraction.")
+        self.tokenizer.save(self._staging)
+        nanogpt = {"vocab_size": self.tokenizer.vocab_size}
+        if hasattr(self.tokenizer, "characters"):
+            nanogpt["itos"] = dict(enumerate(self.tokenizer.characters))
+            nanogpt["stoi"] = {character: i for i, character in enumerate(self.tokenizer.characters)}
+        (self._staging / "meta.pkl").write_bytes(pickle.dumps(nanogpt))
+        (self._staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        self._move_into_place()
+        return meta
+
+    def _move_into_place(self) -> None:
+        """From the first to the last line the folder carries a marker, so no mixture of old and new passes for a dataset."""
+        staged = sorted(self._staging.iterdir(), key=lambda path: (path.name == "meta.json", path.name))
+        for path in staged:
+            _fsync(path)
+        marker = self.folder / PUBLISHING
+        marker.touch()
+        _fsync(self.folder)
+        (self.folder / "meta.json").unlink(missing_ok=True)
+        new = {path.name for path in staged}
+        for split in SPLITS:                                         # shards of an earlier dataset
+            for old in [self.folder / f"{split}.bin", *self.folder.glob(f"{split}_[0-9]*.bin")]:
+                if old.name not in new:
+                    old.unlink(missing_ok=True)
+        for path in staged:
+            os.replace(path, self.folder / path.name)
+        _fsync(self.folder)
+        marker.unlink()
+        _fsync(self.folder)
+
+    def discard(self) -> None:
+        """Close and remove what has not been published. Harmless after `publish`."""
+        for writer in self._splits.values():
+            writer.close()
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+
+class _SplitWriter:
+    """The files of one split while they grow, with their sha256."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None):
+        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+        self.tokens = self.bytes = self.documents = 0
+        self.files: list[dict] = []
+        self._file = None
+        self._next_file()
+
+    def _next_file(self) -> None:
+        self.close()
+        suffix = "" if self.shard_tokens is None else f"_{len(self.files):05d}"
+        self.files.append({"name": f"{self.split}{suffix}.bin", "size": 0, "sha256": ""})
+        self._file = open(self.folder / self.files[-1]["name"], "wb")
+        self._hash = hashlib.sha256()
+
+    def write(self, ids: np.ndarray, text_bytes: int) -> None:
+        self.tokens += len(ids)
+        self.bytes += text_bytes
+        self.documents += 1
+        while len(ids):
+            room = len(ids)
+            if self.shard_tokens is not None:
+                room = self.shard_tokens - self.files[-1]["size"] // self.dtype.itemsize
+                if room <= 0:
+                    self._next_file()
+                    continue
+            chunk, ids = ids[:room].astype(self.dtype).tobytes(), ids[room:]
+            self._file.write(chunk)
+            self._hash.update(chunk)
+            self.files[-1]["size"] += len(chunk)
+
+    def finish(self) -> dict:
+        self.close()
+        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "files": self.files}
+
+    def close(self) -> None:
+        if self._file is not None and not self._file.closed:
+            self._file.close()
+            self.files[-1]["sha256"] = self._hash.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    """Make a file, or the entries of a folder, survive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return                                                       # Windows cannot open folders, nor needs to
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+class TokenSplit:
+    """One split of a dataset: `len()` tokens, read by position across its files through memory maps."""
+
+    def __init__(self, name: str, files: Sequence[Path], dtype: np.dtype, text_bytes: int | None = None):
+        self.name, self.files, self.dtype = name, list(files), dtype
+        self.bytes = text_bytes                                      # UTF-8 bytes of text; None where nobody counted
+        self.size = sum(path.stat().st_size for path in self.files)
+        # ends[i]: position after the last token of file i
+        self._ends = np.cumsum([path.stat().st_size // dtype.itemsize for path in self.files])
+        self._maps: dict[int, tuple[BinaryIO, np.memmap | None]] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __repr__(self) -> str:
+        return f"TokenSplit({self.name!r}, {len(self):,} tokens, {self.files[0].parent})"
+
+    @property
+    def label(self) -> str:
+        """How messages call it: the folder and the split."""
+        return f"{self.files[0].parent} ({self.name})"
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64. DatasetError when a file has become shorter than it was when opened."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens [{start}, {stop}) asked of {self.label}, which has {len(self):,}")
+        out = np.empty(stop - start, dtype=np.int64)
+        done = 0
+        while done < len(out):
+            shard = int(np.searchsorted(self._ends, start + done, side="right"))
+            first = start + done - (int(self._ends[shard - 1]) if shard else 0)
+            chunk = self._map(shard)[first:first + len(out) - done]
+            out[done:done + len(chunk)] = chunk
+            done += len(chunk)
+        return out
+
+    def _map(self, shard: int) -> np.memmap:
+        """The memory map of one file, opened on first use. Touching pages beyond a truncated file's end would kill the process,
+        so its size is asked for at each read."""
+        tokens = int(self._ends[shard]) - (int(self._ends[shard - 1]) if shard else 0)
+        if shard not in self._maps:
+            file = open(self.files[shard], "rb")
+            whole = os.fstat(file.fileno()).st_size >= tokens * self.dtype.itemsize
+            self._maps[shard] = (file, np.memmap(file, self.dtype, "r", shape=(tokens,)) if whole else None)
+        file, array = self._maps[shard]
+        if array is None or os.fstat(file.fileno()).st_size < tokens * self.dtype.itemsize:
+            raise DatasetError(f"{self.files[shard]} became shorter while it was in use ({tokens:,} tokens expected); "
+                               f"prepare or copy the dataset again.")
+        return array
+
+    def largest_id(self, full: bool) -> int:
+        """Largest token id: of all tokens, or of samples spread over the split."""
+        return max(int(np.frombuffer(chunk, self.dtype).max()) for path in self.files for chunk in _chunks(path, full))
+
+
+class TokenDataset:
+    """A prepared dataset: `split("train")`, `split("val")`, and what meta.json says of it.
+
+    `open` checks that what lies on disk is what was prepared: sizes always, sha256 and ids in full for splits below 256 MB
+    (for larger ones `python -m data.token_dataset verify DIR` does; the loader checks the ids of every batch).
+    """
+
+    def __init__(self, folder: Path, meta: dict | None, splits: dict[str, TokenSplit], note: str | None = None):
+        self.folder, self.meta, self.note = folder, meta, note
+        self._splits = splits
+
+    @classmethod
+    def open(cls, name_or_path: str | os.PathLike, *, vocab_size: int | None = None) -> "TokenDataset":
+        """Open and check a dataset. `vocab_size` is the model's: every id has to be below it. Never prepares anything."""
+        folder = resolve_dataset(name_or_path)
+        if not folder.is_dir():
+            raise DatasetError(f"No dataset {str(name_or_path)!r}: there is no folder {folder}. {_how_to_prepare(folder)}")
+        if (folder / PUBLISHING).exists():
+            raise DatasetError(f"The dataset in {folder} is half prepared (the preparation is still running, or was "
+                               f"interrupted). {_how_to_prepare(folder)}")
+        dataset = cls._open_with_meta(folder) if (folder / "meta.json").exists() else cls._open_nanogpt(folder)
+        dataset._check_ids(vocab_size)
+        return dataset
+
+    @classmethod
+    def _open_with_meta(cls, folder: Path) -> "TokenDataset":
+        meta = _read_meta(folder)
+        dtype, splits = DTYPES[meta["dtype"]], {}
+        for name, described in meta["splits"].items():
+            paths = [folder / file["name"] for file in described["files"]]
+            for path, file in zip(paths, described["files"]):
+                _check_size(path, file["size"], dtype)
+            splits[name] = split = TokenSplit(name, paths, dtype, described["bytes"])
+            if len(split) != described["tokens"]:
+                raise DatasetError(f"meta.json of {folder} says {name} has {described['tokens']:,} tokens of {meta['dtype']}, but its "
+                                   f"files hold {len(split):,} of that dtype; dtype or tokens there is wrong. {_how_to_prepare(folder)}")
+            if split.size < FULL_CHECK_BYTES:
+                _check_hashes(paths, described["files"])
+        return cls(folder, meta, splits)
+
+    @classmethod
+    def _open_nanogpt(cls, folder: Path) -> "TokenDataset":
+        if not (folder / "train.bin").exists():
+            raise DatasetError(f"{folder} holds no prepared dataset (no train.bin). {_how_to_prepare(folder)}")
+        splits = {}
+        for name in SPLITS:
+            path = folder / f"{name}.bin"
+            if path.exists():
+                _check_size(path, path.stat().st_size, DTYPES["uint16"])
+                splits[name] = split = TokenSplit(name, [path], DTYPES["uint16"])
+                head = split.read(0, min(len(split), SAMPLE_BYTES))
+                if len(head) >= 64 and head[::2].any() and not head[1::2].any():
+                    raise DatasetError(f"{path} has a zero at every second place, so it seems to hold uint32 ids, and without a "
+                                       f"meta.json it would be read as uint16. {_how_to_prepare(folder)}")
+        return cls(folder, None, splits)
+
+    def _check_ids(self, model_vocab: int | None) -> None:
+        """Compare ids and vocabularies; without meta.json, write the note that says how the files were read."""
+        if model_vocab is not None and self.vocab_size is not None and self.vocab_size > model_vocab:
+            raise DatasetError(f"The dataset {self.folder} has a vocabulary of {self.vocab_size:,}, more than the model's "
+                               f"vocab_size={model_vocab:,}; use --vocab_size={self.vocab_size} or another dataset.")
+        limits = [limit for limit in (self.vocab_size, model_vocab) if limit is not None]
+        largest, whole = 0, True
+        for split in self._splits.values():
+            full = split.size < FULL_CHECK_BYTES
+            if self.meta is not None and not full:
+                continue                                             # too large to scan: the loader checks each batch
+            found = split.largest_id(full)
+            if limits and found >= min(limits):
+                owner = "its meta.json" if min(limits) == self.vocab_size else "the model"
+                raise DatasetError(f"{split.label} holds the token id {found:,}, but {owner} has vocab_size={min(limits):,}; "
+                                   f"the dataset is damaged or was prepared for another vocabulary (at least {found + 1:,}).")
+            largest, whole = max(largest, found), whole and full
+        if self.meta is None:
+            self.note = (f"{self.folder} has no meta.json: read as uint16 (largest id {largest:,}"
+                         f"{'' if whole else ' in samples'}); bits per byte are not known.")
+
+    def split(self, name: str) -> TokenSplit:
+        """The split "train" or "val"."""
+        if name not in self._splits:
+            raise DatasetError(f"The dataset {self.folder} has no {name} split (it has: {', '.join(self._splits)}). "
+                               f"{_how_to_prepare(self.folder)}")
+        return self._splits[name]
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's vocabulary, special ids included; None without meta.json."""
+        return self.meta["vocab_size"] if self.meta else None
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a document; None without meta.json or where the tokenizer has none."""
+        return self.meta["special_ids"].get("eos_id") if self.meta else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the content: from the sha256s in meta.json, else from the files themselves (large ones are sampled)."""
+        if self.meta:
+            content = [self.meta["dtype"], self.meta["tokenizer"]["fingerprint"],
+                       {name: [file["sha256"] for file in split["files"]] for name, split in self.meta["splits"].items()}]
+        else:
+            content = {name: [split.size, _sha256(split.files[0], full=split.size < FULL_CHECK_BYTES)]
+                       for name, split in self._splits.items()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def tokenizer(self):
+        """The tokenizer the dataset was made with, or None when the folder does not hold it."""
+        if not hasattr(self, "_tokenizer"):
+            from data.tokenization import load_tokenizer
+            self._tokenizer = load_tokenizer(self.folder)
+            expected = self.meta["tokenizer"]["fingerprint"] if self.meta and self._tokenizer else None
+            if expected and self._tokenizer.fingerprint != expected:
+                raise DatasetError(f"{self.folder / 'tokenizer.json'} is not the tokenizer the dataset was made with (fingerprint "
+                                   f"{self._tokenizer.fingerprint}, meta.json says {expected}). {_how_to_prepare(self.folder)}")
+        return self._tokenizer
+
+    def verify(self) -> None:
+        """Check every file in full, whatever its size. Raises DatasetError."""
+        for name, split in self._splits.items():
+            if self.meta:
+                _check_hashes(split.files, self.meta["splits"][name]["files"])
+                if (found := split.largest_id(full=True)) >= self.vocab_size:
+                    raise DatasetError(f"{split.label} holds the token id {found:,}, but its vocab_size is {self.vocab_size:,}.")
+        self.tokenizer()
+
+    def describe(self) -> str:
+        """A few lines for people: where it is, its vocabulary, and the size of each split."""
+        lines = [f"dataset      {self.folder}", f"fingerprint  {self.fingerprint}"]
+        if self.meta:
+            lines += [f"source       {self.meta['source']}",
+                      f"tokenizer    {self.meta['tokenizer']['name']}, vocabulary {self.vocab_size:,}, eos id {self.eos_id}, {self.meta['dtype']}"]
+        else:
+            lines.append(f"note         {self.note}")
+        for name, split in self._splits.items():
+            documents = self.meta["splits"][name]["documents"] if self.meta else 0
+            counted = f"{split.bytes:,} bytes, {documents:,} document{'s' * (documents != 1)}" if self.meta else "bytes unknown"
+            lines.append(f"{name:<12} {len(split):,} tokens, {counted}")
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+def _how_to_prepare(folder: Path) -> str:
+    """The command that makes the dataset in `folder`, as a sentence."""
+    inside = folder.parent.resolve() == DATA_DIR
+    if inside and (DATA_DIR / folder.name / "prepare.py").exists():
+        if folder.name == "textfile":
+            return "Prepare your own text with: python data/textfile/prepare.py FILE --name=NAME, then use --dataset=NAME"
+        return f"Prepare it with: python data/{folder.name}/prepare.py"
+    target = f"--name={folder.name}" if inside else f"--out={folder}"
+    return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}"
+
+
+def _read_meta(folder: Path) -> dict:
+    """meta.json, checked for form: everything the readers rely on is there and of the right type."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, OSError) as error:
+        raise DatasetError(f"{path} cannot be read as JSON ({error}). {_how_to_prepare(folder)}") from None
+    if (version := meta.get("format_version")) != FORMAT_VERSION:
+        raise DatasetError(f"{path} has format_version {version!r}, and this program reads {FORMAT_VERSION} only; update the program, or "
+                           f"prepare the dataset again. {_how_to_prepare(folder)}")
+
+    def need(values: dict, key: str, kind: type | tuple, where: str = ""):
+        value = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            problem = "lacks" if value is None else "has a wrong value for"
+            raise DatasetError(f"{path} {problem} {where}{key}. {_how_to_prepare(folder)}")
+        return value
+
+    need(meta, "vocab_size", int)
+    need(meta, "special_ids", dict)
+    need(need(meta, "tokenizer", dict), "fingerprint", str, "tokenizer.")
+    need(meta["tokenizer"], "name", str, "tokenizer.")
+    if need(meta, "dtype", str) not in DTYPES:
+        raise DatasetError(f"{path} has the dtype {meta['dtype']!r}, which is not one of {', '.join(DTYPES)}. {_how_to_prepare(folder)}")
+    meta.setdefault("source", "")
+    splits = need(meta, "splits", dict)
+    for name in dict.fromkeys([*SPLITS, *splits]):
+        split = need(splits, name, dict, "splits.")
+        for key, kind in (("tokens", int), ("bytes", int), ("documents", int), ("files", list)):
+            need(split, key, kind, f"splits.{name}.")
+        for file in split["files"] or [{}]:
+            for key, kind in (("name", str), ("size", int), ("sha256", str)):
+                need(file, key, kind, f"splits.{name}.files.")
+            if Path(file["name"]).name != file["name"]:
+                raise DatasetError(f"{path} names the file {file['name']!r}, which is not in its folder. {_how_to_prepare(folder)}")
+    return meta
+
+
+def _check_size(path: Path, expected: int, dtype: np.dtype) -> None:
+    if not path.is_file():
+        raise DatasetError(f"{path} is missing. {_how_to_prepare(path.parent)}")
+    size = path.stat().st_size
+    if size != expected:
+        raise DatasetError(f"{path} has {size:,} bytes, but meta.json says {expected:,}; it is truncated or was replaced. "
+                           f"{_how_to_prepare(path.parent)}")
+    if size == 0:
+        raise DatasetError(f"{path} is empty. {_how_to_prepare(path.parent)}")
+    if size % dtype.itemsize:
+        raise DatasetError(f"{path} has {size:,} bytes, which is not a whole number of {dtype.name} ids; it is truncated or no token file. "
+                           f"{_how_to_prepare(path.parent)}")
+
+
+def _check_hashes(paths: Sequence[Path], described: Sequence[dict]) -> None:
+    for path, file in zip(paths, described):
+        if _sha256(path) != file["sha256"]:
+            raise DatasetError(f"{path} is damaged: its sha256 is not the one in meta.json. {_how_to_prepare(path.parent)}")
+
+
+def _chunks(path: Path, full: bool = True):
+    """The bytes of a file in pieces of SAMPLE_BYTES: all of them, or SAMPLES of them spread from its start to its end."""
+    size = path.stat().st_size
+    offsets = range(0, size, SAMPLE_BYTES)
+    if not full and len(offsets) > SAMPLES:
+        offsets = [offsets[i * (len(offsets) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
+    with open(path, "rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            yield file.read(SAMPLE_BYTES)
+
+
+def _sha256(path: Path, full: bool = True) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(path, full):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`info DIR` prints what a dataset is; `verify DIR` checks every byte of it. Returns the exit code."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="python -m data.token_dataset", description="Inspect or check a prepared dataset.")
+    parser.add_argument("command", choices=("info", "verify"))
+    parser.add_argument("dataset", help="name of a dataset in data/, or path of its folder")
+    options = parser.parse_args(arguments)
+    try:
+        dataset = TokenDataset.open(options.dataset)
+        print(dataset.describe())
+        if options.command == "verify":
+            dataset.verify()
+            print("verified     every file is as meta.json says" if dataset.meta else "verified     sizes only: there is no meta.json")
+    except (DatasetError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

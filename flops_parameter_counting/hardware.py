@@ -1,0 +1,190 @@
+"""How fast a device can be at most, and which compute dtype suits it.
+
+A *peak* is dense FLOP/s in one compute dtype: the denominator of MFU. For GPUs it is the vendor's published figure,
+looked up by the name that `torch.cuda.get_device_name` returns; a name that is not in the table has no peak (None),
+because MFU against a guess is worse than none. For a CPU, where nobody publishes one, it is measured.
+
+    python -c "from flops_parameter_counting.hardware import *; print(peak_flops('NVIDIA H100 PCIe', 'bfloat16'))"
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense peak of one device in one dtype: FLOP/s, where the figure comes from, and whether it was measured here."""
+
+    flops: float
+    source: str
+    measured: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e12:.4g} TFLOP/s ({self.source})"
+
+
+# -------------------------------------------------------------------------------------- published peaks
+
+@dataclass(frozen=True)
+class _Device:
+    """One row: `name` is a regular expression for the whole device name; peaks are dense TFLOP/s, None if not published.
+
+    Vendors print tensor-core figures with 2:4 sparsity, which training cannot use: twice what stands here.
+    fp16 and fp8 are with fp32 accumulation, as PyTorch uses them (GeForce cards are slower so).
+    """
+
+    name: str
+    source: str
+    bf16: float | None = None
+    fp16: float | None = None
+    tf32: float | None = None
+    fp32: float | None = None
+    fp8: float | None = None
+
+
+_AMPERE_WHITEPAPER = "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix"
+_H100_DATASHEET = "NVIDIA H100 Tensor Core GPU datasheet"
+_H200_DATASHEET = "NVIDIA H200 Tensor Core GPU datasheet"
+_BLACKWELL_DATASHEET = "NVIDIA Blackwell datasheet, individual GPU specifications"
+
+# Matched whole, so that a Laptop, Ti or "D" variant, a vGPU or a MIG slice is unknown rather than wrong.
+# "NVIDIA", "Tesla" or "AMD" may precede every name: older drivers leave the brand out.
+_DEVICES = (
+    _Device(r"GB200", _BLACKWELL_DATASHEET, bf16=2500, fp16=2500, tf32=1250, fp32=80, fp8=5000),
+    _Device(r"B200", _BLACKWELL_DATASHEET, bf16=2250, fp16=2250, tf32=1100, fp32=75, fp8=4500),
+    _Device(r"GH200 (480GB|120GB|144G HBM3e)", "NVIDIA GH200 Grace Hopper Superchip datasheet",
+            bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
+    _Device(r"H200", _H200_DATASHEET, bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
+    _Device(r"H200 NVL", _H200_DATASHEET, bf16=835, fp16=835, tf32=417, fp32=60, fp8=1670),
+    _Device(r"H100 80GB HBM3", _H100_DATASHEET + " (SXM)", bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
+    _Device(r"H100 NVL", _H100_DATASHEET + " (NVL)", bf16=835, fp16=835, tf32=417, fp32=60, fp8=1670),
+    _Device(r"H100 PCIe", _H100_DATASHEET + " (PCIe)", bf16=756, fp16=756, tf32=378, fp32=51, fp8=1513),
+    _Device(r"H20(-3e)?", "NVIDIA H20 GPU datasheet", bf16=148, fp16=148, tf32=74, fp32=44, fp8=296),
+    _Device(r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", "NVIDIA A100 Tensor Core GPU datasheet",
+            bf16=312, fp16=312, tf32=156, fp32=19.5),
+    _Device(r"A40", "NVIDIA A40 datasheet", bf16=149.7, fp16=149.7, tf32=74.8, fp32=37.4),
+    _Device(r"A10", "NVIDIA A10 Tensor Core GPU datasheet", bf16=125, fp16=125, tf32=62.5, fp32=31.2),
+    _Device(r"RTX A6000", _AMPERE_WHITEPAPER, bf16=154.8, fp16=154.8, tf32=77.4, fp32=38.7),
+    _Device(r"GeForce RTX 3090", _AMPERE_WHITEPAPER, bf16=71, fp16=71, tf32=35.6, fp32=35.6),
+    _Device(r"GeForce RTX 4090", "NVIDIA Ada GPU Architecture whitepaper, appendix",
+            bf16=165.2, fp16=165.2, tf32=82.6, fp32=82.6, fp8=330.3),
+    _Device(r"L40S", "NVIDIA L40S datasheet", bf16=362.05, fp16=362.05, tf32=183, fp32=91.6, fp8=733),
+    _Device(r"L40", "NVIDIA L40 datasheet", bf16=181.05, fp16=181.05, tf32=90.5, fp32=90.5, fp8=362),
+    _Device(r"L4", "NVIDIA L4 Tensor Core GPU datasheet", bf16=121, fp16=121, tf32=60, fp32=30.3, fp8=242.5),
+    _Device(r"T4", "NVIDIA T4 Tensor Core GPU datasheet", fp16=65, fp32=8.1),
+    _Device(r"V100-SXM2-(16|32)GB", "NVIDIA V100 Tensor Core GPU datasheet (NVLink)", fp16=125, fp32=15.7),
+    _Device(r"V100-PCIE-(16|32)GB", "NVIDIA V100 Tensor Core GPU datasheet (PCIe)", fp16=112, fp32=14),
+    _Device(r"V100S-PCIE-32GB", "NVIDIA V100 Tensor Core GPU datasheet (V100S)", fp16=130, fp32=16.4),
+    _Device(r"Instinct MI300X( VF| OAM)?", "AMD Instinct MI300X data sheet",
+            bf16=1307.4, fp16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9),
+)
+
+_COLUMN = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "tf32": "tf32",
+           "bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8": "fp8", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
+
+
+def peak_flops(device_name: str, dtype_name: str) -> Peak | None:
+    """Published dense peak of a GPU by the name CUDA or ROCm reports, None where there is no published figure.
+
+    `dtype_name` is torch's name of the compute dtype ("bfloat16", "float16", "float32") or "tf32" or "fp8".
+    """
+    column = _COLUMN.get(dtype_name.removeprefix("torch."))
+    for device in _DEVICES:
+        if column and re.fullmatch(rf"((NVIDIA|Tesla|AMD) )*({device.name})", device_name.strip(), re.IGNORECASE):
+            tflops = getattr(device, column)
+            return None if tflops is None else Peak(tflops * 1e12, device.source)
+    return None
+
+
+# ---------------------------------------------------------------------------------------- measured peak
+
+def measure_cpu_peak(dtype) -> Peak:
+    """This CPU's matrix-product FLOP/s in `dtype` with the current number of threads: the best of several, in about 0.4 s.
+
+    Measured once per dtype and number of threads. On a busy machine the figure is too low and MFU correspondingly high.
+    Draws no random numbers, so that it cannot disturb a run's reproducibility.
+    """
+    import torch
+
+    return _measure_cpu_peak(_torch_dtype(dtype), torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=None)
+def _measure_cpu_peak(dtype, threads: int, seconds: float = 0.4) -> Peak:
+    import torch
+    from torch.nn.functional import linear
+
+    end = time.perf_counter() + seconds
+    best, size, elapsed = 0.0, 256, 0.0
+    with torch.no_grad():
+        while best == 0.0 or time.perf_counter() + elapsed < end:
+            if elapsed < 0.005 and size < 8192:  # grow until one product takes long enough to time and to fill the cores
+                size *= 2
+                a, b = (torch.ones(size, size, dtype=dtype, device="cpu") for _ in range(2))
+            begin = time.perf_counter()
+            linear(a, b)
+            elapsed = time.perf_counter() - begin
+            best = max(best, 2 * size**3 / elapsed)
+    name = str(dtype).removeprefix("torch.")
+    return Peak(best, f"measured: {name} matrix product, {threads} thread{'s' if threads > 1 else ''}", measured=True)
+
+
+def device_peak(device, dtype) -> Peak | None:
+    """The peak to hold a run on `device` in `dtype` against: measured for a CPU, published for a GPU, else None.
+
+    float32 on a GPU that may use TF32 for matrix products is held against the TF32 peak.
+    """
+    import torch
+
+    device, dtype = torch.device(device), _torch_dtype(dtype)
+    if device.type == "cpu":
+        return measure_cpu_peak(dtype)
+    if device.type != "cuda":
+        return None
+    tf32 = dtype is torch.float32 and getattr(torch.backends.cuda.matmul, "fp32_precision", "none") == "tf32"
+    return peak_flops(torch.cuda.get_device_name(device), "tf32" if tf32 else str(dtype))
+
+
+def _torch_dtype(dtype):
+    """torch.dtype from itself or its name."""
+    import torch
+
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+
+
+# ------------------------------------------------------------------------------------------- best dtype
+
+def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
+    """Instruction-set flags of this CPU as Linux names them, from /proc/cpuinfo (or the text given); empty if unknown."""
+    if cpuinfo is None:
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+                cpuinfo = file.read()
+        except OSError:
+            return frozenset()
+    match = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return frozenset(match.group(1).split()) if match else frozenset()
+
+
+def best_dtype(device, flags=None) -> str:
+    """"bfloat16" where the hardware computes in it, else "float32": what dtype='auto' means.
+
+    GPUs: compute capability 8.0 and up (and AMD's, which report 9.0). CPUs: AVX512-BF16 or AMX-BF16. PyTorch runs
+    bfloat16 on lesser devices too, and its own checks say so, but emulated: slower than float32.
+    `flags`: CPU flags to judge instead of this machine's, as text or a set.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        flags = cpu_flags() if flags is None else flags.split() if isinstance(flags, str) else flags
+        native = not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    else:
+        native = False
+    return "bfloat16" if native else "float32"

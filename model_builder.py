@@ -1,0 +1,168 @@
+"""ModelConfig → Transformer: the model itself, its initial weights, and generation.
+
+    from model_config import resolve
+    from model_builder import build_model
+    model = build_model(resolve("llama", n_layer=2, vocab_size=256))
+    logits = model(tokens)                                     # (B, T) → (B, T, vocab_size)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model_components import Embedding, KVCache, Linear, Normal, build
+from model_config import ModelConfig
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model assembled from the components that its config names.
+
+    `compute_dtype` (None: the parameters' own) is the dtype of the residual stream; parameters stay as they are stored
+    and are cast where they are used. `block_wrapper` may recompute a block in backward; see training/precision.py and
+    training/activation_checkpointing.py, which set them from outside.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = Embedding(config.padded_vocab_size, config.n_embd)
+        self.position = build("position_encoding", config.position_encoding, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(build("block", name, config, layer)
+                                    for layer, name in enumerate(config.layer_pattern))
+        self.norm = build("normalization", config.normalization, config, config.n_embd)
+        self.head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.weight_tying:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) → logits (B, T, vocab_size) in the compute dtype; padded rows are cut off.
+
+        With a cache, the tokens continue those whose keys it holds. Raises ValueError beyond block_size.
+        """
+        start = cache.length if cache is not None else 0
+        T = tokens.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f"a sequence of {start + T} tokens is longer than block_size={self.config.block_size}.")
+        positions = torch.arange(start, start + T, device=tokens.device)
+        x = self.embedding(tokens)
+        x = x.to(self.compute_dtype or x.dtype)
+        x = self.dropout(self.position.embed(x, positions))
+        tables = self.position.tables(positions)
+        for block in self.blocks:
+            x = block(x, tables, cache)
+        if cache is not None:
+            cache.length += T
+        logits = self.head(self.norm(x))
+        return logits if logits.size(-1) == self.config.vocab_size else logits[..., :self.config.vocab_size]
+
+    def num_parameters(self) -> int:
+        """N: every trainable number, tied ones once, padding rows included."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def stream(self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+               top_p: float | None = None, repetition_penalty: float = 1.0, eos_id: int | None = None,
+               use_cache: bool = True, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """Yield the next token of every sequence, (B,) at a time, up to max_new_tokens.
+
+        tokens: prompt (B, T), T ≥ 1. A context longer than block_size loses its oldest tokens. After `eos_id` a
+        sequence only yields eos_id; all of them done ends the stream. temperature 0 is greedy. The result does not
+        depend on use_cache. For the other knobs see `sample_next`.
+        """
+        if tokens.size(1) == 0:
+            raise ValueError("the prompt has no tokens; give at least one (a model continues, it cannot start).")
+        was_training = self.training
+        self.eval()
+        try:
+            longest = min(self.config.block_size, tokens.size(1) + max_new_tokens)
+            dtype = self.compute_dtype or self.embedding.weight.dtype
+            cache = KVCache(self.config, tokens.size(0), longest, dtype, tokens.device) if use_cache else None
+            finished = torch.zeros(tokens.size(0), dtype=torch.bool, device=tokens.device)
+            for _ in range(max_new_tokens):
+                if tokens.size(1) > self.config.block_size:
+                    cache = None  # the window slides, so every position changes: nothing cached stays true
+                context = tokens[:, -self.config.block_size:] if cache is None else tokens[:, cache.length:]
+                logits = self(context, cache)[:, -1].float()
+                chosen = sample_next(logits, tokens, temperature, top_k, top_p, repetition_penalty, generator)
+                if eos_id is not None:
+                    chosen = torch.where(finished, eos_id, chosen)
+                    finished |= chosen == eos_id
+                yield chosen
+                if eos_id is not None and bool(finished.all()):
+                    return
+                tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+        finally:
+            self.train(was_training)
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
+        """Prompt (B, T) → prompt and continuation (B, T + new). Options as for `stream`."""
+        new = list(self.stream(tokens, max_new_tokens, **options))
+        return torch.cat((tokens, torch.stack(new, dim=1)), dim=1) if new else tokens
+
+
+def sample_next(logits: Tensor, seen: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                top_p: float | None = None, repetition_penalty: float = 1.0,
+                generator: torch.Generator | None = None) -> Tensor:
+    """Choose one token a row: logits (B, V) fp32, the tokens so far (B, T) → (B,).
+
+    repetition_penalty r divides the positive and multiplies the negative logits of the tokens seen (Keskar et al.
+    2019); temperature 0 takes the largest; top_k keeps the k largest; top_p keeps the smallest set whose probability
+    reaches p (nucleus sampling, Holtzman et al. 2019).
+    """
+    if repetition_penalty != 1.0:
+        old = logits.gather(1, seen)
+        logits = logits.scatter(1, seen, torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        smallest_kept = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(dim=-1)
+        beyond = probability.cumsum(dim=-1) - probability >= top_p  # the mass before a token already suffices
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def build_model(config: ModelConfig, *, seed: int = 1337, device: torch.device | str | None = None) -> Transformer:
+    """Assemble the model and give it its initial weights on `device` (default: PyTorch's default device).
+
+    On the meta device it has shapes and no numbers. The global random state is neither read nor changed.
+    """
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    with torch.device("meta"):
+        model = Transformer(config)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        initialize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Set every parameter from its own random stream, seeded by (seed, its name): the same under any sharding.
+
+    The numbers are drawn on the CPU, so they do not depend on the device either.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            name = names.pop(id(parameter), None)
+            if name is None:
+                continue  # tied: already set under its first name
+            how = module.initial(local)
+            if isinstance(how, Normal):
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * how.std)
+            else:
+                parameter.fill_(how.value)

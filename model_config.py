@@ -1,0 +1,429 @@
+"""What a model is: `ModelConfig`, the presets, the architecture's name, and the tables of registered components.
+
+`resolve(preset, **overrides)` is the way to make a `ModelConfig`. The tables live here, empty; `model_components.py`
+fills them with its decorators, so that this module can check and name a component without knowing any of them.
+
+    python -c "from model_config import list_presets; list_presets()"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass
+from typing import Any, Callable
+
+# ------------------------------------------------------------------------------------------- components
+
+# Each kind is also the configuration key that chooses a component of it.
+COMPONENT_KINDS = ("normalization", "activation", "ffn_type", "position_encoding", "norm_position", "block",
+                   "attention_backend")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One row of a registry: what the configuration calls a part, what the architecture's name calls it, and the part.
+
+    `uses`: configuration keys that only matter when this component is chosen (rope_theta for RoPE).
+    `fixes`: configuration keys this component decides itself (SwiGLU's activation is SiLU).
+    `has_attention`: for blocks, whether tokens can see each other in it.
+    """
+
+    kind: str
+    name: str
+    short: str
+    build: Callable
+    uses: tuple[str, ...] = ()
+    fixes: tuple[tuple[str, Any], ...] = ()
+    has_attention: bool = False
+
+    @property
+    def summary(self) -> str:
+        """First line of the component's docstring."""
+        return (self.build.__doc__ or "").strip().split("\n")[0]
+
+
+_REGISTRY: dict[str, dict[str, Component]] = {kind: {} for kind in COMPONENT_KINDS}
+
+
+def register(kind: str, name: str, *, short: str, uses: tuple[str, ...] = (), fixes: dict[str, Any] | None = None,
+             has_attention: bool = False) -> Callable:
+    """Decorator that enters a class or function under `kind` and `name`. Raises ValueError if name or short is taken."""
+    def enter(build: Callable) -> Callable:
+        for other in _REGISTRY[kind].values():
+            if name == other.name or short == other.short:
+                raise ValueError(f"{kind} {name!r} (short {short!r}) is already registered as {other.name!r} "
+                                 f"(short {other.short!r}); choose another name.")
+        _REGISTRY[kind][name] = Component(kind, name, short, build, tuple(uses), tuple((fixes or {}).items()),
+                                          has_attention)
+        return build
+    return enter
+
+
+def unregister(kind: str, name: str) -> None:
+    """Take a component out of its registry again (for tests and notebooks)."""
+    del _REGISTRY[kind][name]
+
+
+def components(kind: str) -> dict[str, Component]:
+    """All components of one kind by name, in the order they were registered."""
+    importlib.import_module("model_components")  # whoever asks first fills the tables
+    return _REGISTRY[kind]
+
+
+def component(kind: str, name: str) -> Component:
+    """One component. Raises ValueError with the list of what there is (and the nearest name) when it is unknown."""
+    known = components(kind)
+    if name not in known:
+        raise ValueError(f"{kind}={name!r} is not registered{did_you_mean(name, known)}. "
+                         f"There is: {', '.join(known)}.")
+    return known[name]
+
+
+def did_you_mean(word: str, known) -> str:
+    """' (did you mean …?)' for the nearest of the known words, or ''."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def list_components() -> None:
+    """Print every registered component: configuration key, value, short name and what it is."""
+    rows = [("key", "value", "in the name", "what it is")]
+    for kind in COMPONENT_KINDS:
+        key = "layer_pattern" if kind == "block" else kind
+        rows += [(key, c.name, c.short, c.summary) for c in components(kind).values()]
+    _print_table(rows)
+
+
+def _print_table(rows: list[tuple]) -> None:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]) - 1)]
+    for number, row in enumerate(rows):
+        cells = [str(cell).ljust(width) for cell, width in zip(row, widths)] + [str(row[-1])]
+        print("  ".join(cells).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths) + "  " + "-" * len(str(row[-1])))
+
+
+# ------------------------------------------------------------------------------------------- the cost of a part
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a model costs; every component lists its own (`parts(config)`).
+
+    `parameters`: trainable numbers. `matmul`: weights multiplied once for each token (2 FLOPs each in forward).
+    `attention`: n_head × head_dim of an attention over the context (4 × this × context FLOPs a token in forward).
+    """
+
+    name: str
+    parameters: int = 0
+    matmul: int = 0
+    attention: int = 0
+
+
+def linear_part(name: str, d_in: int, d_out: int, bias: bool) -> Part:
+    """The cost of a linear projection d_in → d_out."""
+    return Part(name, parameters=d_in * d_out + (d_out if bias else 0), matmul=d_in * d_out)
+
+
+# ------------------------------------------------------------------------------------------- ModelConfig
+
+def _key(help: str, *, group: str = "architecture", **field_arguments) -> Any:
+    return dataclasses.field(metadata={"help": help, "group": group}, **field_arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that defines a model, with every default filled in. Made by `resolve`, immutable, hashable.
+
+    A key that the chosen components do not read is None (rope_theta without RoPE). Raises ValueError that lists
+    all problems found.
+    """
+
+    n_layer: int = _key("number of blocks")
+    n_head: int = _key("attention heads (of the queries)")
+    n_kv_head: int = _key("heads of keys and values: n_head is MHA, 1 is MQA, between is GQA [n_head]")
+    head_dim: int = _key("width of one head [n_embd / n_head]")
+    n_embd: int = _key("width of the residual stream")
+    d_ff: int = _key("hidden width of the feed-forward [4 × n_embd; gated: 8/3 × n_embd, rounded up]")
+    vocab_size: int = _key("token ids, special ones included [the dataset's, else the preset's]")
+    pad_vocab_multiple: int = _key("round the embedding table up to a multiple of this; padding never wins")
+    block_size: int = _key("longest sequence, in tokens; also the length of a learned position table",
+                           group="data")
+    normalization: str = _key("kind of normalisation")
+    norm_eps: float = _key("added to the variance before the square root")
+    activation: str = _key("non-linearity of the feed-forward")
+    ffn_type: str = _key("kind of feed-forward")
+    position_encoding: str = _key("how positions enter")
+    rope_theta: float | None = _key("base of the RoPE frequencies (RoPE only)", default=None)
+    norm_position: str = _key("where the norm sits in a residual branch")
+    layer_pattern: tuple[str, ...] = _key("block of each layer, comma-separated, repeated to n_layer; "
+                                          "name*k stands for k of them")
+    bias: bool = _key("biases in the linear layers of attention and feed-forward")
+    qkv_bias: bool = _key("biases in the q, k, v projections [bias]")
+    qk_norm: bool = _key("RMS-normalise each head's queries and keys", default=False)
+    weight_tying: bool = _key("the output head shares the embedding's weights")
+    dropout: float = _key("dropout probability: embedding, attention, residual branches", default=0.0)
+    attention_backend: str = _key("implementation of attention; the result is the same", group="execution",
+                                  default="sdpa")
+
+    def __post_init__(self):
+        problems = _problems(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: vocab_size rounded up to pad_vocab_multiple."""
+        return _round_up(self.vocab_size, self.pad_vocab_multiple)
+
+    def chosen(self) -> list[Component]:
+        """The components this model is made of, blocks included."""
+        kinds = [kind for kind in COMPONENT_KINDS if kind not in ("block", "attention_backend")]
+        return ([component(kind, getattr(self, kind)) for kind in kinds]
+                + [component("block", name) for name in dict.fromkeys(self.layer_pattern)])
+
+    def uses(self, key: str) -> bool:
+        """Whether a chosen component reads this optional key."""
+        return any(key in c.uses for c in self.chosen())
+
+    @property
+    def name(self) -> str:
+        """The architecture's name: the documented parts, then whatever differs from one fixed baseline (`_TAGS`)."""
+        ffn = component("ffn_type", self.ffn_type)
+        act = component("activation", self.activation)
+        parts = [f"{self.n_layer}L", f"{self.n_head}H", f"{self.n_embd}D"]
+        parts += [f"KV{self.n_kv_head}"] if self.n_kv_head != self.n_head else []
+        parts += [component("position_encoding", self.position_encoding).short,
+                  component("normalization", self.normalization).short,
+                  ffn.short if ffn.fixes else act.short if ffn.name == "standard" else f"{ffn.short}({act.short})",
+                  component("norm_position", self.norm_position).short]
+        return "-".join(parts + [tag for tag in (make(self) for make in _TAGS) if tag])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready; layer_pattern as the text a user types, its repetition taken out."""
+        values = dataclasses.asdict(self)
+        names = self.layer_pattern
+        period = next(p for p in range(1, len(names) + 1) if (names[:p] * len(names))[:len(names)] == names)
+        values["layer_pattern"] = runs(names[:period])
+        return values
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal config."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The config that `to_dict` wrote. Raises ValueError on unknown or impossible values."""
+        return resolve("custom", **values)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """The config that `to_json` wrote."""
+        return cls.from_dict(json.loads(text))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the sha256 of the canonical JSON: equal exactly when the architectures are.
+
+        Left out: execution keys, keys no component reads, and optional features that are switched off (so that a
+        feature added to kitbash later does not change the fingerprint of the models before it).
+        """
+        values = self.to_dict()
+        for field in dataclasses.fields(self):
+            off = field.default is not dataclasses.MISSING and values[field.name] == field.default
+            if off or field.metadata["group"] == "execution":
+                del values[field.name]
+        if not self.uses("block_size"):
+            del values["block_size"]
+        values["pad_vocab_multiple"] = self.padded_vocab_size
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+ARCHITECTURE_KEYS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.metadata["group"] == "architecture")
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def usual_d_ff(ffn_type: str, n_embd: int) -> int:
+    """The usual hidden width: 4 × n_embd, or for gated feed-forwards 8/3 × n_embd rounded up (Shazeer 2020).
+
+    The rounding multiple is LLaMA's 256 for wide models and shrinks with n_embd, so that a narrow model does not
+    grow by half: the largest power of two up to n_embd / 8, between 8 and 256.
+    """
+    if component("ffn_type", ffn_type).fixes:  # a gated feed-forward decides its own activation
+        multiple = min(256, max(8, 1 << ((n_embd // 8).bit_length() - 1))) if n_embd >= 8 else 8
+        return _round_up(-(-8 * n_embd // 3), multiple)
+    return 4 * n_embd
+
+
+def runs(names: tuple[str, ...]) -> str:
+    """('a', 'a', 'b') → 'a*2,b': the layer pattern as a user types it."""
+    pieces: list[list] = []
+    for name in names:
+        if pieces and pieces[-1][0] == name:
+            pieces[-1][1] += 1
+        else:
+            pieces.append([name, 1])
+    return ",".join(name if count == 1 else f"{name}*{count}" for name, count in pieces)
+
+
+def expand_pattern(pattern, n_layer: int) -> tuple[str, ...]:
+    """A layer pattern, text or sequence, as one block name a layer, repeated up to n_layer.
+
+    'a*2,b' with n_layer 6 → a a b a a b. Raises ValueError when it is empty, longer than n_layer or has a bad count.
+    """
+    pieces = pattern.split(",") if isinstance(pattern, str) else list(pattern)
+    names: list[str] = []
+    for piece in (str(p).strip() for p in pieces):
+        name, star, count = piece.partition("*")
+        if not name or (star and not (count.strip().isdigit() and int(count) > 0)):
+            raise ValueError(f"layer_pattern has the piece {piece!r}; write block names separated by commas, "
+                             "name*k for k of them.")
+        names += [name.strip()] * (int(count) if star else 1)
+    if len(names) > n_layer:
+        raise ValueError(f"layer_pattern names {len(names)} layers but n_layer={n_layer}; "
+                         f"shorten it or use n_layer={len(names)}.")
+    return tuple((names * -(-n_layer // len(names)))[:n_layer])
+
+
+# One line for each way to differ from the baseline, in the fixed order of the name.
+_TAGS: tuple[Callable[[ModelConfig], str], ...] = (
+    lambda c: f"HD{c.head_dim}" if c.head_dim * c.n_head != c.n_embd else "",
+    lambda c: f"FF{c.d_ff}" if c.d_ff != usual_d_ff(c.ffn_type, c.n_embd) else "",
+    lambda c: f"V{c.vocab_size}" if c.vocab_size != 50304 else "",
+    lambda c: f"Pad{c.padded_vocab_size}" if c.padded_vocab_size != c.vocab_size else "",
+    lambda c: f"T{c.block_size}" if c.uses("block_size") and c.block_size != 1024 else "",
+    lambda c: f"Theta{c.rope_theta!r}".removesuffix(".0") if c.rope_theta not in (None, 10000.0) else "",
+    lambda c: f"Eps{c.norm_eps!r}" if c.norm_eps != 1e-5 else "",
+    lambda c: "QKNorm" if c.qk_norm else "",
+    lambda c: "Bias" if c.bias else "",
+    lambda c: ("QKVBias" if c.qkv_bias else "NoQKVBias") if c.qkv_bias != c.bias else "",
+    lambda c: "Tied" if c.weight_tying else "",
+    lambda c: f"Drop{c.dropout!r}" if c.dropout else "",
+    lambda c: f"[{runs(c.layer_pattern)}]" if set(c.layer_pattern) != {"transformer"} else "",
+)
+
+
+def _problems(c: ModelConfig) -> list[str]:
+    """Every reason why this config cannot be built, one sentence each."""
+    problems = []
+    for key in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "d_ff", "vocab_size", "pad_vocab_multiple",
+                "block_size"):
+        if getattr(c, key) < 1:
+            problems.append(f"{key}={getattr(c, key)} must be at least 1.")
+    if c.n_kv_head >= 1 and c.n_head % c.n_kv_head:
+        divisors = [k for k in range(1, c.n_head + 1) if c.n_head % k == 0]
+        problems.append(f"n_kv_head={c.n_kv_head} does not divide n_head={c.n_head}, so query heads cannot share keys "
+                        f"evenly. Use one of {', '.join(map(str, divisors))}.")
+    if not 0.0 <= c.dropout < 1.0:
+        problems.append(f"dropout={c.dropout} is not a probability in [0, 1).")
+    if not c.norm_eps > 0:
+        problems.append(f"norm_eps={c.norm_eps} must be positive.")
+    if c.rope_theta is not None and not c.rope_theta > 1:
+        problems.append(f"rope_theta={c.rope_theta} must be greater than 1.")
+    if c.position_encoding == "rope" and c.head_dim % 2:
+        problems.append(f"head_dim={c.head_dim} is odd, but RoPE rotates pairs of dimensions. "
+                        f"Use another n_head, or --head_dim={c.head_dim + 1}.")
+    if len(c.layer_pattern) != c.n_layer:
+        problems.append(f"layer_pattern names {len(c.layer_pattern)} layers but n_layer={c.n_layer}.")
+    blocks = [component("block", name) for name in dict.fromkeys(c.layer_pattern)]
+    if blocks and not any(block.has_attention for block in blocks):
+        problems.append(f"layer_pattern={runs(c.layer_pattern)} has no block with attention, so no token could see "
+                        "another; keep at least one, e.g. 'transformer'.")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------- presets
+
+_GPT2_SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, norm_eps=1e-5, pad_vocab_multiple=1)
+
+# name → (one line about it, values). Keys not named here are derived in `resolve` or off.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT-2 124M as OpenAI released it: pre-norm, biases, GELU-tanh, tied (Radford et al. 2019)",
+             dict(_GPT2_SHAPE, vocab_size=50257, normalization="layernorm", activation="gelu_tanh",
+                  ffn_type="standard", position_encoding="learned_absolute", norm_position="pre", bias=True,
+                  weight_tying=True)),
+    "gpt2_postnorm": ("the post-norm, bias-free variant that the starting documents call GPT-2",
+                      dict(_GPT2_SHAPE, vocab_size=50304, normalization="layernorm_nobias", activation="gelu",
+                           ffn_type="standard", position_encoding="learned_absolute", norm_position="post",
+                           bias=False, weight_tying=True)),
+    "llama": ("LLaMA's parts in GPT-2's shape: RoPE, RMSNorm, SwiGLU, pre-norm, untied (Touvron et al. 2023)",
+              dict(_GPT2_SHAPE, vocab_size=50304, normalization="rmsnorm", activation="silu", ffn_type="swiglu",
+                   position_encoding="rope", norm_position="pre", bias=False, weight_tying=False)),
+    "custom": ("a plain bias-free pre-norm base to mix your own from: LayerNorm, GELU, RoPE, untied",
+               dict(_GPT2_SHAPE, vocab_size=50304, normalization="layernorm_nobias", activation="gelu",
+                    ffn_type="standard", position_encoding="rope", norm_position="pre", bias=False,
+                    weight_tying=False)),
+}
+
+
+def list_presets() -> None:
+    """Print every preset with its architecture's name and what it is."""
+    rows = [("arch_preset", "name", "what it is")]
+    rows += [(name, resolve(name).name, about) for name, (about, _) in PRESETS.items()]
+    _print_table(rows)
+
+
+def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
+    """A preset with some keys overridden → ModelConfig, every derived value filled in. The only way to make one.
+
+    An override of None means "not overridden". Raises ValueError, all problems in one, for an unknown preset, key or
+    component, an impossible shape, or an override that would change nothing (rope_theta on a model without RoPE).
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"arch_preset={preset!r} is not a preset{did_you_mean(preset, PRESETS)}. "
+                         f"There is: {', '.join(PRESETS)}.")
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    problems = [f"{key!r} is not a key of a model{did_you_mean(key, fields)}." for key in given if key not in fields]
+    values = dict(PRESETS[preset][1], **{key: value for key, value in given.items() if key in fields})
+
+    chosen = []
+    for kind in COMPONENT_KINDS:
+        if kind != "block":
+            try:
+                chosen.append(component(kind, values.get(kind, "sdpa")))
+            except ValueError as error:
+                problems.append(str(error))
+    try:
+        values["layer_pattern"] = expand_pattern(values.get("layer_pattern", ("transformer",)), values["n_layer"])
+        chosen += [component("block", name) for name in dict.fromkeys(values["layer_pattern"])]
+    except ValueError as error:
+        problems.append(str(error))
+
+    for c in chosen:  # what a component decides itself cannot be overridden to anything else
+        for key, value in c.fixes:
+            if given.get(key, value) != value:
+                problems.append(f"{key}={given[key]!r} has no effect with {c.kind}={c.name!r}, whose {key} is "
+                                f"{value!r}. Leave it out or choose another {c.kind}.")
+            values[key] = value
+    used = {key for c in chosen for key in c.uses}
+    optional = {key for kind in COMPONENT_KINDS for c in components(kind).values() for key in c.uses}
+    for key in sorted(optional - used - {"block_size"}):  # block_size is also the length of a sequence
+        if key in given:
+            readers = [f"{c.kind}={c.name!r}" for kind in COMPONENT_KINDS for c in components(kind).values()
+                       if key in c.uses]
+            problems.append(f"{key}={given[key]!r} has no effect on this model: only {' or '.join(readers)} reads it.")
+        values[key] = None
+
+    heads, width = values["n_head"], values["n_embd"]
+    if values.get("head_dim") is None and heads >= 1 and width >= 1:
+        if width % heads:
+            near = [h for h in range(1, width + 1) if width % h == 0 and (width // h) % 2 == 0]
+            best = min(near, key=lambda h: abs(h - heads)) if near else 1
+            problems.append(f"n_head={heads} does not divide n_embd={width} (head_dim would be {width / heads:.2f}). "
+                            f"Use n_head={best} for head_dim {width // best}.")
+        values["head_dim"] = max(1, width // heads)
+    if problems:
+        raise ValueError("\n".join(problems))
+    derived = dict(n_kv_head=heads, d_ff=usual_d_ff(values["ffn_type"], width), qkv_bias=values["bias"],
+                   rope_theta=10000.0 if "rope_theta" in used else None)
+    for key, value in derived.items():
+        if values.get(key) is None:
+            values[key] = value
+    return ModelConfig(**values)

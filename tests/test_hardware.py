@@ -1,0 +1,139 @@
+"""Peaks are published or measured, never guessed; bfloat16 is chosen only where the hardware has it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from flops_parameter_counting import hardware
+from flops_parameter_counting.hardware import best_dtype, cpu_flags, device_peak, measure_cpu_peak, peak_flops
+
+# Names as torch.cuda.get_device_name gives them, and dense TFLOP/s of bfloat16 (float16 where there is no bfloat16) to the
+# precision they are usually quoted in, apart from the table.
+QUOTED = {
+    "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100 80GB PCIe": 312,
+    "A100-SXM4-40GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989, "NVIDIA H200 NVL": 835, "NVIDIA GH200 480GB": 989, "NVIDIA B200": 2250, "NVIDIA H20": 148,
+    "NVIDIA H20-3e": 148, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10": 125, "NVIDIA RTX A6000": 155,
+    "NVIDIA GeForce RTX 3090": 71, "NVIDIA GeForce RTX 4090": 165, "AMD Instinct MI300X": 1307,
+}
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_known_gpus_have_their_published_dense_peak_and_its_source(name):
+    peak = peak_flops(name, "bfloat16")
+    assert peak.flops / 1e12 == pytest.approx(QUOTED[name], rel=0.002)
+    assert not peak.measured and ("datasheet" in peak.source or "data sheet" in peak.source or "whitepaper" in peak.source)
+    assert peak_flops(name, "torch.bfloat16") == peak
+
+
+@pytest.mark.parametrize("name, tflops", [("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112)])
+def test_gpus_older_than_bfloat16_have_no_peak_for_it(name, tflops):
+    assert peak_flops(name, "float16").flops == tflops * 1e12
+    assert peak_flops(name, "bfloat16") is None
+    assert peak_flops(name, "tf32") is None
+
+
+@pytest.mark.parametrize("name", [
+    "", "NVIDIA GeForce GTX 1080", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM-64GB", "NVIDIA A10G",
+    "GRID A100-10C", "NVIDIA H100", "NVIDIA H2000", "NVIDIA RTX 6000 Ada Generation", "NVIDIA B2000", "Quadro T4000",
+    "AMD Instinct MI300A", "AMD EPYC"])
+def test_an_unknown_name_has_no_peak_even_if_it_resembles_a_known_one(name):
+    assert all(peak_flops(name, dtype) is None for dtype in ("bfloat16", "float16", "float32", "tf32", "fp8"))
+
+
+def test_an_unknown_dtype_has_no_peak():
+    assert peak_flops("NVIDIA H100 PCIe", "int8") is None
+
+
+@pytest.mark.parametrize("device", hardware._DEVICES, ids=lambda device: device.name)
+def test_the_peaks_of_a_device_stand_in_the_ratios_of_its_tensor_cores(device):
+    if device.bf16:
+        assert device.bf16 == device.fp16
+        assert device.tf32 == pytest.approx(device.bf16 / 2, rel=0.03)
+    if device.fp8:
+        assert device.fp8 == pytest.approx(2 * device.bf16, rel=0.02)
+    assert device.fp32 <= (device.tf32 or device.fp16)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_measured_peak_of_a_cpu_is_what_a_matrix_product_reaches(name):
+    before = torch.random.get_rng_state()
+    peak = measure_cpu_peak(name)
+    assert peak.measured and peak.source.startswith(f"measured: {name}")
+    assert torch.equal(torch.random.get_rng_state(), before)  # it must not disturb the run
+    dtype = getattr(torch, name)
+    a, b = torch.rand(1024, 1024).to(dtype), torch.rand(1024, 1024).to(dtype)
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begin)
+    rate = 2 * 1024**3 / min(times)
+    assert rate / 4 < peak.flops < rate * 4  # wide: the machine may be busy
+
+
+def test_the_peak_is_measured_once_and_shortly():
+    measure_cpu_peak.__globals__["_measure_cpu_peak"].cache_clear()
+    begin = time.perf_counter()
+    first = measure_cpu_peak(torch.float32)
+    middle = time.perf_counter()
+    again = device_peak("cpu", "float32")
+    end = time.perf_counter()
+    assert again is first
+    assert middle - begin < 2.0 and end - middle < 0.01  # about 0.4 s when nothing else runs
+
+
+def test_threads_are_measured_separately():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert measure_cpu_peak("float32").source.endswith("1 thread")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_device_peak_is_looked_up_by_the_name_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
+    assert device_peak("cuda:0", "bfloat16") == peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")
+    assert device_peak("mps", "float32") is None
+
+
+@pytest.mark.parametrize("allowed, held_against", [("highest", "float32"), ("high", "tf32")])
+def test_float32_is_held_against_the_tf32_peak_where_tf32_is_allowed(monkeypatch, allowed, held_against):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        assert device_peak("cuda", torch.float32) == peak_flops("NVIDIA H100 80GB HBM3", held_against)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("fpu sse2 avx2 avx512f avx512bw avx512_vnni", "float32"), ("avx512f avx512_bf16", "bfloat16"),
+    ("avx512f amx_bf16 amx_tile", "bfloat16"), ("avx512f amx_tile amx_int8", "float32"), ("", "float32")])
+def test_a_cpu_computes_in_bfloat16_only_with_the_instructions_for_it(flags, expected):
+    assert best_dtype("cpu", flags) == expected
+    assert best_dtype("cpu", cpu_flags(f"model name\t: X\nflags\t\t: {flags}\nbugs\t: y\n")) == expected
+
+
+def test_the_choice_for_this_cpu_agrees_with_torch():
+    if not cpu_flags():
+        pytest.skip("no /proc/cpuinfo flags on this system")
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert best_dtype("cpu") == ("bfloat16" if native else "float32")
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 0), "float32"), ((7, 5), "float32"), ((8, 0), "bfloat16"),
+                                                  ((8, 9), "bfloat16"), ((9, 0), "bfloat16"), ((10, 0), "bfloat16")])
+def test_a_gpu_computes_in_bfloat16_from_compute_capability_8(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert best_dtype("cuda") == expected
+
+
+def test_other_devices_compute_in_float32():
+    assert best_dtype("mps") == "float32"

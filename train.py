@@ -1,0 +1,482 @@
+"""Train a language model: one loop, readable from top to bottom.
+
+    python train.py [config/x.py | run_….json] [--key=value | --key value | --flag …]
+    python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
+    python train.py config/quickstart.py --init_from=resume
+    python train.py --help | config/x.py --print_config
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import (ConfigError, Configuration, configure, continue_from, parse_command_line, print_config,
+                          print_help)
+
+
+class Run:
+    """One training run: made from a configuration, trained by `train()`."""
+
+    def __init__(self, configuration: Configuration):
+        from training.report import Display
+        self.display = Display()
+        self.notes = [configuration.train.notice] if configuration.train.notice else []
+        self.find_start(configuration)
+        self.prepare_machine()
+        self.open_data()
+        self.build_model()
+        self.restore()
+        self.open_log()
+
+    # ------------------------------------------------------------------------------- the loop
+
+    def train(self, stop) -> str:
+        """Train until the length, a stop request or the end of patience; returns the outcome."""
+        import torch
+
+        from training.objectives import next_token_loss
+        from training.optimizers import clip_and_check
+        from training.schedules import learning_rate
+
+        config, model, meter, progress = self.config, self.model, self.meter, self.progress
+        sequences, block_size = self.sequences, self.model_config.block_size
+        model.train()
+        while progress.step < self.length and not stop.name and not progress.out_of_patience(config.patience):
+            meter.lap("start")
+            batch = self.loader.batch(progress.sequences, sequences)             # (sequences, block_size + 1)
+            meter.lap("data")
+
+            loss = torch.zeros((), device=self.device)
+            for micro_batch in batch.split(config.batch_size):
+                inputs, targets = self.to_device(micro_batch[:, :-1]), self.to_device(micro_batch[:, 1:])
+                micro_loss = next_token_loss(model, inputs, targets) / (sequences * block_size)
+                (micro_loss * self.loss_scale.scale).backward()
+                loss += micro_loss.detach()
+            meter.lap("compute")
+
+            lr = learning_rate(progress.step, config, self.length)
+            grad_norm, skip = clip_and_check(model, loss, config.grad_clip, self.loss_scale.scale)
+            self.optimizer.step(lr, skip)                                        # skip: not finite, on the device
+            self.optimizer.zero_grad()
+            self.loss_scale.update(skip)
+            self.skips.update(skip)
+            meter.lap("optimizer")
+
+            meter.step_done(sequences * block_size)
+            progress.advance(sequences, block_size)
+            self.display.advance()
+            last = progress.step == self.length
+            if last or progress.step % config.log_interval == 0:
+                self.log(loss, lr, grad_norm)
+            if last or (config.eval_interval and progress.step % config.eval_interval == 0):
+                self.evaluate()
+            if self.save_is_due():
+                self.save()
+        if self.save_interval >= 0 and progress.saved_step != progress.step:
+            self.save()
+        if stop.name:
+            return "stopped"
+        return "finished" if progress.step == self.length else "out of patience"
+
+    def to_device(self, tokens):
+        """A (B, T) batch of ids on the device, copied while the host goes on where it can be."""
+        if self.device.type == "cuda":
+            tokens = tokens.contiguous().pin_memory()
+        return tokens.to(self.device, non_blocking=True)
+
+    # ------------------------------------------------------------------------------- what interrupts it
+
+    def evaluate(self) -> None:
+        """Loss on the fixed validation set, logged."""
+        from training.data_loader import validation_batches
+        from training.objectives import mean_loss
+        from training.report import evaluation_line
+        config, split = self.config, self.val_split
+        started = time.perf_counter()
+        with self.meter.excluded():
+            loss, tokens = mean_loss(self.model, validation_batches(
+                split, self.model_config.block_size, config.eval_iters * self.sequences, config.batch_size,
+                vocab_size=self.model_config.vocab_size),
+                self.device)
+        seconds = time.perf_counter() - started
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        bits_per_byte = loss / math.log(2) * len(split) / split.bytes if split.bytes else None
+        self.progress.judge(loss)
+        self.logger.evaluation(self.progress.step, self.progress.tokens, val_loss=loss, perplexity=perplexity,
+                               bits_per_byte=bits_per_byte, val_tokens=tokens, seconds=seconds,
+                               best=self.progress.is_best)
+        self.display.line(evaluation_line(self.progress.step, loss, perplexity, bits_per_byte, seconds,
+                                          self.progress.is_best))
+
+    def save_is_due(self) -> bool:
+        """Whether this step ends with a checkpoint: at its interval, or as the best so far."""
+        step = self.progress.step
+        return self.save_interval > 0 and self.progress.saved_step != step and (
+            step % self.save_interval == 0 or self.progress.is_best)
+
+    def save(self) -> None:
+        """Write a checkpoint and point 'latest', and 'best' if it is, at it."""
+        progress, started = self.progress, time.perf_counter()
+        with self.meter.excluded():
+            progress.skipped, progress.skipped_in_a_row = self.skips.read()
+            progress.saved_step = progress.step
+            state = dict(self.identity, progress=dataclasses.asdict(progress), run=str(self.logger.path))
+            path = self.store.save(progress.step, self.tensors(), state, keep_last=self.config.keep_last,
+                                   tokenizer_file=self.dataset.folder / "tokenizer.json", best=progress.is_best)
+        self.logger.checkpoint(progress.step, str(path), time.perf_counter() - started, progress.is_best)
+
+    def log(self, loss, lr: float, grad_norm) -> None:
+        """One step line, on the terminal and in the run log. Raises Diverged after too many skipped updates."""
+        from training.meter import peak_memory_gb
+        from training.report import step_line
+        progress = self.progress
+        rate, step_ms = self.meter.read()
+        skipped, in_a_row = self.skips.read()
+        if skipped > progress.skipped:
+            message = f"{skipped - progress.skipped} updates skipped for a non-finite loss or gradient"
+            self.warn(message, step=progress.step)
+        progress.skipped, progress.skipped_in_a_row = skipped, in_a_row
+        utilisation = {name: rate * per_token / self.peak.flops if self.peak else None
+                       for name, per_token in self.flops_by_figure.items()}
+        figures = dict(loss=float(loss), lr=lr, grad_norm=float(grad_norm), tokens_per_s=rate, step_ms=step_ms,
+                       memory_gb=peak_memory_gb(self.device))
+        self.logger.step(progress.step, progress.tokens, **figures, **utilisation, skipped=skipped)
+        self.display.line(step_line(progress.step, self.length, **figures, mfu=utilisation["mfu"], skipped=skipped))
+        if in_a_row >= self.config.nonfinite_limit:
+            latest = self.store.pointed("latest")
+            raise Diverged(f"The last {in_a_row} updates were skipped for a non-finite loss or gradient, so the run "
+                           f"stops at step {progress.step}. " + (f"The last good checkpoint is {latest}; " if latest
+                                                                 else "There is no checkpoint yet; ")
+                           + "lower --learning_rate or raise --warmup_iters.")
+
+    def warn(self, message: str, **facts) -> None:
+        """A warning, on the terminal and in the run log."""
+        self.display.line(f"warning: {message}")
+        self.logger.warning(message, **facts)
+
+    # ------------------------------------------------------------------------------- setting up
+
+    def find_start(self, configuration: Configuration) -> None:
+        """Nothing, this run's last checkpoint, or somebody's weights; with the configuration that follows from it."""
+        from training.checkpoint import CheckpointStore, read_state
+        self.origin = find_origin(configuration, lambda message: self.display.line(f"warning: {message}"))
+        self.saved, self.progress = None, Progress()
+        if self.origin:
+            self.saved = read_state(self.origin.path)
+            configuration, overruled = continue_from(configuration, self.saved["config"], str(self.origin.path),
+                                                     weights_only=self.origin.weights_only)
+            self.notes += overruled
+            if not self.origin.weights_only:
+                self.progress = Progress(**self.saved["progress"])
+        self.configuration, self.config = configuration, configuration.train
+        self.store = CheckpointStore(self.config.out_dir)
+        self.save_interval = (self.config.eval_interval if self.config.save_interval is None else
+                              self.config.save_interval)
+        if self.config.eval_only:
+            self.save_interval = -1
+
+    @property
+    def resumes(self) -> bool:
+        """Whether this run continues a checkpoint in every respect (and not only with its weights)."""
+        return self.origin is not None and not self.origin.weights_only
+
+    def prepare_machine(self) -> None:
+        """Device, compute dtype, threads, random seed, and the peak that MFU is measured against."""
+        import torch
+
+        from flops_parameter_counting.hardware import best_dtype, device_peak
+        self.device = choose_device(self.config.device)
+        self.dtype = best_dtype(self.device) if self.config.dtype == "auto" else self.config.dtype
+        threads = self.config.threads or (self.saved["threads"] if self.resumes else None)
+        if threads:
+            torch.set_num_threads(threads)
+        torch.manual_seed(self.config.seed)
+        self.peak = device_peak(self.device, self.dtype)
+
+    def open_data(self) -> None:
+        """The dataset and its reader: what is read next depends on (data_seed, sequences read) and nothing else."""
+        from data.preparation import ensure_prepared
+        from data.token_dataset import TokenDataset
+        from training.data_loader import DataLoader
+        from training.schedules import run_length
+        config = self.config
+        ensure_prepared(config.dataset)
+        self.dataset = TokenDataset.open(config.dataset, vocab_size=config.vocab_size)
+        if self.resumes and self.saved["dataset"]["fingerprint"] != self.dataset.fingerprint:
+            raise DatasetChanged(f"Dataset {config.dataset!r} is not the one this run was trained on (its fingerprint "
+                                 f"is {self.dataset.fingerprint}, the checkpoint has "
+                                 f"{self.saved['dataset']['fingerprint']}). Prepare it as it was, or start a new run "
+                                 "from the weights with --init_from=weights:CHECKPOINT.")
+        self.model_config = config.model_config(self.dataset.vocab_size)
+        block_size = self.model_config.block_size
+        self.sequences = config.sequences_per_iteration(block_size)
+        self.train_split, self.val_split = self.dataset.split("train"), self.dataset.split("val")
+        self.loader = DataLoader(self.train_split, block_size, config.data_seed,
+                                 vocab_size=self.model_config.vocab_size)
+        self.length = run_length(config, block_size, self.loader.order.windows_per_epoch)
+
+    def build_model(self) -> None:
+        """The model with its initial weights, its precision, its optimizer."""
+        from model_builder import build_model
+        from training.activation_checkpointing import apply_activation_checkpointing
+        from training.meter import StepMeter
+        from training.optimizers import Optimizer
+        from training.precision import DTYPES, LossScale, SkipCounter, set_compute_dtype
+        self.model = build_model(self.model_config, seed=self.config.seed, device=self.device)
+        set_compute_dtype(self.model, DTYPES[self.dtype])
+        apply_activation_checkpointing(self.model, self.config.activation_checkpointing)
+        self.optimizer = Optimizer(self.model, self.config)
+        self.loss_scale = LossScale(DTYPES[self.dtype], self.device)
+        self.skips = SkipCounter(self.device, self.progress.skipped, self.progress.skipped_in_a_row)
+        self.meter = StepMeter(self.device)
+
+    def tensors(self) -> dict:
+        """Every tensor that a checkpoint holds, by name: model, optimizer, loss scale, random state."""
+        from training.checkpoint import model_tensors, random_state
+        return {**model_tensors(self.model),
+                **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
+                **{f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state().items()},
+                **random_state(self.device)}
+
+    def restore(self) -> None:
+        """Load what the run starts from, then compile (which changes no name and no result)."""
+        from training.checkpoint import load_tensors, model_tensors, set_random_state
+        if self.resumes:
+            tensors = self.tensors()
+            load_tensors(self.origin.path, tensors, optional=("rng.",))
+            self.loss_scale.load({name: tensors[f"loss_scale.{name}"] for name in self.loss_scale.state()})
+            set_random_state(tensors, self.device)
+        elif self.origin:
+            load_tensors(self.origin.path, model_tensors(self.model))
+        if self.config.compile is True or (self.config.compile == "auto" and self.device.type == "cuda"):
+            for block in self.model.blocks:
+                block.compile()
+
+    def open_log(self) -> None:
+        """The folder, the run log, and the start print-out."""
+        import torch
+
+        from flops_parameter_counting.flops import flops_per_token
+        from training.report import start_report
+        from training_logger import TrainingLogger, hardware_facts, versions
+        config, model_config, dataset = self.config, self.model_config, self.dataset
+        prepare_out_dir(config.out_dir)
+        self.store.clean()
+        if not self.resumes and not config.eval_only and self.save_interval >= 0:
+            aside = self.store.set_aside(unless=self.origin.path if self.origin else None)
+            self.notes += [f"the checkpoints of the run before are now in {aside}"] if aside else []
+        self.notes += [dataset.note] if dataset.note else []
+        flops = flops_per_token(model_config, checkpointing=config.activation_checkpointing)
+        self.flops_by_figure = {"mfu": flops.full, "mfu_causal": flops.causal, "hfu": flops.hardware}
+        values, origins = self.configuration.resolved(model_config)
+        self.identity = dict(
+            config=values, origins=origins, dtype=self.dtype, threads=torch.get_num_threads(), world_size=1,
+            model=dict(name=model_config.name, fingerprint=model_config.fingerprint, config=model_config.to_dict()),
+            dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint), versions=versions())
+        hardware = hardware_facts(self.device)
+        self.logger = TrainingLogger(config.out_dir, resumed_from=dict(
+            checkpoint=str(self.origin.path), step=self.progress.step, run=self.saved["run"]) if self.origin else None)
+        self.logger.start(**{**self.identity, "model": dict(
+            self.identity["model"], parameters=self.model.num_parameters(), flops_per_token=dataclasses.asdict(flops))},
+            hardware=hardware, peak=dataclasses.asdict(self.peak) if self.peak else None, length=self.length,
+            tokens_per_iteration=self.sequences * model_config.block_size)
+        self.display.line(start_report(
+            model_config, flops, dataset=dataset, sequences=self.sequences, length=self.length, config=config,
+            windows_per_epoch=self.loader.order.windows_per_epoch, first_step=self.progress.step, peak=self.peak,
+            hardware=f"{hardware['device_name']}, {torch.get_num_threads()} threads, {self.dtype}", notes=self.notes,
+            log=str(self.logger.path)))
+        if self.peak is None:
+            self.warn(f"no dense peak is known for {hardware['device_name']} in {self.dtype}, so mfu is null")
+
+
+def train(configuration: Configuration, resume_command: str) -> int:
+    """Make the run, train (or only evaluate) it, close its log whatever happens. Returns the exit code."""
+    from training.signals import StopRequest
+    with StopRequest() as stop:
+        run = Run(configuration)
+        outcome = "failed"
+        try:
+            if run.config.eval_only:
+                run.evaluate()
+                outcome = "evaluated"
+            else:
+                run.display.start_bar(run.progress.step, run.length)
+                outcome = run.train(stop)
+        except Diverged:
+            outcome = "diverged"
+            raise
+        finally:
+            progress = run.progress
+            run.display.close()
+            run.loader.close()
+            run.logger.end(outcome, step=progress.step, tokens=progress.tokens, val_loss=progress.val_loss,
+                           best_val_loss=progress.best_val_loss, best_step=progress.best_step, skipped=progress.skipped)
+        run.display.line(f"{outcome} after step {progress.step}"
+                         + (f" ({stop.name})" if stop.name else "") + f"; log: {run.logger.path}")
+        if outcome == "stopped":
+            run.display.line(f"To go on: {resume_command}" if run.save_interval >= 0 else
+                             "Nothing was saved, as save_interval=-1 asks.")
+    return 0
+
+
+class Diverged(Exception):
+    """Too many non-finite updates in a row."""
+
+
+class DatasetChanged(Exception):
+    """A resumed run finds other data than it was trained on."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come; what a checkpoint's state.json keeps of it."""
+
+    step: int = 0                        # updates made (or skipped)
+    sequences: int = 0                   # read from the training data
+    tokens: int = 0
+    val_loss: float | None = None        # of the last evaluation
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    saved_step: int | None = None
+
+    def advance(self, sequences: int, block_size: int) -> None:
+        """One step over so many sequences is through."""
+        self.step += 1
+        self.sequences += sequences
+        self.tokens += sequences * block_size
+
+    def judge(self, val_loss: float) -> None:
+        """Take note of an evaluation."""
+        self.val_loss = val_loss if math.isfinite(val_loss) else None
+        if self.val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss):
+            self.best_val_loss, self.best_step, self.evaluations_without_gain = val_loss, self.step, 0
+        else:
+            self.evaluations_without_gain += 1
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the best evaluation so far is of this very step."""
+        return self.best_step == self.step
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether so many evaluations in a row brought nothing (0: never)."""
+        return bool(patience) and self.evaluations_without_gain >= patience
+
+
+@dataclass
+class Origin:
+    """The checkpoint a run starts from: all of it, or only its weights."""
+
+    path: Path
+    weights_only: bool = False
+
+
+def find_origin(configuration: Configuration, warn) -> Origin | None:
+    """What init_from means: None for a start from scratch. Raises CheckpointError if it is not there or damaged."""
+    from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
+    config = configuration.train
+    if config.init_from == "scratch":
+        return None
+    if config.init_from in ("resume", "auto"):
+        store = CheckpointStore(config.out_dir)
+        store.clean()
+        found = store.newest_intact(warn)
+        if found is None and config.init_from == "resume":
+            raise CheckpointError(f"Nothing to resume: {store.folder} holds no checkpoint. Check --out_dir, or start "
+                                  "with --init_from=scratch (or auto, which does either).")
+        return Origin(found) if found else None
+    path = config.init_from.removeprefix("weights:")
+    return Origin(find_checkpoint(path, warn), weights_only=path != config.init_from)
+
+
+def choose_device(name: str):
+    """'auto' → the GPU if there is one, else the CPU. Raises ConfigError if the device is not there."""
+    import torch
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ConfigError(f"device={name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here. "
+                          "Use --device=cpu or install a CUDA build of PyTorch.")
+    return device
+
+
+def prepare_out_dir(out_dir: str) -> None:
+    """Make the folder and see that it can be written. Raises OSError with a sentence."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        probe = Path(out_dir) / f".probe_{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"out_dir={out_dir!r} cannot be written: {error.strerror}. Choose another --out_dir.") from error
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+def main(argv: list[str]) -> int:
+    """Parse before anything heavy is imported; errors become one sentence each and an exit code (2 usage, 1 failure)."""
+    try:
+        switches = parse_command_line(argv)[2]
+        if "help" in switches:
+            print_help(__doc__)
+            return 0
+        configuration = configure(argv)
+        if "print_config" in switches:
+            print_config(configuration)
+            return 0
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError("torchrun started several processes, but parallelism is 'none'; start one process.")
+        return train(configuration, resume_command(argv))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, e.g. `| head`
+        return 0
+    except KeyboardInterrupt:
+        print("train.py: interrupted at once; nothing was saved since the last checkpoint.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        for line in explain(error).split("\n"):
+            print(f"train.py: {line}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def explain(error: Exception) -> str:
+    """An exception as the sentence a user can act on."""
+    from data.token_dataset import DatasetError
+    from training.checkpoint import CheckpointError
+    import torch
+    text = str(error)
+    if isinstance(error, (ConfigError, CheckpointError, DatasetError, DatasetChanged, Diverged, OSError)):
+        return text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return ("Out of memory. Halve --batch_size and double --gradient_accumulation_steps (the result stays the same),"
+                " or use --activation_checkpointing=full.")
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def resume_command(argv: list[str]) -> str:
+    """The command that continues this run."""
+    words = iter(argv)
+    kept = []
+    for word in words:
+        if word == "--init_from":
+            next(words, None)
+        elif not word.startswith("--init_from="):
+            kept.append(word)
+    return shlex.join(["python", "train.py", *kept, "--init_from=resume"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

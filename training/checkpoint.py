@@ -1,0 +1,327 @@
+"""Checkpoints: written aside, checked, published by a rename; loaded without ever unpickling.
+
+    out_dir/checkpoints/step_000001000/
+        shard-*.safetensors   model, optimizer, loss scale, random state of every rank (torch.distributed.checkpoint)
+        state.json            step, resolved config with origins, model, dataset, counters, versions
+        tokenizer.json        the tokenizer, so that the folder can be sampled from anywhere
+        manifest.json         size and sha256 of every file; written last
+    out_dir/checkpoints/latest, best      the name of a folder
+
+A folder under its final name is complete: it was written under a temporary name, fsynced and then renamed. What a
+killed save leaves behind is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+_STEP, _TEMPORARY, _REPLACED = "step_", ".writing_", ".replaced_"
+_FILE_BYTES = 2 << 30  # a tensor file is closed at about this size, which also bounds the copy made while saving
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written, found or read; the message says which, why and what to do."""
+
+
+# ------------------------------------------------------------------------------------------- finding
+
+class CheckpointStore:
+    """The checkpoints of one run, below out_dir/checkpoints."""
+
+    def __init__(self, out_dir: str | Path):
+        self.folder = Path(out_dir) / "checkpoints"
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest write first."""
+        found = [p for p in self.folder.glob(f"{_STEP}*") if (p / "manifest.json").is_file()]
+        return sorted(found, key=lambda p: ((p / "manifest.json").stat().st_mtime_ns, p.name))
+
+    def pointed(self, name: str) -> Path | None:
+        """The folder that 'latest' or 'best' points to, or None if there is none (or it points to nothing)."""
+        try:
+            target = self.folder / (self.folder / name).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return target if target.name.startswith(_STEP) and (target / "manifest.json").is_file() else None
+
+    def newest_intact(self, warn: Callable[[str], None]) -> Path | None:
+        """The latest checkpoint, or the one before it where that is damaged (warned about); None if there is none.
+
+        Raises CheckpointError if there are checkpoints and every one is damaged.
+        """
+        candidates, latest = self.all()[::-1], self.pointed("latest")
+        if latest in candidates:
+            candidates.remove(latest)
+            candidates.insert(0, latest)
+        elif candidates:
+            warn(f"{self.folder / 'latest'} does not point to a checkpoint; using the newest, {candidates[0].name}.")
+        reasons = []
+        for candidate in candidates:
+            try:
+                verify(candidate)
+                return candidate
+            except CheckpointError as error:
+                reasons.append(str(error))
+                warn(f"{error} Trying the checkpoint before it.")
+        if reasons:
+            raise CheckpointError(f"No checkpoint in {self.folder} is intact. {reasons[0]}")
+        return None
+
+    def set_aside(self, unless: Path | None = None) -> Path | None:
+        """Move a former run's checkpoints to checkpoints.previous (replacing those of the run before it).
+
+        Not if `unless`, the checkpoint that a new run takes its weights from, is one of them: CheckpointError.
+        """
+        if not self.all():
+            return None
+        if unless is not None and unless.resolve().is_relative_to(self.folder.resolve()):
+            raise CheckpointError(f"The new run would put aside {unless}, which it starts from. Choose another --out_dir.")
+        aside = self.folder.with_name("checkpoints.previous")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.folder.rename(aside)
+        return aside
+
+    def clean(self) -> None:
+        """Remove what an interrupted save left behind; a folder it had moved away for a replacement comes back."""
+        for moved in self.folder.glob(f"{_REPLACED}*"):
+            original = self.folder / moved.name.removeprefix(_REPLACED)
+            shutil.rmtree(moved, ignore_errors=True) if original.exists() else moved.rename(original)
+        for leftover in self.folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    # --------------------------------------------------------------------------------------- writing
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep_last: int,
+             tokenizer_file: Path | None = None, best: bool = False) -> Path:
+        """Write a checkpoint of this step, publish it, point 'latest' (and 'best') at it and drop old ones.
+
+        `tensors`: flat names → tensors (sharded ones are written by the ranks that hold them). `state`: JSON-ready.
+        Raises CheckpointError if it cannot be written; all former checkpoints and pointers are then as before.
+        """
+        name = f"{_STEP}{step:09d}"
+        temporary = self.folder / f"{_TEMPORARY}{name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write_tensors(temporary, tensors)
+            _write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, "step": step, **state})
+            if tokenizer_file is not None and tokenizer_file.is_file():
+                shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+            _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
+            for path in temporary.iterdir():
+                _fsync(path)
+            _fsync(temporary)
+            self._publish(temporary, self.folder / name)
+            self.point("latest", name)
+            if best:
+                self.point("best", name)
+            self._prune(keep_last)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"The checkpoint of step {step} could not be written to {self.folder}: "
+                                  f"{error.strerror or error}. {self._remaining()}") from error
+        return self.folder / name
+
+    def point(self, pointer: str, name: str) -> None:
+        """Make 'latest' or 'best' name this folder, in one atomic replacement."""
+        temporary = self.folder / f".{pointer}.new"
+        temporary.write_text(name + "\n", encoding="utf-8")
+        _fsync(temporary)
+        temporary.replace(self.folder / pointer)
+        _fsync(self.folder)
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        moved = self.folder / f"{_REPLACED}{final.name}"
+        if final.exists():  # the same step again, after a resume from further back
+            final.rename(moved)
+        temporary.rename(final)
+        _fsync(self.folder)
+        shutil.rmtree(moved, ignore_errors=True)
+
+    def _prune(self, keep_last: int) -> None:
+        kept = {self.pointed("latest"), self.pointed("best"), *self.all()[-keep_last:]}
+        for old in set(self.all()) - kept:
+            doomed = self.folder / f"{_TEMPORARY}{old.name}"  # a name that clean() removes if this is cut short
+            shutil.rmtree(doomed, ignore_errors=True)
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _remaining(self) -> str:
+        latest = self.pointed("latest")
+        return (f"The last good checkpoint, {latest}, is untouched; free some space and resume with --init_from=resume."
+                if latest else "There is no earlier checkpoint; choose another --out_dir or free some space.")
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None) -> Path:
+    """A checkpoint folder, or an out_dir (its latest intact one) → a verified checkpoint. Raises CheckpointError."""
+    path = Path(path).expanduser()
+    if (path / "manifest.json").is_file():
+        verify(path)
+        return path
+    store = CheckpointStore(path.parent if path.name == "checkpoints" else path)
+    found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)))
+    if found is None:
+        what = "has no checkpoint in it" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; give an out_dir or a checkpoint folder (…/checkpoints/step_000001000), "
+                              "or train one first.")
+    return found
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError if it is unreadable or of a later format."""
+    state = _read_json(checkpoint / "state.json")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{checkpoint} has checkpoint format {state.get('format_version')!r}; this version of "
+                              f"kitbash reads {FORMAT_VERSION}.")
+    return state
+
+
+def verify(checkpoint: Path) -> None:
+    """Check every file of a checkpoint against its manifest. Raises CheckpointError at the first that differs."""
+    files = _read_json(checkpoint / "manifest.json").get("files", {})
+    if not files:
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files.")
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {name} is missing.")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {name} has {size} bytes instead of "
+                                  f"{expected['bytes']}.")
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: the checksum of {name} does not match.")
+
+
+def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
+    """Fill these tensors in place from the tensors of the same names, however they were or are sharded.
+
+    Those whose names begin with one of `optional` stay as they are where the checkpoint lacks them. Raises
+    CheckpointError when another name is missing or a shape differs.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    into = {name: tensor for name, tensor in into.items() if name in stored or not name.startswith(optional)}
+    for name, tensor in into.items():
+        if name not in stored:
+            raise CheckpointError(f"Checkpoint {checkpoint} has no tensor {name!r}.")
+        if tuple(stored[name].size) != tuple(tensor.shape):
+            raise CheckpointError(f"Checkpoint {checkpoint}: {name} has shape {tuple(stored[name].size)}, the model "
+                                  f"needs {tuple(tensor.shape)}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # derives from BaseException
+        raise CheckpointError(f"Checkpoint {checkpoint} cannot be read: {error}.") from error
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors under their names in a checkpoint, tied ones once."""
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """A checkpoint folder or an out_dir → (model in eval mode, its tokenizer, or None where the data had none).
+
+    Raises CheckpointError.
+    """
+    from data.tokenization import load_tokenizer
+    from model_builder import build_model
+    from model_config import ModelConfig
+
+    checkpoint = find_checkpoint(path)
+    config = ModelConfig.from_dict(read_state(checkpoint)["model"]["config"])
+    model = build_model(config, device="meta").to_empty(device=device)
+    load_tensors(checkpoint, model_tensors(model))
+    return model.eval(), load_tokenizer(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------- random state
+
+def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
+    """This rank's random state as tensors."""
+    state = {f"rng.{rank:05d}.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state[f"rng.{rank:05d}.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device, rank: int = 0) -> None:
+    """Continue from what `random_state` returned."""
+    torch.set_rng_state(state[f"rng.{rank:05d}.cpu"])
+    if device.type == "cuda" and f"rng.{rank:05d}.cuda" in state:
+        torch.cuda.set_rng_state(state[f"rng.{rank:05d}.cuda"], device)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    file_of, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > _FILE_BYTES:
+            number, filled = number + 1, 0
+        file_of[name] = number
+        filled += size
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # derives from BaseException; carries each rank's exception
+        causes = [cause[0] for cause in error.failures.values()]
+        raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("not a JSON object")
+        return document
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

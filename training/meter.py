@@ -1,0 +1,81 @@
+"""Time, throughput and memory of the training steps, without evaluation and saving."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+
+
+class StepMeter:
+    """Laps of a step (data, compute, optimizer), averaged over the steps since the last `read()`.
+
+    On a GPU laps are CUDA events, resolved only in `read()`: measuring does not make the host wait in between.
+    """
+
+    LAPS = ("data", "compute", "optimizer")
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self._restart()
+
+    def _restart(self) -> None:
+        self.marks: list[tuple[str, object]] = []
+        self.steps = 0
+        self.tokens = 0
+        self.started = time.perf_counter()
+        self.paused = 0.0
+
+    def lap(self, name: str) -> None:
+        """What has run since the last lap was `name`; 'start' begins a step."""
+        if self.on_gpu:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.marks.append((name, mark))
+
+    def step_done(self, tokens: int) -> None:
+        """One step over this many tokens (of the global batch) is through."""
+        self.steps += 1
+        self.tokens += tokens
+
+    @contextmanager
+    def excluded(self):
+        """Time spent inside does not count (evaluation, saving)."""
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.paused += time.perf_counter() - start
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """(tokens per second, {lap: ms a step, 'total': ms a step}) since the last read; starts anew."""
+        self._wait()
+        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        steps = max(1, self.steps)
+        milliseconds = dict.fromkeys(self.LAPS, 0.0)
+        for (_, before), (name, after) in zip(self.marks, self.marks[1:]):
+            if name != "start":
+                passed = before.elapsed_time(after) if self.on_gpu else 1e3 * (after - before)
+                milliseconds[name] += passed / steps
+        milliseconds["total"] = 1e3 * seconds / steps
+        rate = self.tokens / seconds
+        self._restart()
+        return rate, milliseconds
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory this process has used, in GB (10^9 bytes): allocated on the GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,0 +1,146 @@
+"""`TrainConfig`: every configuration key of a training run, with its type, default and meaning.
+
+The keys that define the model are `ModelConfig`'s own fields, each made optional here (None: the preset decides).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from model_config import ARCHITECTURE_KEYS, ModelConfig, resolve
+
+_MODEL_TYPES = typing.get_type_hints(ModelConfig)
+_ModelKeys = dataclasses.make_dataclass(
+    "_ModelKeys",
+    [(f.name, (str if f.name == "layer_pattern" else _MODEL_TYPES[f.name]) | None,
+      dataclasses.field(default=None, metadata=f.metadata)) for f in dataclasses.fields(ModelConfig)],
+    kw_only=True, frozen=True)
+
+
+def _key(default: Any, help: str, group: str, *, resume: Literal["may change", "fixed"] = "may change") -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "resume": resume})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_ModelKeys):
+    """One run, completely: a value for every key. Made by `configurator.py`; immutable.
+
+    `resume="fixed"` marks the keys that a resumed run takes from its checkpoint: those that define the model, the
+    order of the data and the optimizer.
+    """
+
+    arch_preset: str = _key("gpt2", "the preset that the architecture keys override", "architecture", resume="fixed")
+
+    out_dir: str = _key("out", "where checkpoints and logs go", "run")
+    init_from: str = _key("scratch", "scratch | resume | auto (resume if there is something) | a checkpoint", "run")
+    eval_only: bool = _key(False, "evaluate once and stop; writes no checkpoint", "run")
+    notice: str = _key("", "one line to print at the start", "run")
+    seed: int = _key(1337, "of the initial weights and of dropout", "run", resume="fixed")
+
+    dataset: str = _key("pydocs", "a folder below data/, or a path to one", "data", resume="fixed")
+    data_seed: int = _key(1337, "of the order in which the data is read", "data", resume="fixed")
+    batch_size: int = _key(12, "sequences in a micro-batch, at most", "data")
+    gradient_accumulation_steps: int = _key(1, "the global batch is batch_size × this, whatever the machine", "data")
+    total_batch_tokens: int | None = _key(None, "size of the global batch in tokens, instead of the line above", "data")
+
+    optimizer: Literal["adamw", "muon"] = _key("adamw", "muon: for the 2-D weights of blocks, AdamW for the rest",
+                                               "optimizer", resume="fixed")
+    learning_rate: float = _key(6e-4, "peak learning rate", "optimizer", resume="fixed")
+    weight_decay: float = _key(0.1, "decoupled, on matrices only", "optimizer", resume="fixed")
+    beta1: float = _key(0.9, "AdamW's decay of the first moment", "optimizer", resume="fixed")
+    beta2: float = _key(0.95, "AdamW's decay of the second moment", "optimizer", resume="fixed")
+    adam_eps: float = _key(1e-8, "AdamW's epsilon", "optimizer", resume="fixed")
+    muon_momentum: float = _key(0.95, "Muon's (Nesterov) momentum", "optimizer", resume="fixed")
+    grad_clip: float = _key(1.0, "largest norm of the gradient; 0: no clipping", "optimizer", resume="fixed")
+
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = _key(
+        "cosine", "after the warm-up; wsd: constant, then linear down over the last lr_decay_fraction", "schedule",
+        resume="fixed")
+    warmup_iters: int = _key(0, "iterations of linear warm-up", "schedule", resume="fixed")
+    min_lr: float | None = _key(None, "where the schedule ends [learning_rate / 10]", "schedule", resume="fixed")
+    lr_decay_iters: int | None = _key(None, "iteration at which the schedule ends [the run's length]", "schedule")
+    lr_decay_fraction: float = _key(0.2, "share of lr_decay_iters that wsd decays over", "schedule", resume="fixed")
+    max_iters: int | None = _key(None, "length of the run in iterations", "schedule")
+    max_tokens: int | None = _key(None, "length in tokens, instead of max_iters", "schedule")
+    epochs: float | None = _key(None, "length in passes over the training data, instead of max_iters", "schedule")
+
+    eval_interval: int = _key(250, "iterations between evaluations, and one at the end; 0: only at the end", "watching")
+    eval_iters: int = _key(20, "size of the fixed validation set in global batches; 0: all of it", "watching")
+    patience: int = _key(0, "stop after so many evaluations without a better loss; 0: never", "watching")
+    log_interval: int = _key(10, "iterations between lines of the log", "watching")
+    save_interval: int | None = _key(None, "iterations between checkpoints, and one at the end; 0: only at the end; "
+                                           "-1: none at all [eval_interval]", "watching")
+    keep_last: int = _key(2, "checkpoints to keep, besides the best", "watching")
+    nonfinite_limit: int = _key(20, "skipped updates in a row (non-finite gradients) that stop the run", "watching")
+
+    device: str = _key("auto", "auto | cpu | cuda | cuda:N", "execution")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
+        "auto", "compute dtype; auto: bfloat16 where the hardware has it", "execution")
+    compile: Literal["auto"] | bool = _key("auto", "torch.compile each block; auto: on a GPU", "execution")
+    activation_checkpointing: Literal["none", "full", "selective"] = _key(
+        "none", "recompute activations in backward: whole blocks, or all but their matrix products", "execution")
+    parallelism: Literal["none"] = _key("none", "how processes share the work", "execution")
+    threads: int | None = _key(None, "CPU threads [PyTorch's choice; a resumed run: as before]", "execution")
+
+    def model_config(self, dataset_vocab_size: int | None = None) -> ModelConfig:
+        """The model of this run. `vocab_size`: as configured, else the dataset's, else the preset's."""
+        keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
+        if keys["vocab_size"] is None:
+            keys["vocab_size"] = dataset_vocab_size
+        return resolve(self.arch_preset, **keys)
+
+    def sequences_per_iteration(self, block_size: int) -> int:
+        """Sequences of block_size tokens in the global batch."""
+        if self.total_batch_tokens is not None:
+            return self.total_batch_tokens // block_size
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def problems(self) -> list[str]:
+        """Every reason why this run cannot start, one sentence each; the model's own are included."""
+        problems = [f"{key}={getattr(self, key)} must be at least {least}." for key, least in _AT_LEAST.items()
+                    if getattr(self, key) is not None and getattr(self, key) < least]
+        for key in ("learning_rate", "adam_eps"):
+            if not getattr(self, key) > 0:
+                problems.append(f"{key}={getattr(self, key)} must be positive.")
+        for key in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                problems.append(f"{key}={getattr(self, key)} must be in [0, 1).")
+        if not 0 < self.lr_decay_fraction <= 1:
+            problems.append(f"lr_decay_fraction={self.lr_decay_fraction} must be in (0, 1].")
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            problems.append(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; "
+                            "lower it (the usual choice is a tenth).")
+        device = self.device.split(":")[0]
+        if device not in ("auto", "cpu", "cuda"):
+            problems.append(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N.")
+        try:
+            block_size = self.model_config().block_size
+            if self.total_batch_tokens is not None and self.total_batch_tokens % block_size:
+                whole = max(1, round(self.total_batch_tokens / block_size)) * block_size
+                problems.append(f"total_batch_tokens={self.total_batch_tokens} is not a multiple of "
+                                f"block_size={block_size}. Use {whole}.")
+        except ValueError as error:
+            problems += str(error).split("\n")
+        return problems
+
+
+_AT_LEAST = dict(batch_size=1, gradient_accumulation_steps=1, total_batch_tokens=1, weight_decay=0, grad_clip=0,
+                 warmup_iters=0, lr_decay_iters=1, max_iters=0, max_tokens=1, epochs=0, eval_interval=0, eval_iters=0,
+                 patience=0, log_interval=1, save_interval=-1, keep_last=1, nonfinite_limit=1, threads=1, min_lr=0,
+                 seed=0, data_seed=0)
+
+_FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+KEYS = {"arch_preset": _FIELDS["arch_preset"], **_FIELDS}
+TYPES = typing.get_type_hints(TrainConfig)
+GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "execution")
+
+# Of each pair or triple at most one may be set at a time; a stronger source clears what a weaker one set.
+EXCLUSIVE = (("max_iters", "max_tokens", "epochs"), ("gradient_accumulation_steps", "total_batch_tokens"))
+
+# What a resumed run takes from its checkpoint; a different value on the command line is refused.
+MODEL_KEYS = ("arch_preset", *ARCHITECTURE_KEYS, "block_size")
+FIXED_ON_RESUME = (*MODEL_KEYS, *(name for name, f in KEYS.items() if f.metadata.get("resume") == "fixed"))
+
