@@ -129,7 +129,7 @@ class Run:
             progress.saved_step = progress.step
             state = dict(self.identity, progress=dataclasses.asdict(progress), run=str(self.logger.path))
             path = self.store.save(progress.step, self.tensors(), state, keep_last=self.config.keep_last,
-                                   tokenizer_file=self.dataset.folder / "tokenizer.json", best=progress.is_best)
+                                   tokenizer_folder=self.dataset.folder, best=progress.is_best)
         self.logger.checkpoint(progress.step, str(path), time.perf_counter() - started, progress.is_best)
 
     def log(self, loss, lr: float, grad_norm) -> None:

@@ -1,8 +1,8 @@
 """Where texts come from: iterators of documents as (name, text), and which of them are for validation.
 
-Two corpora come with every Python, so training needs no download: its documentation (`pydocs_documents`, real English) and the
-sources of its standard library (`pystdlib_documents`, real code). Both are the same on every run of one Python version.
-`text_documents` reads your own .txt, .jsonl and .parquet files.
+Two corpora come with every Python, so training needs no download: its documentation (`pydocs_documents`, real English)
+and the sources of its standard library (`pystdlib_documents`, real code). Both are the same on every run of one Python
+version. `text_documents` reads your own .txt, .jsonl and .parquet files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 # ------------------------------------------------------------------------------------------- what comes with Python
 
 def pydocs_documents() -> Iterator[Document]:
-    """Python's own documentation: each topic of `help()`, and the docstrings of each standard-library module as one document."""
+    """Python's own documentation: a document for each topic of `help()` and for the docstrings of each module."""
     found = False
     for name, text in _topics():
         found = True
@@ -45,12 +45,12 @@ def pydocs_documents() -> Iterator[Document]:
             found = True
             yield name, text
     if not found:
-        raise ValueError("This Python has neither documentation topics nor the sources of its standard library; prepare a text "
-                         "of your own with data/textfile/prepare.py.")
+        raise ValueError("This Python has neither documentation topics nor the sources of its standard library; "
+                         "prepare a text of your own with data/textfile/prepare.py.")
 
 
 def pystdlib_documents() -> Iterator[Document]:
-    """The sources of Python's standard library, one document a file; its tests too where it is too small without them."""
+    """The sources of Python's standard library, one document a file; with its tests where it is too small."""
     size = 0
     for name, source in _stdlib_sources(tests=False):
         size += len(source)
@@ -60,8 +60,8 @@ def pystdlib_documents() -> Iterator[Document]:
             size += len(source)
             yield name, source
     if not size:
-        raise ValueError("This Python has no sources of its standard library (.py files); prepare a text of your own with "
-                         "data/textfile/prepare.py.")
+        raise ValueError("This Python has no sources of its standard library (.py files); prepare a text of your own "
+                         "with data/textfile/prepare.py.")
 
 
 def _topics() -> Iterator[Document]:
@@ -77,7 +77,7 @@ def _topics() -> Iterator[Document]:
 
 
 def _stdlib_sources(tests: bool) -> Iterator[Document]:
-    """(relative path, source) of the standard library's files that are tests, or of those that are not, in sorted order."""
+    """(relative path, source) of the library's files that are tests, or that are not, in sorted order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
@@ -119,10 +119,10 @@ def _docstrings(source: str) -> str:
 # ------------------------------------------------------------------------------------------- files of one's own
 
 def text_documents(paths: Sequence[str | os.PathLike], text_key: str = "text") -> Iterator[Document]:
-    """Documents of .txt (a file is one), .jsonl (a line is one) and .parquet (a row is one) files, folders and globs of them.
+    """Documents of files, folders and globs: .txt (a file is one), .jsonl (a line is one), .parquet (a row is one).
 
-    `text_key` is the field or column that holds the text. Empty texts and lines are passed over. ValueError names the file, and
-    the line where there is one.
+    `text_key` is the field or column that holds the text. Empty texts and lines are passed over. ValueError names the
+    file, and the line where there is one.
     """
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for path in find_text_files(paths):
@@ -136,15 +136,17 @@ def text_documents(paths: Sequence[str | os.PathLike], text_key: str = "text") -
 
 
 def find_text_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """The text files that paths, folders (searched to the bottom) and globs stand for, each once, in sorted order a path."""
+    """The text files that paths, folders (searched to the bottom) and globs stand for, each once."""
     kinds = ", ".join(TEXT_SUFFIXES)
     found: dict[Path, None] = {}
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()]
+            files = [file for file in sorted(path.rglob("*"))
+                     if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()]
             if not files:
-                raise ValueError(f"The folder {path} has no {kinds} files; give another folder, or the files themselves.")
+                raise ValueError(f"The folder {path} has no {kinds} files; give another folder, or the files "
+                                 "themselves.")
         elif path.is_file():
             files = [path]
         else:
@@ -153,7 +155,8 @@ def find_text_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
                 raise ValueError(f"There is no file {path}; check the path.")
         for file in files:
             if file.suffix.lower() not in TEXT_SUFFIXES:
-                raise ValueError(f"{file} is not one of {kinds}; plain text of another name can be read after renaming it to .txt.")
+                raise ValueError(f"{file} is not one of {kinds}; plain text of another name can be read after renaming "
+                                 "it to .txt.")
             found[file] = None
     return list(found)
 
@@ -162,7 +165,8 @@ def _read_txt(path: Path, text_key: str) -> Iterator[Document]:
     try:
         yield path.name, path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}: {error.reason}); convert it, for example with iconv.") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}: {error.reason}); convert it, for example "
+                         "with iconv.") from None
 
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
@@ -176,17 +180,20 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
             except ValueError as error:          # JSONDecodeError and UnicodeDecodeError are both
                 raise ValueError(f"{where} is not JSON ({error}); repair or remove the line.") from None
             if not isinstance(record, dict):
-                raise ValueError(f"{where} is no JSON object; each line has to be one, such as {{\"{text_key}\": \"…\"}}.")
+                raise ValueError(f"{where} is no JSON object; each line has to be one, "
+                                 f"such as {{\"{text_key}\": \"…\"}}.")
             if text_key not in record:
-                raise ValueError(f"{where} has no field {text_key!r} (it has: {', '.join(map(str, record)) or 'none'}); name the field "
-                                 f"with --text_key.")
+                raise ValueError(f"{where} has no field {text_key!r} (it has: "
+                                 f"{', '.join(map(str, record)) or 'none'}); name the field with --text_key.")
             text = record[text_key]
             if not isinstance(text, str):
-                raise ValueError(f"{where}: the field {text_key!r} is {type(text).__name__}, not a string; name another field with --text_key.")
+                raise ValueError(f"{where}: the field {text_key!r} is {type(text).__name__}, not a string; name "
+                                 "another field with --text_key.")
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"{where}: the field {text_key!r} has half of a surrogate pair, which is no text; repair or remove the line.") from None
+                raise ValueError(f"{where}: the field {text_key!r} has half of a surrogate pair, which is no text; "
+                                 "repair or remove the line.") from None
             yield f"{path.name}:{number}", text
 
 
@@ -195,18 +202,22 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"Reading {path} needs the package 'pyarrow', which is not installed: pip install pyarrow") from None
+        raise ValueError(f"Reading {path} needs the package 'pyarrow', which is not installed: "
+                         "pip install pyarrow") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet ({error}); it may be truncated: fetch or write it again.") from None
+        raise ValueError(f"{path} cannot be read as parquet ({error}); it may be truncated: fetch or write "
+                         "it again.") from None
     with file:
         columns = file.schema_arrow.names
         if text_key not in columns:
-            raise ValueError(f"{path} has no column {text_key!r} (it has: {', '.join(columns)}); name the column with --text_key.")
+            raise ValueError(f"{path} has no column {text_key!r} (it has: {', '.join(columns)}); name the column with "
+                             "--text_key.")
         kind = file.schema_arrow.field(text_key).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise ValueError(f"{path}: the column {text_key!r} is {kind}, not text; name another column with --text_key.")
+            raise ValueError(f"{path}: the column {text_key!r} is {kind}, not text; name another column with "
+                             "--text_key.")
         row = 0
         try:
             for batch in file.iter_batches(columns=[text_key]):
@@ -222,8 +233,8 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
 def validation_documents(count: int, val_fraction: float, seed: int = 0) -> np.ndarray:
     """Which of `count` documents (two or more) are for validation, as booleans.
 
-    A hash of each document's index decides, so the choice neither depends on the texts nor on their number. At least one
-    document goes to each side.
+    A hash of each document's index decides, so the choice neither depends on the texts nor on their number. At least
+    one document goes to each side.
     """
     if count < 2:
         raise ValueError(f"{count} documents cannot be split by documents; at least 2 are needed.")

@@ -1,7 +1,7 @@
-"""From documents to a dataset: what every data/*/prepare.py does, and `ensure_prepared` for the corpora that come with Python.
+"""From documents to a dataset: what every data/*/prepare.py does, and `ensure_prepared` for embedded corpora.
 
-The documents are read twice: once to count them and to build the tokenizer, once to encode them. Nothing but one batch of texts,
-and the text a BPE is trained on, is held in memory.
+The documents are read twice: once to count them and to build the tokenizer, once to encode them. Nothing but one batch
+of texts, and the text a BPE is trained on, is held in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data.corpora import Document
 from data.token_dataset import DATA_DIR, DatasetError, DatasetWriter, TokenDataset, is_prepared, resolve_dataset
 
 VAL_FRACTION = 0.1
-BPE_TRAINING_CHARACTERS = 100_000_000            # a BPE is trained on the first this many: more takes memory and changes little
+BPE_TRAINING_CHARACTERS = 100_000_000            # a BPE is trained on the first ones: more takes memory, changes little
 BATCH_CHARACTERS = 4_000_000                     # encoded at a time, on all cores
 PIECE_CHARACTERS = 1_000_000                     # longer documents are encoded in pieces of about this size
 BUILT_IN_TOKENIZERS = ("bpe", "char", "byte", "gpt2")
@@ -53,7 +53,7 @@ TEXTFILE_BPE_VOCAB_SIZE = 4096
 def prepare(documents: Callable[[], Iterator[Document]], folder: str | os.PathLike, *, tokenizer: str = "bpe",
             bpe_vocab_size: int = 4096, val_fraction: float = VAL_FRACTION, source: str = "", progress: bool = False,
             only_if_missing: bool = False) -> dict | None:
-    """Tokenize documents into a dataset in `folder`; returns its meta.json, or None where `only_if_missing` found one there.
+    """Tokenize documents into a dataset in `folder`; returns its meta.json (None if `only_if_missing` found one).
 
     documents: starts an iteration over (name, text); called twice, and has to give the same both times.
     tokenizer: bpe, char, byte, gpt2, or the path of a Hugging Face tokenizer.
@@ -61,7 +61,8 @@ def prepare(documents: Callable[[], Iterator[Document]], folder: str | os.PathLi
     Safe against other processes preparing the same folder; an interrupt leaves the folder as it was.
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction:g} is not between 0 and 1; use for example 0.1 to validate on a tenth of the text.")
+        raise ValueError(f"val_fraction={val_fraction:g} is not between 0 and 1; use for example 0.1 to validate on a "
+                         "tenth of the text.")
     folder = Path(folder)
     with _lock(folder):
         if only_if_missing:
@@ -91,10 +92,11 @@ def ensure_prepared(name_or_path: str | os.PathLike) -> None:
         return
     corpus = EMBEDDED[name]
     try:
-        prepare(corpus.documents, folder, bpe_vocab_size=corpus.bpe_vocab_size, source=corpus.source, only_if_missing=True)
+        prepare(corpus.documents, folder, bpe_vocab_size=corpus.bpe_vocab_size, source=corpus.source,
+                only_if_missing=True)
     except OSError as error:
-        raise DatasetError(f"The dataset {name} cannot be written to {folder} ({error.strerror or error}); prepare it elsewhere with "
-                           f"python data/{name}/prepare.py --out=DIR, then use --dataset=DIR.") from None
+        raise DatasetError(f"The dataset {name} cannot be written to {folder} ({error.strerror or error}); prepare it "
+                           f"elsewhere with python data/{name}/prepare.py --out=DIR, then use --dataset=DIR.") from None
 
 
 def _split_into_parts(documents: Callable, count: int, val_fraction: float) -> Callable[[], Iterator[tuple[str, str]]]:
@@ -115,7 +117,7 @@ def _split_into_parts(documents: Callable, count: int, val_fraction: float) -> C
 
 
 def _make_tokenizer(spec: str, parts: Callable, bpe_vocab_size: int, several: bool) -> tokenization.Tokenizer:
-    """The tokenizer called `spec`. A BPE sees the training split only; characters are those of both splits, as in nanoGPT."""
+    """The tokenizer called `spec`. A BPE sees the training split only; characters are those of both splits."""
     if spec == "bpe":
         return tokenization.HuggingFaceTokenizer.train(_training_texts(parts), bpe_vocab_size)
     if spec == "char":
@@ -135,7 +137,8 @@ def _training_texts(parts: Callable) -> Iterator[str]:
             left -= len(text)
 
 
-def _encoded(coder: tokenization.Tokenizer, parts: Iterator[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], list[int]]]:
+def _encoded(coder: tokenization.Tokenizer,
+             parts: Iterator[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], list[int]]]:
     """Yield ((split, text), ids) in order, encoding a batch of texts at a time."""
     def encode(batch: list) -> Iterator:
         pieces = [_pieces(text) if coder.byte_level else [text] for _, text in batch]
@@ -154,8 +157,8 @@ def _encoded(coder: tokenization.Tokenizer, parts: Iterator[tuple[str, str]]) ->
 
 
 def _pieces(text: str) -> list[str]:
-    """Cut a long text before a space that follows a non-space: there GPT-2's and its successors' BPE always starts a new word,
-    so the ids of the pieces are those of the whole."""
+    """Cut a long text before a space that follows a non-space: there GPT-2's and its successors' BPE always starts a
+    new word, so the ids of the pieces are those of the whole."""
     pieces, start = [], 0
     while len(text) - start > PIECE_CHARACTERS:
         cut = text.find(" ", start + PIECE_CHARACTERS)
@@ -211,19 +214,23 @@ def _show(items: Iterator, progress: bool, label: str, total: int | None = None)
 def prepare_embedded(name: str, arguments: Sequence[str] | None = None) -> int:
     """The command line of data/pydocs/prepare.py and data/pystdlib/prepare.py. Returns the exit code."""
     corpus = EMBEDDED[name]
-    parser = _parser(f"data/{name}/prepare.py", f"Prepare data/{name}: {corpus.summary} of this Python.", corpus.bpe_vocab_size)
+    parser = _parser(f"data/{name}/prepare.py", f"Prepare data/{name}: {corpus.summary} of this Python.",
+                     corpus.bpe_vocab_size)
     options = parser.parse_args(arguments)
     _check_options(parser, options)
-    return _run(options, lambda: (corpus.documents, options.out or DATA_DIR / name, corpus.source), corpus.bpe_vocab_size)
+    return _run(options, lambda: (corpus.documents, options.out or DATA_DIR / name, corpus.source),
+                corpus.bpe_vocab_size)
 
 
 def prepare_textfile(arguments: Sequence[str] | None = None) -> int:
     """The command line of data/textfile/prepare.py. Returns the exit code."""
-    parser = _parser("data/textfile/prepare.py", "Prepare a dataset from your own texts: .txt (a file is one document), .jsonl (a line) or "
+    parser = _parser("data/textfile/prepare.py", "Prepare a dataset from your own texts: .txt (a file is one "
+                                                 "document), .jsonl (a line) or "
                      ".parquet (a row) files, folders and globs of them.", TEXTFILE_BPE_VOCAB_SIZE)
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, folder or glob")
     parser.add_argument("--name", help="write to data/NAME; train with --dataset=NAME")
-    parser.add_argument("--text_key", default="text", metavar="KEY", help="field (.jsonl) or column (.parquet) with the text [text]")
+    parser.add_argument("--text_key", default="text", metavar="KEY", help="field (.jsonl) or column (.parquet) with "
+                                                                          "the text [text]")
     options = parser.parse_args(arguments)
     _check_options(parser, options)
     if (options.name is None) == (options.out is None):
@@ -243,10 +250,13 @@ def prepare_textfile(arguments: Sequence[str] | None = None) -> int:
 def _parser(program: str, description: str, bpe_vocab_size: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python {program}", description=description, allow_abbrev=False)
     parser.add_argument("--tokenizer", default="bpe", metavar="bpe|char|byte|gpt2|FOLDER",
-                        help="bpe trains a byte-level BPE on the spot; FOLDER holds a Hugging Face tokenizer.json [bpe]")
+                        help="bpe trains a byte-level BPE on the spot; FOLDER holds a Hugging Face tokenizer.json "
+                             "[bpe]")
     parser.add_argument("--vocab_size", type=int, help=f"size of the bpe vocabulary [{bpe_vocab_size}]")
-    parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION, help=f"share of the text kept for validation [{VAL_FRACTION}]")
-    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), metavar="DIR", help="write to this folder instead of data/")
+    parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION, help=f"share of the text kept for "
+                                                                                 f"validation [{VAL_FRACTION}]")
+    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), metavar="DIR", help="write to this folder "
+                                                                                                "instead of data/")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -258,11 +268,13 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
     if not 0 < options.val_fraction < 1:
         parser.error(f"--val_fraction={options.val_fraction:g} is not between 0 and 1")
     if options.tokenizer not in BUILT_IN_TOKENIZERS and not Path(options.tokenizer).expanduser().exists():
-        parser.error(f"--tokenizer={options.tokenizer} is neither {', '.join(BUILT_IN_TOKENIZERS)} nor an existing folder")
+        parser.error(f"--tokenizer={options.tokenizer} is neither {', '.join(BUILT_IN_TOKENIZERS)} nor an existing "
+                     "folder")
 
 
 def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int:
     """Prepare, print what was made, and turn an error into one sentence on stderr and exit code 1."""
+    folder = options.out
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)    # terminated, it cleans up as when interrupted
         documents, folder, source = job()
@@ -270,7 +282,8 @@ def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int
                 val_fraction=options.val_fraction, source=source, progress=sys.stderr.isatty())
         print(TokenDataset.open(folder.absolute()).describe())
         in_data = folder.absolute().parent == DATA_DIR
-        print(f"train with   python train.py --dataset={folder.name if in_data else shlex.quote(str(folder.absolute()))}")
+        print(f"train with   python train.py "
+              f"--dataset={folder.name if in_data else shlex.quote(str(folder.absolute()))}")
         return 0
     except KeyboardInterrupt:
         print("Interrupted: nothing was prepared.", file=sys.stderr)
@@ -278,5 +291,8 @@ def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int
     except (DatasetError, ValueError, OSError) as error:
         if options.debug:
             raise
+        if isinstance(error, OSError):
+            error = (f"{error.strerror or error} ({error.filename or folder}); check that the file is readable, and "
+                     f"that {folder} may be written and has room.")
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ A folder without meta.json is nanoGPT's own: it is read as uint16. Inspect or ch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -45,7 +46,8 @@ class DatasetError(Exception):
 
 
 def resolve_dataset(name_or_path: str | os.PathLike) -> Path:
-    """The folder of a dataset: a name means data/<name>; a path, or the name of an existing folder, means that folder."""
+    """The folder of a dataset: a name means data/<name>; a path, or the name of an existing folder, means that
+    folder."""
     text = os.path.expanduser(os.fspath(name_or_path))
     if not text.strip():
         raise DatasetError("The dataset's name is empty; give a name such as pydocs, or the path of a folder.")
@@ -64,9 +66,9 @@ def is_prepared(folder: Path) -> bool:
 class DatasetWriter:
     """Writes a dataset document by document, and shows it to readers only when it is whole.
 
-    Used as a context manager: files grow in a hidden folder; `publish` moves them into place, meta.json last. An exception,
-    a kill or a power cut before that leaves `folder` as it was; one *during* it leaves a marker that readers refuse.
-    One writer a folder at a time (data.preparation holds a lock around it).
+    Used as a context manager: files grow in a hidden folder; `publish` moves them into place, meta.json last. An
+    exception, a kill or a power cut before that leaves `folder` as it was; one *during* it leaves a marker that readers
+    refuse. One writer a folder at a time (data.preparation holds a lock around it).
 
         with DatasetWriter(folder, tokenizer, source="my texts") as writer:
             writer.add("train", ids, text_bytes=len(text.encode()))
@@ -101,8 +103,8 @@ class DatasetWriter:
         if self.append_eos:
             ids = np.append(ids, self.tokenizer.eos_id)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
-            raise ValueError(f"the tokenizer {self.tokenizer.name!r} gave ids from {ids.min()} to {ids.max()}, outside of its "
-                             f"vocabulary of {self.tokenizer.vocab_size:,}.")
+            raise ValueError(f"the tokenizer {self.tokenizer.name!r} gave ids from {ids.min()} to {ids.max()}, outside "
+                             f"of its vocabulary of {self.tokenizer.vocab_size:,}.")
         self._splits[split].write(ids, text_bytes)
 
     def publish(self) -> dict:
@@ -119,7 +121,8 @@ class DatasetWriter:
         }
         for split, described in meta["splits"].items():
             if not described["tokens"]:
-                raise DatasetError(f"The {split} split of {self.folder} would be empty; give more text or another val_fraction.")
+                raise DatasetError(f"The {split} split of {self.folder} would be empty; give more text or another "
+                                   "val_fraction.")
         self.tokenizer.save(self._staging)
         nanogpt = {"vocab_size": self.tokenizer.vocab_size}
         if hasattr(self.tokenizer, "characters"):
@@ -131,7 +134,8 @@ class DatasetWriter:
         return meta
 
     def _move_into_place(self) -> None:
-        """From the first to the last line the folder carries a marker, so no mixture of old and new passes for a dataset."""
+        """From the first to the last line the folder carries a marker, so no mixture of old and new passes for a
+        dataset."""
         staged = sorted(self._staging.iterdir(), key=lambda path: (path.name == "meta.json", path.name))
         for path in staged:
             _fsync(path)
@@ -153,7 +157,8 @@ class DatasetWriter:
     def discard(self) -> None:
         """Close and remove what has not been published. Harmless after `publish`."""
         for writer in self._splits.values():
-            writer.close()
+            with contextlib.suppress(OSError):                       # a full disk refuses the last bytes once more
+                writer.close()
         shutil.rmtree(self._staging, ignore_errors=True)
 
 
@@ -250,8 +255,8 @@ class TokenSplit:
         return out
 
     def _map(self, shard: int) -> np.memmap:
-        """The memory map of one file, opened on first use. Touching pages beyond a truncated file's end would kill the process,
-        so its size is asked for at each read."""
+        """The memory map of one file, opened on first use. Touching pages beyond a truncated file's end would kill the
+        process, so its size is asked for at each read."""
         tokens = int(self._ends[shard]) - (int(self._ends[shard - 1]) if shard else 0)
         if shard not in self._maps:
             file = open(self.files[shard], "rb")
@@ -271,8 +276,8 @@ class TokenSplit:
 class TokenDataset:
     """A prepared dataset: `split("train")`, `split("val")`, and what meta.json says of it.
 
-    `open` checks that what lies on disk is what was prepared: sizes always, sha256 and ids in full for splits below 256 MB
-    (for larger ones `python -m data.token_dataset verify DIR` does; the loader checks the ids of every batch).
+    `open` checks that what lies on disk is what was prepared: sizes always, sha256 and ids in full for splits below 256
+    MB (for larger ones `python -m data.token_dataset verify DIR` does; the loader checks the ids of every batch).
     """
 
     def __init__(self, folder: Path, meta: dict | None, splits: dict[str, TokenSplit], note: str | None = None):
@@ -281,10 +286,12 @@ class TokenDataset:
 
     @classmethod
     def open(cls, name_or_path: str | os.PathLike, *, vocab_size: int | None = None) -> "TokenDataset":
-        """Open and check a dataset. `vocab_size` is the model's: every id has to be below it. Never prepares anything."""
+        """Open and check a dataset. `vocab_size` is the model's: every id has to be below it. Never prepares
+        anything."""
         folder = resolve_dataset(name_or_path)
         if not folder.is_dir():
-            raise DatasetError(f"No dataset {str(name_or_path)!r}: there is no folder {folder}. {_how_to_prepare(folder)}")
+            raise DatasetError(f"No dataset {str(name_or_path)!r}: there is no folder {folder}. "
+                               f"{_how_to_prepare(folder)}")
         if (folder / PUBLISHING).exists():
             raise DatasetError(f"The dataset in {folder} is half prepared (the preparation is still running, or was "
                                f"interrupted). {_how_to_prepare(folder)}")
@@ -302,8 +309,9 @@ class TokenDataset:
                 _check_size(path, file["size"], dtype)
             splits[name] = split = TokenSplit(name, paths, dtype, described["bytes"])
             if len(split) != described["tokens"]:
-                raise DatasetError(f"meta.json of {folder} says {name} has {described['tokens']:,} tokens of {meta['dtype']}, but its "
-                                   f"files hold {len(split):,} of that dtype; dtype or tokens there is wrong. {_how_to_prepare(folder)}")
+                raise DatasetError(f"meta.json of {folder} says {name} has {described['tokens']:,} tokens of "
+                                   f"{meta['dtype']}, but its files hold {len(split):,} of that dtype; dtype or tokens "
+                                   f"there is wrong. {_how_to_prepare(folder)}")
             if split.size < FULL_CHECK_BYTES:
                 _check_hashes(paths, described["files"])
         return cls(folder, meta, splits)
@@ -320,15 +328,16 @@ class TokenDataset:
                 splits[name] = split = TokenSplit(name, [path], DTYPES["uint16"])
                 head = split.read(0, min(len(split), SAMPLE_BYTES))
                 if len(head) >= 64 and head[::2].any() and not head[1::2].any():
-                    raise DatasetError(f"{path} has a zero at every second place, so it seems to hold uint32 ids, and without a "
-                                       f"meta.json it would be read as uint16. {_how_to_prepare(folder)}")
+                    raise DatasetError(f"{path} has a zero at every second place, so it seems to hold uint32 ids, and "
+                                       f"without a meta.json it would be read as uint16. {_how_to_prepare(folder)}")
         return cls(folder, None, splits)
 
     def _check_ids(self, model_vocab: int | None) -> None:
         """Compare ids and vocabularies; without meta.json, write the note that says how the files were read."""
         if model_vocab is not None and self.vocab_size is not None and self.vocab_size > model_vocab:
-            raise DatasetError(f"The dataset {self.folder} has a vocabulary of {self.vocab_size:,}, more than the model's "
-                               f"vocab_size={model_vocab:,}; use --vocab_size={self.vocab_size} or another dataset.")
+            raise DatasetError(f"The dataset {self.folder} has a vocabulary of {self.vocab_size:,}, more than the "
+                               f"model's vocab_size={model_vocab:,}; use --vocab_size={self.vocab_size} or another "
+                               "dataset.")
         limits = [limit for limit in (self.vocab_size, model_vocab) if limit is not None]
         largest, whole = 0, True
         for split in self._splits.values():
@@ -338,8 +347,9 @@ class TokenDataset:
             found = split.largest_id(full)
             if limits and found >= min(limits):
                 owner = "its meta.json" if min(limits) == self.vocab_size else "the model"
-                raise DatasetError(f"{split.label} holds the token id {found:,}, but {owner} has vocab_size={min(limits):,}; "
-                                   f"the dataset is damaged or was prepared for another vocabulary (at least {found + 1:,}).")
+                raise DatasetError(f"{split.label} holds the token id {found:,}, but {owner} has "
+                                   f"vocab_size={min(limits):,}; the dataset is damaged or was prepared for another "
+                                   f"vocabulary (at least {found + 1:,}).")
             largest, whole = max(largest, found), whole and full
         if self.meta is None:
             self.note = (f"{self.folder} has no meta.json: read as uint16 (largest id {largest:,}"
@@ -364,7 +374,8 @@ class TokenDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content: from the sha256s in meta.json, else from the files themselves (large ones are sampled)."""
+        """Identifies the content: from the sha256s in meta.json, else from the files themselves (large ones are
+        sampled)."""
         if self.meta:
             content = [self.meta["dtype"], self.meta["tokenizer"]["fingerprint"],
                        {name: [file["sha256"] for file in split["files"]] for name, split in self.meta["splits"].items()}]
@@ -380,8 +391,9 @@ class TokenDataset:
             self._tokenizer = load_tokenizer(self.folder)
             expected = self.meta["tokenizer"]["fingerprint"] if self.meta and self._tokenizer else None
             if expected and self._tokenizer.fingerprint != expected:
-                raise DatasetError(f"{self.folder / 'tokenizer.json'} is not the tokenizer the dataset was made with (fingerprint "
-                                   f"{self._tokenizer.fingerprint}, meta.json says {expected}). {_how_to_prepare(self.folder)}")
+                raise DatasetError(f"{self.folder / 'tokenizer.json'} is not the tokenizer the dataset was made with "
+                                   f"(fingerprint {self._tokenizer.fingerprint}, meta.json says {expected}). "
+                                   f"{_how_to_prepare(self.folder)}")
         return self._tokenizer
 
     def verify(self) -> None:
@@ -390,7 +402,8 @@ class TokenDataset:
             if self.meta:
                 _check_hashes(split.files, self.meta["splits"][name]["files"])
                 if (found := split.largest_id(full=True)) >= self.vocab_size:
-                    raise DatasetError(f"{split.label} holds the token id {found:,}, but its vocab_size is {self.vocab_size:,}.")
+                    raise DatasetError(f"{split.label} holds the token id {found:,}, but its vocab_size is "
+                                       f"{self.vocab_size:,}.")
         self.tokenizer()
 
     def describe(self) -> str:
@@ -398,12 +411,15 @@ class TokenDataset:
         lines = [f"dataset      {self.folder}", f"fingerprint  {self.fingerprint}"]
         if self.meta:
             lines += [f"source       {self.meta['source']}",
-                      f"tokenizer    {self.meta['tokenizer']['name']}, vocabulary {self.vocab_size:,}, eos id {self.eos_id}, {self.meta['dtype']}"]
+                      f"tokenizer    {self.meta['tokenizer']['name']}, vocabulary {self.vocab_size:,}, eos id "
+                      f"{self.eos_id}, {self.meta['dtype']}"]
         else:
             lines.append(f"note         {self.note}")
         for name, split in self._splits.items():
             documents = self.meta["splits"][name]["documents"] if self.meta else 0
-            counted = f"{split.bytes:,} bytes, {documents:,} document{'s' * (documents != 1)}" if self.meta else "bytes unknown"
+            counted = "bytes unknown"
+            if self.meta:
+                counted = f"{split.bytes:,} bytes, {documents:,} document{'s' * (documents != 1)}"
             lines.append(f"{name:<12} {len(split):,} tokens, {counted}")
         return "\n".join(lines)
 
@@ -415,7 +431,8 @@ def _how_to_prepare(folder: Path) -> str:
     inside = folder.parent.resolve() == DATA_DIR
     if inside and (DATA_DIR / folder.name / "prepare.py").exists():
         if folder.name == "textfile":
-            return "Prepare your own text with: python data/textfile/prepare.py FILE --name=NAME, then use --dataset=NAME"
+            return ("Prepare your own text with: python data/textfile/prepare.py FILE --name=NAME, then use "
+                    "--dataset=NAME")
         return f"Prepare it with: python data/{folder.name}/prepare.py"
     target = f"--name={folder.name}" if inside else f"--out={folder}"
     return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}"
@@ -431,8 +448,8 @@ def _read_meta(folder: Path) -> dict:
     except (ValueError, OSError) as error:
         raise DatasetError(f"{path} cannot be read as JSON ({error}). {_how_to_prepare(folder)}") from None
     if (version := meta.get("format_version")) != FORMAT_VERSION:
-        raise DatasetError(f"{path} has format_version {version!r}, and this program reads {FORMAT_VERSION} only; update the program, or "
-                           f"prepare the dataset again. {_how_to_prepare(folder)}")
+        raise DatasetError(f"{path} has format_version {version!r}, and this program reads {FORMAT_VERSION} only; "
+                           f"update the program, or prepare the dataset again. {_how_to_prepare(folder)}")
 
     def need(values: dict, key: str, kind: type | tuple, where: str = ""):
         value = values.get(key) if isinstance(values, dict) else None
@@ -446,7 +463,8 @@ def _read_meta(folder: Path) -> dict:
     need(need(meta, "tokenizer", dict), "fingerprint", str, "tokenizer.")
     need(meta["tokenizer"], "name", str, "tokenizer.")
     if need(meta, "dtype", str) not in DTYPES:
-        raise DatasetError(f"{path} has the dtype {meta['dtype']!r}, which is not one of {', '.join(DTYPES)}. {_how_to_prepare(folder)}")
+        raise DatasetError(f"{path} has the dtype {meta['dtype']!r}, which is not one of {', '.join(DTYPES)}. "
+                           f"{_how_to_prepare(folder)}")
     meta.setdefault("source", "")
     splits = need(meta, "splits", dict)
     for name in dict.fromkeys([*SPLITS, *splits]):
@@ -457,7 +475,8 @@ def _read_meta(folder: Path) -> dict:
             for key, kind in (("name", str), ("size", int), ("sha256", str)):
                 need(file, key, kind, f"splits.{name}.files.")
             if Path(file["name"]).name != file["name"]:
-                raise DatasetError(f"{path} names the file {file['name']!r}, which is not in its folder. {_how_to_prepare(folder)}")
+                raise DatasetError(f"{path} names the file {file['name']!r}, which is not in its folder. "
+                                   f"{_how_to_prepare(folder)}")
     return meta
 
 
@@ -466,23 +485,25 @@ def _check_size(path: Path, expected: int, dtype: np.dtype) -> None:
         raise DatasetError(f"{path} is missing. {_how_to_prepare(path.parent)}")
     size = path.stat().st_size
     if size != expected:
-        raise DatasetError(f"{path} has {size:,} bytes, but meta.json says {expected:,}; it is truncated or was replaced. "
-                           f"{_how_to_prepare(path.parent)}")
+        raise DatasetError(f"{path} has {size:,} bytes, but meta.json says {expected:,}; it is truncated or was "
+                           f"replaced. {_how_to_prepare(path.parent)}")
     if size == 0:
         raise DatasetError(f"{path} is empty. {_how_to_prepare(path.parent)}")
     if size % dtype.itemsize:
-        raise DatasetError(f"{path} has {size:,} bytes, which is not a whole number of {dtype.name} ids; it is truncated or no token file. "
-                           f"{_how_to_prepare(path.parent)}")
+        raise DatasetError(f"{path} has {size:,} bytes, which is not a whole number of {dtype.name} ids; it is "
+                           f"truncated or no token file. {_how_to_prepare(path.parent)}")
 
 
 def _check_hashes(paths: Sequence[Path], described: Sequence[dict]) -> None:
     for path, file in zip(paths, described):
         if _sha256(path) != file["sha256"]:
-            raise DatasetError(f"{path} is damaged: its sha256 is not the one in meta.json. {_how_to_prepare(path.parent)}")
+            raise DatasetError(f"{path} is damaged: its sha256 is not the one in meta.json. "
+                               f"{_how_to_prepare(path.parent)}")
 
 
 def _chunks(path: Path, full: bool = True):
-    """The bytes of a file in pieces of SAMPLE_BYTES: all of them, or SAMPLES of them spread from its start to its end."""
+    """The bytes of a file in pieces of SAMPLE_BYTES: all of them, or SAMPLES of them spread from its start to its
+    end."""
     size = path.stat().st_size
     offsets = range(0, size, SAMPLE_BYTES)
     if not full and len(offsets) > SAMPLES:
@@ -505,7 +526,8 @@ def _sha256(path: Path, full: bool = True) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`info DIR` prints what a dataset is; `verify DIR` checks every byte of it. Returns the exit code."""
     import argparse
-    parser = argparse.ArgumentParser(prog="python -m data.token_dataset", description="Inspect or check a prepared dataset.")
+    parser = argparse.ArgumentParser(prog="python -m data.token_dataset", description="Inspect or check a prepared "
+                                                                                      "dataset.")
     parser.add_argument("command", choices=("info", "verify"))
     parser.add_argument("dataset", help="name of a dataset in data/, or path of its folder")
     options = parser.parse_args(arguments)
@@ -514,7 +536,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(dataset.describe())
         if options.command == "verify":
             dataset.verify()
-            print("verified     every file is as meta.json says" if dataset.meta else "verified     sizes only: there is no meta.json")
+            print("verified     every file is as meta.json says" if dataset.meta else "verified     sizes only: there "
+                                                                                      "is no meta.json")
     except (DatasetError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

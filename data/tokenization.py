@@ -8,10 +8,10 @@
 | gpt2 | GPT-2's 50,257                                                        | `tiktoken`   |
 | hf   | any local Hugging Face tokenizer (a folder, or its tokenizer.json)     | `tokenizers` |
 
-Each has `kind`, `name`, `vocab_size` (special ids included), `eos_id` (or None), `fingerprint`, `encode`, `encode_batch`,
-`decode`, `decode_bytes`, `save(folder)`; `load_tokenizer(folder)` reads what `save` wrote. Text is always ordinary text: the
-characters `<|endoftext|>` in a document never become the eos id. `byte_level` says that ids stand for bytes one after another,
-so that `decode_bytes` of parts can be joined.
+Each has `kind`, `name`, `vocab_size` (special ids included), `eos_id` (or None), `fingerprint`, `encode`,
+`encode_batch`, `decode`, `decode_bytes`, `save(folder)`; `load_tokenizer(folder)` reads what `save` wrote. Text is
+always ordinary text: the characters `<|endoftext|>` in a document never become the eos id. `byte_level` says that ids
+stand for bytes one after another, so that `decode_bytes` of parts can be joined.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. The eos id reads `<|endoftext|>`, or as the tokenizer calls it."""
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. The eos id reads as its name."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def definition(self) -> dict:
@@ -97,8 +97,9 @@ class CharTokenizer(Tokenizer):
         except KeyError:
             unknown = sorted(set(text) - self._ids.keys())
             shown = ", ".join(repr(character) for character in unknown[:10]) + (", …" if len(unknown) > 10 else "")
-            raise ValueError(f"The character vocabulary of {len(self.characters)} has no {shown}; leave these characters out, or use a "
-                             f"dataset prepared with --tokenizer=bpe or byte, which know every text.") from None
+            raise ValueError(f"The character vocabulary of {len(self.characters)} has no {shown}; leave these "
+                             f"characters out, or use a dataset prepared with --tokenizer=bpe or byte, which know "
+                             "every text.") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join([self._pieces[i] for i in ids])
@@ -138,8 +139,9 @@ class Gpt2Tokenizer(Tokenizer):
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:                                   # requests raises many kinds; each means: no files
-            raise ValueError(f"tiktoken cannot get the files of the GPT-2 tokenizer ({type(error).__name__}); connect to the network "
-                             f"once, point TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer=bpe.") from None
+            raise ValueError(f"tiktoken cannot get the files of the GPT-2 tokenizer ({type(error).__name__}); connect "
+                             f"to the network once, point TIKTOKEN_CACHE_DIR to a folder that has them, or use "
+                             "--tokenizer=bpe.") from None
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
@@ -177,8 +179,8 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import decoders, models, pre_tokenizers, trainers
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + 1:
-            raise ValueError(f"vocab_size={vocab_size} is too small for a byte-level BPE: 256 bytes and {END_OF_TEXT} need "
-                             f"{len(alphabet) + 1}; use a larger one, or --tokenizer=byte.")
+            raise ValueError(f"vocab_size={vocab_size} is too small for a byte-level BPE: 256 bytes and {END_OF_TEXT} "
+                             f"need {len(alphabet) + 1}; use a larger one, or --tokenizer=byte.")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.decoder = decoders.ByteLevel()
@@ -193,17 +195,19 @@ class HuggingFaceTokenizer(Tokenizer):
         path = Path(path).expanduser()
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"There is no tokenizer {file}; --tokenizer takes char, byte, bpe, gpt2, or a folder with a Hugging Face tokenizer.json.")
+            raise ValueError(f"There is no tokenizer {file}; --tokenizer takes char, byte, bpe, gpt2, or a folder with "
+                             "a Hugging Face tokenizer.json.")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:                                   # the library raises bare Exception
-            raise ValueError(f"{file} is not a Hugging Face tokenizer ({error}); export one with tokenizer.save_pretrained(folder).") from None
+            raise ValueError(f"{file} is not a Hugging Face tokenizer ({error}); export one with "
+                             "tokenizer.save_pretrained(folder).") from None
         config = _read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
         eos = config.get("eos_token")
         candidates = [eos.get("content") if isinstance(eos, dict) else eos] if eos else EOS_NAMES
         eos_ids = [i for i in map(backend.token_to_id, candidates) if i is not None]
-        return cls(backend, kind=config.get("kitbash_kind", "hf"), name=config.get("kitbash_name", file.resolve().parent.name),
-                   eos_id=eos_ids[0] if eos_ids else None)
+        return cls(backend, kind=config.get("kitbash_kind", "hf"), eos_id=eos_ids[0] if eos_ids else None,
+                   name=config.get("kitbash_name", file.resolve().parent.name))
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -235,7 +239,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, folder: str | os.PathLike) -> None:
         eos = None if self.eos_id is None else self._backend.id_to_token(self.eos_id)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "kitbash_kind": self.kind, "kitbash_name": self.name}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos,
+                  "kitbash_kind": self.kind, "kitbash_name": self.name}
         self._backend.save(str(Path(folder) / TOKENIZER_FILE))
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -258,7 +263,8 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
         return Gpt2Tokenizer()
     if kind == "hf":
         return HuggingFaceTokenizer.from_pretrained(path)
-    raise ValueError(f"{path} is of the unknown kind {kind!r} (known: char, byte, gpt2, or Hugging Face's form); update the program.")
+    raise ValueError(f"{path} is of the unknown kind {kind!r} (known: char, byte, gpt2, or Hugging Face's form); "
+                     "update the program.")
 
 
 class StreamDecoder:
@@ -273,8 +279,8 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # For tokenizers whose text is not the sum of its parts (SentencePiece's word marks): the ids since the text last
-        # stood whole, preceded by the ids shown before them, which they may need as context.
+        # For tokenizers whose text is not the sum of its parts (SentencePiece's word marks): the ids since the text
+        # last stood whole, preceded by the ids shown before them, which they may need as context.
         self._ids: list[int] = []
         self._shown = 0
 
@@ -302,7 +308,7 @@ class StreamDecoder:
 
 
 def _byte_spelling() -> dict[str, int]:
-    """The character by which GPT-2's vocabulary spells each byte: itself where it is printable, else one from U+0100 on."""
+    """The character by which GPT-2's vocabulary spells each byte: itself if printable, else one from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {**{chr(byte): byte for byte in printable}, **{chr(256 + i): byte for i, byte in enumerate(others)}}
@@ -315,7 +321,8 @@ def _read_json(path: Path) -> dict:
             raise ValueError("it is not an object")
         return content
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); restore the file, or prepare the dataset again.") from None
+        raise ValueError(f"{path} cannot be read as JSON ({error}); restore the file, or prepare the dataset "
+                         "again.") from None
 
 
 def _import(library: str, purpose: str):

@@ -25,7 +25,8 @@ class FlopsPerToken:
 def flops_per_token(config: ModelConfig, context: int | None = None, checkpointing: str = "none") -> FlopsPerToken:
     """Training FLOPs a token at this context length (default block_size), under this activation checkpointing.
 
-    'full' checkpointing repeats the forward pass of the blocks; 'selective' repeats no matrix product.
+    'full' checkpointing repeats the forward pass of the blocks, counted whole (PyTorch leaves out a block's last
+    projection where nothing needs its result); 'selective' repeats no matrix product.
     """
     context = context or config.block_size
     all_parts = parts(config)

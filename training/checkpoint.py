@@ -104,7 +104,7 @@ class CheckpointStore:
     # --------------------------------------------------------------------------------------- writing
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep_last: int,
-             tokenizer_file: Path | None = None, best: bool = False) -> Path:
+             tokenizer_folder: Path | None = None, best: bool = False) -> Path:
         """Write a checkpoint of this step, publish it, point 'latest' (and 'best') at it and drop old ones.
 
         `tensors`: flat names → tensors (sharded ones are written by the ranks that hold them). `state`: JSON-ready.
@@ -117,8 +117,8 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
             _write_tensors(temporary, tensors)
             _write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, "step": step, **state})
-            if tokenizer_file is not None and tokenizer_file.is_file():
-                shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
+            for file in tokenizer_folder.glob("tokenizer*.json") if tokenizer_folder is not None else ():
+                shutil.copyfile(file, temporary / file.name)
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
             _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
             for path in temporary.iterdir():
@@ -167,13 +167,25 @@ class CheckpointStore:
 
 # ------------------------------------------------------------------------------------------- reading
 
-def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None) -> Path:
-    """A checkpoint folder, or an out_dir (its latest intact one) → a verified checkpoint. Raises CheckpointError."""
+def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None, which: str = "latest") -> Path:
+    """A checkpoint folder, or an out_dir (its latest intact one, or its best) → a verified checkpoint.
+
+    Raises CheckpointError.
+    """
     path = Path(path).expanduser()
     if (path / "manifest.json").is_file():
+        if which == "best":
+            raise CheckpointError(f"{path} is one checkpoint; the best one can only be asked of an out_dir.")
         verify(path)
         return path
     store = CheckpointStore(path.parent if path.name == "checkpoints" else path)
+    if which == "best" and store.all():
+        best = store.pointed("best")
+        if best is None:
+            raise CheckpointError(f"{store.folder} has no best checkpoint, as none was saved right after an evaluation; "
+                                  "use the latest one.")
+        verify(best)
+        return best
     found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)))
     if found is None:
         what = "has no checkpoint in it" if path.exists() else "does not exist"
@@ -240,16 +252,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+def load_model(path: str | Path, device: torch.device | str = "cpu", which: str = "latest") -> tuple[nn.Module, Any]:
     """A checkpoint folder or an out_dir → (model in eval mode, its tokenizer, or None where the data had none).
 
-    Raises CheckpointError.
+    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError.
     """
     from data.tokenization import load_tokenizer
     from model_builder import build_model
     from model_config import ModelConfig
 
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, which=which)
     config = ModelConfig.from_dict(read_state(checkpoint)["model"]["config"])
     model = build_model(config, device="meta").to_empty(device=device)
     load_tensors(checkpoint, model_tensors(model))

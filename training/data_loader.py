@@ -1,8 +1,9 @@
 """What the model reads next, as a pure function of (data_seed, sequences consumed).
 
-`WindowOrder` says where sequence number i starts; it keeps no state and takes no memory, so the order depends neither on batch
-size, accumulation, number of processes or evaluation, nor on how often a run was stopped and resumed. `DataLoader` reads this
-rank's slice of a batch, the next one in the background. `validation_batches` is the fixed set of windows of every evaluation.
+`WindowOrder` says where sequence number i starts; it keeps no state and takes no memory, so the order depends neither
+on batch size, accumulation, number of processes or evaluation, nor on how often a run was stopped and resumed.
+`DataLoader` reads this rank's slice of a batch, the next one in the background. `validation_batches` is the fixed set
+of windows of every evaluation.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ import torch
 from data.token_dataset import DatasetError, TokenSplit
 
 IGNORED = -1                                     # target of a position that does not count
-FEISTEL_ROUNDS = 6
+FEISTEL_ROUNDS = 10                              # with fewer, some orders of very few windows are visibly favoured
 
 
 class WindowOrder:
     """Where each training sequence starts, in tokens.
 
-    An epoch reads W windows of block_size inputs side by side (a window is one token longer: its targets are shifted by one),
-    each once, in an order drawn anew for each epoch, from an offset drawn anew for each epoch: so the cuts between windows fall
-    elsewhere every time, and what one epoch leaves out at the ends (fewer than 2 × block_size tokens), others read.
+    An epoch reads W windows of block_size inputs side by side (a window is one token longer: its targets are shifted by
+    one), each once, in an order drawn anew for each epoch, from an offset drawn anew for each epoch: so the cuts
+    between windows fall elsewhere every time, and what one epoch leaves out at the ends (fewer than 2 × block_size
+    tokens), others read.
     """
 
     def __init__(self, tokens: int, block_size: int, data_seed: int):
         if tokens < block_size + 1:
-            raise DatasetError(f"The training text has {tokens:,} tokens, too few for one window of block_size={block_size:,} and its "
-                               f"shifted targets; use --block_size={max(1, tokens - 1)} or smaller, or more text.")
+            raise DatasetError(f"The training text has {tokens:,} tokens, too few for one window of "
+                               f"block_size={block_size:,} and its shifted targets; use "
+                               f"--block_size={max(1, tokens - 1)} or smaller, or more text.")
         self.tokens, self.block_size, self.data_seed = tokens, block_size, data_seed
         self.windows_per_epoch = max(1, (tokens - block_size) // block_size)
         self._offsets = tokens - self.windows_per_epoch * block_size     # how many offsets keep every window inside
@@ -46,10 +49,10 @@ class WindowOrder:
         return (offset + self._permuted(place, key) * np.uint64(self.block_size)).astype(np.int64)
 
     def _permuted(self, place: np.ndarray, key: np.ndarray) -> np.ndarray:
-        """The window read at each place of an epoch: a keyed permutation of 0 … W-1 (Black & Rogaway 2002, "cycle walking").
+        """The window read at each place of an epoch: a keyed permutation of 0 … W-1 (Black & Rogaway 2002).
 
-        A Feistel network permutes the square domain; a value that falls outside of the windows is sent through again until it
-        falls inside, which keeps it a permutation. The domain is at most 4 W, so this takes few turns.
+        A Feistel network permutes the square domain; a value that falls outside of the windows is sent through again
+        until it falls inside ("cycle walking"), so it stays a permutation. The domain is at most 4 W: few turns.
         """
         window = self._feistel(place, key)
         while len(outside := np.flatnonzero(window >= np.uint64(self.windows_per_epoch))):
@@ -76,8 +79,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class DataLoader:
     """This rank's rows of any batch of training sequences; the batch after it is read in the background meanwhile."""
 
-    def __init__(self, split: TokenSplit, block_size: int, data_seed: int, *, vocab_size: int | None = None, rank: int = 0,
-                 world_size: int = 1, prefetch: bool = True):
+    def __init__(self, split: TokenSplit, block_size: int, data_seed: int, *, vocab_size: int | None = None,
+                 rank: int = 0, world_size: int = 1, prefetch: bool = True):
         self.split, self.block_size, self.vocab_size = split, block_size, vocab_size
         self.rank, self.world_size = rank, world_size
         self.order = WindowOrder(len(split), block_size, data_seed)
@@ -85,10 +88,10 @@ class DataLoader:
         self._guess: tuple[tuple[int, int], Future] | None = None
 
     def batch(self, first_sequence: int, count: int) -> torch.Tensor:
-        """Rows of sequences [first_sequence, first_sequence + count) that are this rank's: (count / world_size, block_size + 1).
+        """Rows of sequences [first_sequence, first_sequence + count) that are this rank's.
 
-        Rank r has the r-th contiguous slice. Inputs are `[:, :-1]`, targets `[:, 1:]`. DatasetError, also of the background
-        thread, when the dataset cannot be read or holds ids beyond the vocabulary.
+        (count / world_size, block_size + 1) token ids. Rank r has the r-th contiguous slice. Inputs are `[:, :-1]`, targets `[:, 1:]`. DatasetError, also of the
+        background thread, when the dataset cannot be read or holds ids beyond the vocabulary.
         """
         if count % self.world_size:
             raise ValueError(f"a batch of {count} sequences cannot be shared equally by {self.world_size} processes")
@@ -119,16 +122,19 @@ class DataLoader:
 
 
 def validation_batches(split: TokenSplit, block_size: int, windows: int | None, batch_size: int, rank: int = 0,
-                       world_size: int = 1, *, vocab_size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+                       world_size: int = 1, *,
+                       vocab_size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (inputs, targets), each (rows, block_size), of a fixed set of windows side by side.
 
-    windows: how many, spread evenly over the split; 0 or None for all of them, so that every token but the first is a target
-    exactly once. Targets are IGNORED where a window is filled up (the shorter last one; whole rows where the windows do not
-    divide). Over all ranks each window comes once; all ranks yield the same number of batches of the same shape.
+    windows: how many, spread evenly over the split; 0 or None for all of them, so that every token but the first is a
+    target exactly once. Targets are IGNORED where a window is filled up (the shorter last one; whole rows where the
+    windows do not divide). Over all ranks each window comes once; all ranks yield the same number of batches of the
+    same shape.
     """
     targets_in_all = len(split) - 1
     if targets_in_all < 1:
-        raise DatasetError(f"{split.label} has {len(split)} tokens, too few to validate on (2 at least); use more text or a larger val_fraction.")
+        raise DatasetError(f"{split.label} has {len(split)} tokens, too few to validate on (2 at least); use more text "
+                           "or a larger val_fraction.")
     existing = -(-targets_in_all // block_size)
     used = min(windows or existing, existing)
     chosen = np.arange(used) * existing // used
@@ -152,6 +158,7 @@ def _read_windows(split: TokenSplit, starts: np.ndarray, length: int, vocab_size
     for row, start in enumerate(starts.tolist()):
         windows[row] = split.read(start, start + length)
     if vocab_size is not None and windows.size and (largest := windows.max()) >= vocab_size:
-        raise DatasetError(f"{split.label} holds the token id {largest:,}, but the model has vocab_size={vocab_size:,}; use "
-                           f"--vocab_size={largest + 1} or larger, or a dataset prepared for this vocabulary.")
+        raise DatasetError(f"{split.label} holds the token id {largest:,}, but the model has "
+                           f"vocab_size={vocab_size:,}; use --vocab_size={largest + 1} or larger, or a dataset "
+                           "prepared for this vocabulary.")
     return windows

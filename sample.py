@@ -1,0 +1,311 @@
+"""Text from a checkpoint.
+
+    python sample.py out/quickstart --prompt="The function returns"     # an out_dir, or one checkpoint folder
+    python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt   # as with nanoGPT
+    echo "To be" | python sample.py out/shakespeare --num_samples=3 --temperature=0.7 --top_p=0.9
+
+stdout gets the prompt and its continuation, samples separated by a line of dashes, and nothing else. Sample i is drawn
+with seed + i, so it does not depend on num_samples. A prompt read from a file or stdin loses one final line break.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import re
+import stat
+import sys
+import time
+from pathlib import Path
+
+from model_config import did_you_mean
+
+SEPARATOR = "---------------"  # nanoGPT's
+
+# option → (type, which values it can have, that in words)
+VALUES = {
+    "num_samples": (int, lambda n: n >= 1, "a whole number from 1 on"),
+    "max_new_tokens": (int, lambda n: n >= 1, "a whole number from 1 on"),
+    "temperature": (float, lambda t: 0 <= t < math.inf, "a number from 0 on; 0 always takes the likeliest token"),
+    "top_k": (int, lambda k: k >= 1, "a whole number from 1 on, or 'none' for all tokens"),
+    "top_p": (float, lambda p: 0 < p <= 1, "a number above 0 and up to 1"),
+    "repetition_penalty": (float, lambda r: 0 < r < math.inf, "a positive number; 1 is no penalty"),
+    "seed": (int, lambda s: 0 <= s < 2 ** 62, "a whole number from 0 on"),
+    "device": (str, re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps"),
+    "dtype": (str, re.compile("auto|float32|bfloat16|float16").fullmatch, "auto, float32, bfloat16 or float16"),
+}
+
+
+class UsageError(Exception):
+    """The command line cannot be used; the message has one sentence a line."""
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError where it would print and exit."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; --help shows what can be given.")
+
+
+def make_parser() -> Parser:
+    """The command line; numbers stay text here, so that all their problems can be told at once."""
+    parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    where = parser.add_argument_group("the model")
+    where.add_argument("checkpoint", nargs="?", help="an out_dir or a checkpoint folder (default: out)")
+    where.add_argument("--out_dir", metavar="DIR", help="the same by another name")
+    where.add_argument("--best", action="store_true", help="the best checkpoint of the out_dir, not the latest")
+    where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
+    where.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    prompt = parser.add_argument_group("the prompt (default: what is piped in, else the end-of-text token)")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
+    prompt.add_argument("--start", metavar="TEXT", help="the same; FILE:prompt.txt reads it from a file")
+    prompt.add_argument("--prompt_file", metavar="FILE", help="file with the text to continue")
+    prompt.add_argument("--prompt_ids", metavar="1,2,3", help="token ids to continue (where there is no tokenizer)")
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--num_samples", metavar="N", default="1", help="(default: 1)")
+    how.add_argument("--max_new_tokens", metavar="N", default="200", help="(default: 200)")
+    how.add_argument("--temperature", metavar="X", default="0.8", help="0 is greedy (default: 0.8)")
+    how.add_argument("--top_k", metavar="K", default="200", help="only the K likeliest, or none for all (default: 200)")
+    how.add_argument("--top_p", metavar="P", default="1", help="only the likeliest that make up P (default: 1)")
+    how.add_argument("--repetition_penalty", metavar="X", default="1",
+                     help="above 1, tokens seen before get less likely (default: 1)")
+    how.add_argument("--seed", metavar="N", default="1337", help="sample i uses seed + i (default: 1337)")
+    end = how.add_mutually_exclusive_group()
+    end.add_argument("--stop_at_eos", action="store_true", default=True, help="end at the end-of-text token (default)")
+    end.add_argument("--ignore_eos", dest="stop_at_eos", action="store_false", help="go on after it")
+    how.add_argument("--no_stream", dest="stream", action="store_false", help="print a sample when it is complete")
+    how.add_argument("--no_cache", dest="cache", action="store_false", help="compute all keys and values anew")
+    how.add_argument("--debug", action="store_true", help="errors with their traceback")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """argv → options: values converted and checked, `prompt` read (or None) and `ids` (or None).
+
+    Raises UsageError with every problem found.
+    """
+    parser = make_parser()
+    options, unknown = parser.parse_known_args([underscored(word) for word in argv])
+    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    problems = []
+    for word in unknown:
+        key = word.removeprefix("--").partition("=")[0]
+        problems.append(f"{word!r} is one argument too many; the prompt goes into --prompt=\"…\"." if key == word else
+                        f"--{key} is not an option{did_you_mean(key, known)}. --help lists them all.")
+    for key, (kind, allowed, meaning) in VALUES.items():
+        text = getattr(options, key)
+        try:
+            value = None if key == "top_k" and text.lower() == "none" else kind(text)
+            if value is not None and not allowed(value):
+                raise ValueError
+            setattr(options, key, value)
+        except ValueError:
+            problems.append(f"{key}={text!r} must be {meaning}.")
+    places = [place for place in (options.checkpoint, options.out_dir) if place is not None]
+    if len(places) > 1:
+        problems.append(f"{places[0]!r} and --out_dir={places[1]!r} both say where the model is; give one of them.")
+    options.checkpoint = places[0] if places else "out"
+    options.ids = None
+    try:
+        options.prompt = read_prompt(options)
+    except UsageError as error:
+        problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return options
+
+
+def underscored(word: str) -> str:
+    """--top-k=5 → --top_k=5; anything else stays as it is."""
+    key, equals, value = word.partition("=")
+    return "--" + key[2:].replace("-", "_") + equals + value if key.startswith("--") else word
+
+
+def read_prompt(options: argparse.Namespace) -> str | None:
+    """The text to continue, "" if none is given; None and `options.ids` where it is given as ids. Raises UsageError."""
+    sources = ("prompt", "start", "prompt_file", "prompt_ids")
+    given = {source: getattr(options, source) for source in sources if getattr(options, source) is not None}
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(f'--{source}' for source in given)} each give a prompt; use one of them.")
+    source, text = next(iter(given.items())) if given else ("prompt", "-" if stdin_is_piped() else "")
+    try:
+        if source == "prompt_ids":
+            options.ids = [int(word) for word in text.split(",")]
+            return None
+        if source == "prompt_file" or (source == "start" and text.startswith("FILE:")):
+            source, text = "file", text.removeprefix("FILE:") if source == "start" else text
+            return Path(text).expanduser().read_text(encoding="utf-8").removesuffix("\n")
+        if source == "prompt" and text == "-":
+            source = "stdin"
+            with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stdin:
+                return stdin.read().removesuffix("\n")
+        text.encode()  # what no one can read from the command line arrives as lone surrogates
+        return text
+    except UnicodeError:
+        where = {"file": f"file {text!r}", "stdin": "text on stdin"}.get(source, "text on the command line")
+        raise UsageError(f"The prompt cannot be read: the {where} is not UTF-8; convert it first.") from None
+    except OSError as error:
+        where = repr(text) if source == "file" else "stdin"
+        raise UsageError(f"The prompt cannot be read from {where}: {error.strerror or error}.") from None
+    except ValueError:
+        raise UsageError(f"prompt_ids={text!r} must be token ids separated by commas, e.g. 1,2,3.") from None
+
+
+def stdin_is_piped() -> bool:
+    """Whether something is piped or redirected into the program (a terminal and /dev/null are not)."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # there is no stdin
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+def run(options: argparse.Namespace) -> None:
+    """Load the model and write the samples."""
+    import torch
+
+    from data.tokenization import StreamDecoder
+    from flops_parameter_counting.hardware import best_dtype
+    from training.checkpoint import load_model
+    device = choose_device(options.device)
+    model, tokenizer = load_model(options.checkpoint, device, which="best" if options.best else "latest")
+    dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
+    model.to(getattr(torch, dtype))  # cast once: the same numbers as casting at each use, as training does
+    if tokenizer is not None and tokenizer.vocab_size < model.config.vocab_size:  # ids without text can never win
+        model.head.weight = torch.nn.Parameter(model.head.weight.detach()[:tokenizer.vocab_size])
+    ids = prompt_ids(options, tokenizer, vocab_size=min(model.config.vocab_size, model.head.weight.size(0)))
+    if len(ids) > model.config.block_size:
+        print(f"sample.py: the prompt has {len(ids)} tokens; the model sees the last {model.config.block_size} "
+              "(block_size).", file=sys.stderr)
+    tokens = torch.tensor([ids], device=device)
+    eos_id = tokenizer.eos_id if tokenizer is not None and options.stop_at_eos else None
+
+    started, made = time.perf_counter(), 0
+    for number in range(options.num_samples):
+        if number:
+            print(SEPARATOR)
+        decoder = IdWriter() if tokenizer is None else StreamDecoder(tokenizer)
+        pieces: list[str] = []
+        write = show if options.stream else pieces.append
+        shown = "" if options.prompt == "" else "".join([decoder.push(token) for token in ids])
+        write(shown if options.prompt is None else options.prompt)
+        for chosen in model.stream(
+                tokens, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
+                top_p=options.top_p, repetition_penalty=options.repetition_penalty, eos_id=eos_id,
+                use_cache=options.cache, generator=torch.Generator(device).manual_seed(options.seed + number)):
+            token = int(chosen)
+            if token == eos_id:
+                break
+            write(decoder.push(token))
+            made += 1
+        write(decoder.flush())
+        print("".join(pieces), flush=True)
+    if sys.stderr.isatty():
+        seconds = time.perf_counter() - started
+        print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s ({device}, {dtype})", file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Print text as it comes."""
+    print(text, end="", flush=True)
+
+
+class IdWriter:
+    """Takes StreamDecoder's place where there is no tokenizer: the ids themselves, separated by commas."""
+
+    def __init__(self):
+        self._separator = ""
+
+    def push(self, token: int) -> str:
+        text, self._separator = f"{self._separator}{token}", ","
+        return text
+
+    def flush(self) -> str:
+        return ""
+
+
+def prompt_ids(options: argparse.Namespace, tokenizer, vocab_size: int) -> list[int]:
+    """The token ids to continue, at least one. Raises ValueError if the model cannot continue this prompt."""
+    if options.prompt is None:
+        ids = options.ids
+    elif tokenizer is None:
+        raise ValueError("This model has no tokenizer (its dataset had none), so text means nothing to it; give token "
+                         "ids with --prompt_ids=1,2,3.")
+    elif options.prompt:
+        ids = tokenizer.encode(options.prompt)
+    elif tokenizer.eos_id is not None:
+        ids = [tokenizer.eos_id]
+    else:
+        raise ValueError(f"The prompt is empty, and this model's {tokenizer.kind} tokenizer has no end-of-text token "
+                         "to start from; give a prompt with --prompt=\"…\".")
+    if not ids:
+        raise ValueError("The tokenizer makes no tokens of this prompt; give another one.")
+    wrong = [token for token in ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(f"The prompt has the token id {wrong[0]}, which this model does not know; its ids are 0 to "
+                         f"{vocab_size - 1}.")
+    return ids
+
+
+def choose_device(name: str):
+    """'auto' → the GPU if there is one, else the CPU. Raises UsageError if the device is not there."""
+    import torch
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(f"device={name!r} cannot be used here: {reason}. Use --device=cpu.") from error
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+def main(argv: list[str]) -> int:
+    """Parse before anything heavy is imported; errors become one sentence each (exit code 2 for usage, 1 else)."""
+    try:
+        options = parse(argv)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
+        run(options)
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, e.g. `| head`
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        for line in explain(error).split("\n"):
+            print(f"sample.py: {line}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def explain(error: Exception) -> str:
+    """An exception as the sentence a user can act on."""
+    text = str(error)
+    if isinstance(error, UsageError):
+        return text
+    import torch
+
+    from training.checkpoint import CheckpointError
+    if isinstance(error, (CheckpointError, ValueError, OSError)):
+        return text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return "Out of memory. Try --dtype=bfloat16, a shorter prompt, or --device=cpu."
+    if "probability tensor" in text:
+        return ("The model's logits are not finite, so no token can be drawn; its training has diverged. Use an "
+                "earlier checkpoint, or --best.")
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

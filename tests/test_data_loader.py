@@ -1,0 +1,246 @@
+"""The order of data is a pure function of (data_seed, sequence), each window comes once an epoch, and validation is
+fixed."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from data.token_dataset import DatasetError, DatasetWriter, TokenDataset, TokenSplit
+from data.tokenization import ByteTokenizer
+from training.data_loader import DataLoader, WindowOrder, validation_batches
+
+
+def make_split(folder, tokens, name="train.bin"):
+    """A split whose tokens are 0, 1, 2, … modulo 60,000: a token tells where it stands."""
+    (np.arange(tokens) % 60_000).astype("<u2").tofile(folder / name)
+    return TokenSplit("train", [folder / name], np.dtype("<u2"))
+
+
+# ------------------------------------------------------------------------------------------- the order
+
+@pytest.mark.parametrize("windows", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1000, 4096, 5001])
+@pytest.mark.parametrize("extra", [0, 7])
+def test_an_epoch_reads_each_window_once(windows, extra):
+    block = 8
+    order = WindowOrder(windows * block + block + extra, block, data_seed=windows)
+    assert order.windows_per_epoch == windows
+    for epoch in (0, 1, 5):
+        starts = order.starts(epoch * windows, windows)
+        offset = starts.min()
+        assert sorted(starts - offset) == [i * block for i in range(windows)]
+        assert 0 <= offset and starts.max() + block + 1 <= order.tokens
+
+
+@pytest.mark.parametrize("tokens", [9, 10, 15, 16, 17, 23, 24, 25, 1000])
+def test_every_window_fits_and_every_token_is_reached(tokens):
+    order = WindowOrder(tokens, 8, data_seed=3)
+    assert order.windows_per_epoch == max(1, (tokens - 8) // 8)
+    starts = order.starts(0, 200 * order.windows_per_epoch)
+    reached = np.unique(starts[:, None] + np.arange(9))
+    assert np.array_equal(reached, np.arange(tokens))
+
+
+def test_the_order_does_not_depend_on_how_it_is_asked_for():
+    order = WindowOrder(5000, 16, data_seed=11)
+    whole = order.starts(0, 1000)
+    for size in (1, 7, 64, 333):
+        assert np.array_equal(np.concatenate([order.starts(i, min(size, 1000 - i)) for i in range(0, 1000, size)]), whole)
+    assert np.array_equal(WindowOrder(5000, 16, data_seed=11).starts(700, 300), whole[700:])
+
+
+def test_seeds_and_epochs_have_orders_of_their_own():
+    windows = 311
+    orders = {tuple(WindowOrder(windows * 16 + 16, 16, seed).starts(epoch * windows, windows)) for seed in (0, 1, 2, -1) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_the_order_looks_random():
+    windows = 20_000
+    places = WindowOrder(windows * 4 + 4, 4, data_seed=0).starts(0, windows).astype(float)
+    for a, b in ((places[1:], places[:-1]), (places, np.arange(windows))):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.03                   # four standard deviations
+    small = WindowOrder(5 * 8 + 8, 8, data_seed=1)
+    starts = small.starts(0, 5 * 6000).reshape(6000, 5)
+    which = (starts - starts.min(axis=1, keepdims=True)) // 8
+    for place in range(5):                                           # each of 5 windows is as often at each place
+        assert np.all(np.abs(np.bincount(which[:, place], minlength=5) / 6000 - 0.2) < 0.025)
+
+
+def test_the_order_is_that_of_the_written_definition():
+    """Plain integers, one sequence at a time. A changed order would make a resumed run read on elsewhere, unnoticed."""
+    def mix(x):
+        x = (x + 0x9E3779B97F4A7C15) % 2 ** 64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2 ** 64
+        return x ^ x >> 31
+
+    def start(sequence, tokens, block, seed):
+        windows = max(1, (tokens - block) // block)
+        key = mix((sequence // windows + mix(seed % 2 ** 64)) % 2 ** 64)
+        bits = 1
+        while 4 ** bits < windows:
+            bits += 1
+        window = sequence % windows
+        while True:
+            left, right = window >> bits, window % 2 ** bits
+            for turn in range(10):
+                left, right = right, left ^ mix(key ^ (right + (turn << 48))) % 2 ** bits
+            window = left << bits | right
+            if window < windows:
+                return mix(key) % (tokens - windows * block) + window * block
+
+    for tokens, block, seed in ((1000, 16, 1337), (17, 16, 0), (5000, 7, -3), (2 ** 40, 1024, 2 ** 63)):
+        first = 10 ** 6
+        expected = [start(sequence, tokens, block, seed) for sequence in range(first, first + 200)]
+        assert WindowOrder(tokens, block, seed).starts(first, 200).tolist() == expected
+
+
+def test_a_huge_dataset_takes_no_memory_for_its_order():
+    order = WindowOrder(10 ** 13, 1024, data_seed=1)
+    starts = order.starts(10 ** 12, 1000)
+    assert len(np.unique(starts)) > 990 and starts.max() < 10 ** 13 and starts.min() >= 0
+
+
+def test_too_short_a_text_names_the_block_size_that_fits():
+    with pytest.raises(DatasetError, match="8 tokens.*block_size=8 .*--block_size=7 or smaller"):
+        WindowOrder(8, 8, 0)
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+def test_rows_are_the_windows_at_the_starts(tmp_path):
+    split = make_split(tmp_path, 3000)
+    with DataLoader(split, 16, 5, vocab_size=60_000) as loader:
+        batch = loader.batch(40, 12)
+    assert batch.dtype == torch.int64 and batch.shape == (12, 17)
+    assert torch.equal(batch, torch.from_numpy(WindowOrder(3000, 16, 5).starts(40, 12)[:, None] + np.arange(17)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_ranks_share_the_global_batch(tmp_path, world_size):
+    split = make_split(tmp_path, 3000)
+    whole = DataLoader(split, 16, 5, prefetch=False)
+    ranks = [DataLoader(split, 16, 5, rank=rank, world_size=world_size, prefetch=False) for rank in range(world_size)]
+    for first in (0, 12, 996):
+        assert torch.equal(torch.cat([rank.batch(first, 12) for rank in ranks]), whole.batch(first, 12))
+    if world_size > 1:
+        with pytest.raises(ValueError, match="shared equally"):
+            ranks[0].batch(0, 13)
+
+
+def test_prefetching_changes_nothing(tmp_path):
+    split = make_split(tmp_path, 3000)
+    plain = DataLoader(split, 16, 5, prefetch=False)
+    with DataLoader(split, 16, 5) as loader:
+        for first, count in ((0, 8), (8, 8), (16, 8), (0, 8), (8, 4), (12, 4), (500, 6), (506, 6)):
+            assert torch.equal(loader.batch(first, count), plain.batch(first, count))
+
+
+def test_the_next_batch_is_read_ahead_in_the_background(tmp_path, monkeypatch):
+    split = make_split(tmp_path, 3000)
+    threads = []
+    read = split.read
+    monkeypatch.setattr(split, "read", lambda *span: threads.append(threading.current_thread().name) or read(*span))
+    with DataLoader(split, 16, 5) as loader:
+        loader.batch(0, 4)
+        loader._guess[1].result()
+        assert len(threads) == 8 and all(name.startswith("data_loader") for name in threads[4:])
+        loader.batch(4, 4)
+        assert threading.main_thread().name not in threads[4:]
+
+
+def test_close_ends_the_thread_and_batches_can_still_be_read(tmp_path):
+    before = threading.active_count()
+    loader = DataLoader(make_split(tmp_path, 300), 16, 5)
+    loader.batch(0, 4)
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    assert loader.batch(4, 4).shape == (4, 17)
+
+
+def test_a_dataset_smaller_than_a_batch_turns_epochs_faster(tmp_path):
+    loader = DataLoader(make_split(tmp_path, 20), 16, 5, prefetch=False)
+    assert loader.order.windows_per_epoch == 1
+    assert loader.batch(0, 64).shape == (64, 17) and len(loader.batch(0, 64)[:, 0].unique()) == 4
+
+
+def test_ids_beyond_the_vocabulary_name_id_and_vocabulary(tmp_path):
+    loader = DataLoader(make_split(tmp_path, 300), 16, 5, vocab_size=200, prefetch=False)
+    with pytest.raises(DatasetError, match=f"{tmp_path}.*token id 2.., but the model has vocab_size=200"):
+        for first in range(0, 18, 6):
+            loader.batch(first, 6)
+
+
+def test_errors_of_the_background_thread_surface_at_the_call(tmp_path):
+    split = make_split(tmp_path, 3000)
+    with DataLoader(split, 16, 5) as loader:
+        loader.batch(0, 4)
+        loader._guess[1].result()
+        with open(tmp_path / "train.bin", "r+b") as file:
+            file.truncate(100)
+        loader.batch(4, 4)                                           # was read before; its successor cannot be
+        with pytest.raises(DatasetError, match="became shorter"):
+            loader.batch(8, 4)
+
+
+def test_sharded_and_whole_datasets_give_the_same_batches(tmp_path):
+    batches = []
+    for name, shard_tokens in (("whole", None), ("shards", 37)):
+        with DatasetWriter(tmp_path / name, ByteTokenizer(), shard_tokens=shard_tokens) as writer:
+            writer.add("train", np.arange(500) % 251, 500)
+            writer.add("val", [1, 2], 2)
+            writer.publish()
+        batches.append(DataLoader(TokenDataset.open(tmp_path / name).split("train"), 16, 5, prefetch=False).batch(0, 60))
+    assert torch.equal(*batches)
+
+
+# ------------------------------------------------------------------------------------------- validation
+
+def pairs(batches):
+    """Every (input token, target token) that counts, sorted."""
+    return sorted(pair for inputs, targets in batches for pair in zip(inputs[targets >= 0].tolist(), targets[targets >= 0].tolist()))
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 8, 9, 10, 16, 17, 18, 100, 129])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_all_windows_make_every_token_a_target_once_over_all_ranks(tmp_path, tokens, world_size):
+    split = make_split(tmp_path, tokens)
+    ranks = [list(validation_batches(split, 8, None, 3, rank, world_size)) for rank in range(world_size)]
+    assert len({tuple(tuple(inputs.shape) for inputs, _ in rank) for rank in ranks}) == 1       # collectives match
+    assert all(inputs.shape[0] <= 3 and inputs.shape[1] == 8 and targets.shape == inputs.shape for rank in ranks for inputs, targets in rank)
+    assert pairs(batch for rank in ranks for batch in rank) == [(i, i + 1) for i in range(tokens - 1)]
+
+
+@pytest.mark.parametrize("windows", [1, 2, 5, 12, 13, 1000])
+def test_some_windows_are_spread_evenly_whatever_the_batch_and_world_size(tmp_path, windows):
+    split = make_split(tmp_path, 101)                                # 13 windows of 8; the last one has 4 targets
+    seen = {tuple(pairs(batch for rank in range(world) for batch in validation_batches(split, 8, windows, size, rank, world)))
+            for world in (1, 2, 3, 4) for size in (1, 2, 5, 64)}
+    assert len(seen) == 1
+    firsts = sorted({first // 8 for first, _ in seen.pop()})
+    assert len(firsts) == min(windows, 13) and firsts[0] == 0
+    gaps = np.diff([*firsts, 13])
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_zero_windows_means_all(tmp_path):
+    split = make_split(tmp_path, 101)
+    assert pairs(validation_batches(split, 8, 0, 4)) == pairs(validation_batches(split, 8, None, 4))
+
+
+def test_padding_follows_the_text_and_is_ignored(tmp_path):
+    (inputs, targets), = validation_batches(make_split(tmp_path, 4), 8, None, 16)
+    assert inputs.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0]] and targets.tolist() == [[1, 2, 3, -1, -1, -1, -1, -1]]
+
+
+def test_validation_text_of_one_token_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="1 tokens, too few"):
+        list(validation_batches(make_split(tmp_path, 1), 8, None, 4))
+
+
+def test_validation_checks_ids_too(tmp_path):
+    with pytest.raises(DatasetError, match="vocab_size=50"):
+        list(validation_batches(make_split(tmp_path, 100), 8, None, 4, vocab_size=50))

@@ -1,0 +1,355 @@
+"""The on-disk format: what is written is read, and whatever is wrong with it is said in one sentence."""
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+
+from data import token_dataset
+from data.token_dataset import DATA_DIR, DatasetError, DatasetWriter, TokenDataset, is_prepared, resolve_dataset
+from data.tokenization import ByteTokenizer, CharTokenizer
+
+TRAIN = [list(range(0, 200, 3)), [7] * 40, [255, 0, 255]]
+VAL = [list(range(50))]
+
+
+def write(folder, tokenizer=None, **options):
+    tokenizer = tokenizer or ByteTokenizer(eos=True)
+    options.setdefault("append_eos", tokenizer.eos_id is not None)
+    with DatasetWriter(folder, tokenizer, source="test", **options) as writer:
+        for split, documents in (("train", TRAIN), ("val", VAL)):
+            for ids in documents:
+                writer.add(split, ids, text_bytes=len(ids))
+        writer.publish()
+    return folder
+
+
+def edit_meta(folder, change):
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "set")
+
+
+def test_files_are_little_endian_uint16_without_header(folder):
+    expected = [token for ids in TRAIN for token in [*ids, 256]]
+    content = (folder / "train.bin").read_bytes()
+    assert list(struct.unpack(f"<{len(content) // 2}H", content)) == expected
+
+
+def test_meta_describes_the_files(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    train = meta["splits"]["train"]
+    assert (train["documents"], train["bytes"], train["tokens"]) == (3, 67 + 40 + 3, 67 + 40 + 3 + 3)
+    assert train["files"] == [{"name": "train.bin", "size": 226,
+                               "sha256": hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()}]
+    assert (meta["dtype"], meta["vocab_size"], meta["special_ids"]) == ("uint16", 257, {"eos_id": 256})
+
+
+def test_reading_gives_back_what_was_written(folder):
+    dataset = TokenDataset.open(folder, vocab_size=257)
+    train = dataset.split("train")
+    everything = [token for ids in TRAIN for token in [*ids, 256]]
+    assert len(train) == len(everything) and train.bytes == 110
+    assert train.read(0, len(train)).tolist() == everything
+    assert train.read(60, 71).tolist() == everything[60:71]
+    assert train.read(0, 1).dtype == np.int64
+    assert dataset.tokenizer().fingerprint == ByteTokenizer(eos=True).fingerprint
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 7, 40, 1000])
+def test_shards_read_like_one_file(tmp_path, shard_tokens):
+    whole = TokenDataset.open(write(tmp_path / "whole")).split("train")
+    sharded = TokenDataset.open(write(tmp_path / "sharded", shard_tokens=shard_tokens)).split("train")
+    assert len(sharded.files) == -(-len(whole) // shard_tokens)
+    for start in range(0, len(whole), 11):
+        for stop in (start, start + 1, min(start + 30, len(whole)), len(whole)):
+            assert np.array_equal(sharded.read(start, stop), whole.read(start, stop))
+
+
+def test_preparing_again_leaves_no_file_of_the_earlier_dataset(tmp_path):
+    write(tmp_path, shard_tokens=20)
+    write(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["train.bin", "val.bin"]
+    TokenDataset.open(tmp_path)
+
+
+def test_large_vocabularies_use_uint32(tmp_path):
+    class Large(ByteTokenizer):
+        def __init__(self):
+            super().__init__(eos=True)
+            self.vocab_size = 65537
+
+    with DatasetWriter(tmp_path, Large()) as writer:
+        writer.add("train", [65536, 1, 2], 3)
+        writer.add("val", [65536], 1)
+        assert writer.publish()["dtype"] == "uint32"
+    assert (tmp_path / "train.bin").read_bytes() == struct.pack("<3I", 65536, 1, 2)
+    assert TokenDataset.open(tmp_path, vocab_size=65537).split("train").read(0, 3).tolist() == [65536, 1, 2]
+
+
+def test_meta_pkl_serves_nanogpt(tmp_path):
+    tokenizer = CharTokenizer("abc")
+    with DatasetWriter(tmp_path, tokenizer) as writer:
+        writer.add("train", [0, 1, 2], 3)
+        writer.add("val", [1], 1)
+        writer.publish()
+    meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    assert meta == {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
+
+
+def test_fingerprint_depends_on_content_only(tmp_path):
+    first = TokenDataset.open(write(tmp_path / "a")).fingerprint
+    assert first == TokenDataset.open(write(tmp_path / "b")).fingerprint
+    with DatasetWriter(tmp_path / "c", ByteTokenizer(eos=True)) as writer:
+        writer.add("train", [1, 2, 3], 3)
+        writer.add("val", [1], 1)
+        writer.publish()
+    assert first != TokenDataset.open(tmp_path / "c").fingerprint
+
+
+# ------------------------------------------------------------------------------------------- nanoGPT's folders
+
+def test_a_nanogpt_folder_is_readable_and_noted(tmp_path):
+    np.array([5, 1, 2, 60], dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.array([3, 4], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    (tmp_path / "meta.pkl").write_bytes(b"never unpickled")
+    dataset = TokenDataset.open(tmp_path, vocab_size=61)
+    assert dataset.split("train").read(0, 4).tolist() == [5, 1, 2, 60]
+    assert dataset.split("train").bytes is None and dataset.vocab_size is None and dataset.tokenizer() is None
+    assert "uint16" in dataset.note and "largest id 60" in dataset.note and "\n" not in dataset.note
+    before = dataset.fingerprint
+    np.array([5, 1, 2, 59], dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert TokenDataset.open(tmp_path).fingerprint != before
+    with pytest.raises(DatasetError, match="token id 59.*vocab_size=59"):
+        TokenDataset.open(tmp_path, vocab_size=59)
+
+
+def test_a_uint32_file_without_meta_is_refused(tmp_path):
+    np.arange(100, dtype=np.uint32).tofile(tmp_path / "train.bin")
+    with pytest.raises(DatasetError, match="uint32"):
+        TokenDataset.open(tmp_path)
+
+
+def test_a_nanogpt_folder_without_val_says_so_when_val_is_asked_for(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    dataset = TokenDataset.open(tmp_path)
+    with pytest.raises(DatasetError, match="no val split"):
+        dataset.split("val")
+
+
+# ------------------------------------------------------------------------------------------- what can be wrong
+
+def truncate(folder):
+    os.truncate(folder / "train.bin", 100)
+
+
+def flip(folder):
+    content = bytearray((folder / "val.bin").read_bytes())
+    content[10] ^= 1
+    (folder / "val.bin").write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (truncate, "train.bin has 100 bytes, but meta.json says 226"),
+    "flipped bit": (flip, "val.bin is damaged"),
+    "missing val": (lambda f: (f / "val.bin").unlink(), "val.bin is missing"),
+    "missing train": (lambda f: (f / "train.bin").unlink(), "train.bin is missing"),
+    "meta not JSON": (lambda f: (f / "meta.json").write_text("{"), "cannot be read as JSON"),
+    "meta no object": (lambda f: (f / "meta.json").write_text("[]"), "not an object"),
+    "meta not UTF-8": (lambda f: (f / "meta.json").write_bytes(b"\xff"), "cannot be read as JSON"),
+    "unknown version": (lambda f: edit_meta(f, lambda m: m.update(format_version=99)), "format_version 99"),
+    "unknown dtype": (lambda f: edit_meta(f, lambda m: m.update(dtype="int8")), "'int8'"),
+    "wrong dtype": (lambda f: edit_meta(f, lambda m: m.update(dtype="uint32")), "uint32"),
+    "wrong tokens": (lambda f: edit_meta(f, lambda m: m["splits"]["val"].update(tokens=1)), "val has 1 tokens"),
+    "ids beyond meta": (lambda f: edit_meta(f, lambda m: m.update(vocab_size=100)), "token id 256.*meta.json has "
+                                                                                    "vocab_size=100"),
+    "outside file": (lambda f: edit_meta(f, lambda m: m["splits"]["val"]["files"][0].update(name="../val.bin")), "not "
+                                                                                                                 "in "
+                                                                                                                 "its "
+                                                                                                                 "folder"),
+    "half published": (lambda f: (f / token_dataset.PUBLISHING).touch(), "half prepared"),
+    **{f"meta lacks {key}": (lambda f, key=key: edit_meta(f, lambda m: m.pop(key)), f"lacks {key}")
+       for key in ("vocab_size", "dtype", "splits", "tokenizer", "special_ids")},
+    **{f"split lacks {key}": (lambda f, key=key: edit_meta(f, lambda m: m["splits"]["train"].pop(key)), rf"lacks "
+                                                                                                        rf"splits.train.{key}")
+       for key in ("tokens", "bytes", "documents", "files")},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_said_in_one_sentence_with_a_remedy(folder, damage):
+    do, message = DAMAGES[damage]
+    do(folder)
+    with pytest.raises(DatasetError, match=message) as caught:
+        TokenDataset.open(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert "prepare" in str(caught.value)
+
+
+def test_ids_beyond_the_models_vocabulary_are_refused(folder):
+    with pytest.raises(DatasetError, match="vocabulary of 257.*vocab_size=256"):
+        TokenDataset.open(folder, vocab_size=256)
+
+
+@pytest.mark.parametrize("content, message", [(b"", "is empty"), (b"abc", "not a whole number")])
+def test_a_file_of_no_tokens_is_refused(tmp_path, content, message):
+    (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        TokenDataset.open(tmp_path)
+
+
+def test_large_splits_are_hashed_only_by_verify(folder, monkeypatch, capsys):
+    monkeypatch.setattr(token_dataset, "FULL_CHECK_BYTES", 10)
+    assert token_dataset.main(["verify", str(folder)]) == 0
+    flip(folder)
+    TokenDataset.open(folder)
+    capsys.readouterr()
+    assert token_dataset.main(["verify", str(folder)]) == 1
+    assert "val.bin is damaged" in capsys.readouterr().err
+
+
+def test_another_tokenizer_in_the_folder_is_refused(folder):
+    CharTokenizer("xyz").save(folder)
+    with pytest.raises(DatasetError, match="is not the tokenizer"):
+        TokenDataset.open(folder).tokenizer()
+
+
+def test_a_file_that_shrinks_while_in_use_raises_instead_of_crashing(folder):
+    train = TokenDataset.open(folder).split("train")
+    train.read(0, 5)
+    truncate(folder)
+    with pytest.raises(DatasetError, match="became shorter"):
+        train.read(0, 5)
+
+
+def test_a_running_reader_keeps_the_old_dataset_when_it_is_prepared_again(folder):
+    train = TokenDataset.open(folder).split("train")
+    before = train.read(0, len(train))
+    with DatasetWriter(folder, ByteTokenizer()) as writer:
+        writer.add("train", [1], 1)
+        writer.add("val", [1], 1)
+        writer.publish()
+    assert np.array_equal(train.read(0, len(train)), before)
+
+
+def test_info_prints_sizes(folder, capsys):
+    assert token_dataset.main(["info", str(folder)]) == 0
+    assert "113 tokens, 110 bytes, 3 documents" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- names and commands
+
+def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    with pytest.raises(DatasetError, match="no folder.*python data/textfile/prepare.py FILE --name=nowhere_at_all"):
+        TokenDataset.open("nowhere_at_all")
+    with pytest.raises(DatasetError, match="python data/textfile/prepare.py FILE --out="):
+        TokenDataset.open(tmp_path / "missing")
+    monkeypatch.setattr(token_dataset, "DATA_DIR", tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "prepare.py").touch()
+    with pytest.raises(DatasetError, match="no train.bin.*Prepare it with: python data/own/prepare.py"):
+        TokenDataset.open("own")
+
+
+def test_names_resolve_to_data_and_paths_to_themselves(tmp_path, monkeypatch):
+    assert resolve_dataset("pydocs") == DATA_DIR / "pydocs"
+    assert resolve_dataset(str(tmp_path)) == tmp_path
+    assert str(resolve_dataset("~/x")) == os.path.expanduser("~/x")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert resolve_dataset("here").resolve() == tmp_path / "here"
+    with pytest.raises(DatasetError, match="empty"):
+        resolve_dataset("")
+
+
+# ------------------------------------------------------------------------------------------- interrupts
+
+def test_an_interrupt_before_publishing_leaves_the_folder_as_it_was(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with DatasetWriter(tmp_path / "new", ByteTokenizer()) as writer:
+            writer.add("train", [1, 2], 2)
+            raise KeyboardInterrupt
+    assert not list((tmp_path / "new").iterdir())
+
+    before = TokenDataset.open(write(tmp_path / "old")).fingerprint
+    with pytest.raises(KeyboardInterrupt):
+        with DatasetWriter(tmp_path / "old", ByteTokenizer()) as writer:
+            writer.add("train", [1, 2], 2)
+            raise KeyboardInterrupt
+    assert TokenDataset.open(tmp_path / "old").fingerprint == before
+
+
+@pytest.mark.parametrize("before", ["nothing", "dataset"])
+def test_a_kill_at_any_moment_of_publishing_never_shows_a_mixture(tmp_path, monkeypatch, before):
+    """Whatever change of the folder is the last one before the kill: readers find the old dataset, the new one, or an
+    error."""
+    class Killed(BaseException):
+        pass
+
+    def attempt(folder, allowed):
+        """Prepare with only the first `allowed` changes of the folder taking effect; whether it got to the end."""
+        changes = 0
+
+        def counted(function):
+            def change(*arguments, **options):
+                nonlocal changes
+                if changes == allowed:
+                    raise Killed
+                changes += 1
+                return function(*arguments, **options)
+            return change
+
+        writer = DatasetWriter(folder, ByteTokenizer())
+        writer.add("train", [1, 2, 3], 3)
+        writer.add("val", [4], 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(os.replace))
+            patch.setattr(type(folder), "unlink", counted(type(folder).unlink))
+            patch.setattr(type(folder), "touch", counted(type(folder).touch))
+            try:
+                writer.publish()
+            except Killed:
+                return False
+        return True
+
+    allowed, seen = 0, set()
+    while True:
+        folder = tmp_path / str(allowed)
+        if before == "dataset":
+            write(folder, shard_tokens=30)
+        finished = attempt(folder, allowed)
+        try:
+            seen.add(len(TokenDataset.open(folder).split("train")))
+        except DatasetError:
+            assert not is_prepared(folder)
+        if finished:
+            break
+        allowed += 1
+    assert allowed > 6 and seen == ({3, 113} if before == "dataset" else {3})
+    write(folder)                                # and the next attempt repairs it
+    assert len(TokenDataset.open(folder).split("train")) == 113
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    with DatasetWriter(tmp_path, ByteTokenizer()) as writer:
+        writer.add("train", [1, 2], 2)
+        with pytest.raises(DatasetError, match="val split .* would be empty"):
+            writer.publish()
+    assert not is_prepared(tmp_path)
+
+
+def test_the_writer_refuses_ids_outside_of_the_vocabulary(tmp_path):
+    with DatasetWriter(tmp_path, ByteTokenizer()) as writer:
+        for ids in ([256], [-1]):
+            with pytest.raises(ValueError, match="outside of its vocabulary of 256"):
+                writer.add("train", ids, 1)
