@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model_config import COMPONENT_KINDS, PRESETS, ModelConfig, components, did_you_mean, expand_pattern
+from training.command_line import UsageError
 from training.train_config import EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent
 SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """The user's configuration cannot be used; the message has one sentence a line."""
 
 

@@ -41,10 +41,11 @@ class Transformer(nn.Module):
         if config.weight_tying:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Token ids (B, T) → logits (B, T, vocab_size) in the compute dtype; padded rows are cut off.
 
-        With a cache, the tokens continue those whose keys it holds. Raises ValueError beyond block_size.
+        With a cache, the tokens continue those whose keys it holds. `last_only` gives the logits of the last position
+        alone, (B, 1, vocab_size). Raises ValueError beyond block_size.
         """
         start = cache.length if cache is not None else 0
         T = tokens.size(1)
@@ -59,6 +60,7 @@ class Transformer(nn.Module):
             x = block(x, tables, cache)
         if cache is not None:
             cache.length += T
+        x = x[:, -1:] if last_only else x
         logits = self.head(self.norm(x))
         return logits if logits.size(-1) == self.config.vocab_size else logits[..., :self.config.vocab_size]
 
@@ -73,23 +75,33 @@ class Transformer(nn.Module):
         """Yield the next token of every sequence, (B,) at a time, up to max_new_tokens.
 
         tokens: prompt (B, T), T ≥ 1. A context longer than block_size loses its oldest tokens. After `eos_id` a
-        sequence only yields eos_id; all of them done ends the stream. temperature 0 is greedy. The result does not
-        depend on use_cache. For the other knobs see `sample_next`.
+        sequence only yields eos_id; all of them done ends the stream. temperature 0 is greedy. In fp32 the result does
+        not depend on use_cache (in bf16 rounding differs). For the other knobs see `sample_next`. Raises ValueError for
+        an empty prompt and for knobs out of range. The model is in eval mode until the stream ends.
         """
-        if tokens.size(1) == 0:
-            raise ValueError("the prompt has no tokens; give at least one (a model continues, it cannot start).")
+        problems = [sentence for wrong, sentence in (
+            (tokens.size(1) == 0, "the prompt has no tokens; give at least one (a model continues, it cannot start)."),
+            (max_new_tokens < 0, f"max_new_tokens={max_new_tokens} is negative."),
+            (not temperature >= 0, f"temperature={temperature} is negative; 0 is greedy."),
+            (top_k is not None and top_k < 1, f"top_k={top_k} keeps no token; use at least 1, or None."),
+            (top_p is not None and not 0 < top_p <= 1, f"top_p={top_p} is not in (0, 1]."),
+            (not repetition_penalty > 0, f"repetition_penalty={repetition_penalty} is not positive; 1 is none."),
+        ) if wrong]
+        if problems:
+            raise ValueError("\n".join(problems))
         was_training = self.training
         self.eval()
         try:
             longest = min(self.config.block_size, tokens.size(1) + max_new_tokens)
             dtype = self.compute_dtype or self.embedding.weight.dtype
-            cache = KVCache(self.config, tokens.size(0), longest, dtype, tokens.device) if use_cache else None
+            cache = (KVCache(self.config, tokens.size(0), longest, dtype, tokens.device)
+                     if use_cache and tokens.size(1) <= longest else None)
             finished = torch.zeros(tokens.size(0), dtype=torch.bool, device=tokens.device)
             for _ in range(max_new_tokens):
                 if tokens.size(1) > self.config.block_size:
                     cache = None  # the window slides, so every position changes: nothing cached stays true
                 context = tokens[:, -self.config.block_size:] if cache is None else tokens[:, cache.length:]
-                logits = self(context, cache)[:, -1].float()
+                logits = self(context, cache, last_only=True)[:, -1].float()
                 chosen = sample_next(logits, tokens, temperature, top_k, top_p, repetition_penalty, generator)
                 if eos_id is not None:
                     chosen = torch.where(finished, eos_id, chosen)
@@ -113,7 +125,7 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float = 1.0, top_k: i
     """Choose one token a row: logits (B, V) fp32, the tokens so far (B, T) → (B,).
 
     repetition_penalty r divides the positive and multiplies the negative logits of the tokens seen (Keskar et al.
-    2019); temperature 0 takes the largest; top_k keeps the k largest; top_p keeps the smallest set whose probability
+    2019); temperature 0 takes the largest; top_k keeps the k largest (and what ties with them); top_p keeps the smallest set whose probability
     reaches p (nucleus sampling, Holtzman et al. 2019).
     """
     if repetition_penalty != 1.0:
@@ -121,7 +133,7 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float = 1.0, top_k: i
         logits = logits.scatter(1, seen, torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # largest 0: no overflow however cold
     if top_k is not None and top_k < logits.size(-1):
         smallest_kept = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from model_config import did_you_mean
+from training.command_line import Failure, UsageError, choose_device, guarded
 
 SEPARATOR = "---------------"  # nanoGPT's
 
@@ -36,10 +37,6 @@ VALUES = {
     "device": (str, re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps"),
     "dtype": (str, re.compile("auto|float32|bfloat16|float16").fullmatch, "auto, float32, bfloat16 or float16"),
 }
-
-
-class UsageError(Exception):
-    """The command line cannot be used; the message has one sentence a line."""
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -177,6 +174,8 @@ def run(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     model, tokenizer = load_model(options.checkpoint, device, which="best" if options.best else "latest")
     dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise Failure("The model's weights are not finite: its training has diverged. Use an earlier checkpoint, or --best.")
     model.to(getattr(torch, dtype))  # cast once: the same numbers as casting at each use, as training does
     if tokenizer is not None and tokenizer.vocab_size < model.config.vocab_size:  # ids without text can never win
         model.head.weight = torch.nn.Parameter(model.head.weight.detach()[:tokenizer.vocab_size])
@@ -232,79 +231,42 @@ class IdWriter:
 
 
 def prompt_ids(options: argparse.Namespace, tokenizer, vocab_size: int) -> list[int]:
-    """The token ids to continue, at least one. Raises ValueError if the model cannot continue this prompt."""
+    """The token ids to continue, at least one. Raises Failure if the model cannot continue this prompt."""
     if options.prompt is None:
         ids = options.ids
     elif tokenizer is None:
-        raise ValueError("This model has no tokenizer (its dataset had none), so text means nothing to it; give token "
+        raise Failure("This model has no tokenizer (its dataset had none), so text means nothing to it; give token "
                          "ids with --prompt_ids=1,2,3.")
     elif options.prompt:
-        ids = tokenizer.encode(options.prompt)
+        try:
+            ids = tokenizer.encode(options.prompt)
+        except ValueError as error:  # characters that a vocabulary of characters does not have
+            raise Failure(str(error)) from error
     elif tokenizer.eos_id is not None:
         ids = [tokenizer.eos_id]
     else:
-        raise ValueError(f"The prompt is empty, and this model's {tokenizer.kind} tokenizer has no end-of-text token "
+        raise Failure(f"The prompt is empty, and this model's {tokenizer.kind} tokenizer has no end-of-text token "
                          "to start from; give a prompt with --prompt=\"…\".")
     if not ids:
-        raise ValueError("The tokenizer makes no tokens of this prompt; give another one.")
+        raise Failure("The tokenizer makes no tokens of this prompt; give another one.")
     wrong = [token for token in ids if not 0 <= token < vocab_size]
     if wrong:
-        raise ValueError(f"The prompt has the token id {wrong[0]}, which this model does not know; its ids are 0 to "
+        raise Failure(f"The prompt has the token id {wrong[0]}, which this model does not know; its ids are 0 to "
                          f"{vocab_size - 1}.")
     return ids
-
-
-def choose_device(name: str):
-    """'auto' → the GPU if there is one, else the CPU. Raises UsageError if the device is not there."""
-    import torch
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")
-        raise UsageError(f"device={name!r} cannot be used here: {reason}. Use --device=cpu.") from error
 
 
 # ------------------------------------------------------------------------------------------- errors
 
 def main(argv: list[str]) -> int:
-    """Parse before anything heavy is imported; errors become one sentence each (exit code 2 for usage, 1 else)."""
-    try:
+    """Parse before anything heavy is imported, then sample; returns the exit code."""
+    def job() -> int:
         options = parse(argv)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
         run(options)
         return 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, e.g. `| head`
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if "--debug" in argv:
-            raise
-        for line in explain(error).split("\n"):
-            print(f"sample.py: {line}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-
-
-def explain(error: Exception) -> str:
-    """An exception as the sentence a user can act on."""
-    text = str(error)
-    if isinstance(error, UsageError):
-        return text
-    import torch
-
-    from training.checkpoint import CheckpointError
-    if isinstance(error, (CheckpointError, ValueError, OSError)):
-        return text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return "Out of memory. Try --dtype=bfloat16, a shorter prompt, or --device=cpu."
-    if "probability tensor" in text:
-        return ("The model's logits are not finite, so no token can be drawn; its training has diverged. Use an "
-                "earlier checkpoint, or --best.")
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+    return guarded("sample.py", argv, job, "Out of memory. Try --dtype=bfloat16, a shorter prompt, or --device=cpu.")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from configurator import (ConfigError, Configuration, configure, continue_from, parse_command_line, print_config,
                           print_help)
+from training.command_line import Failure, choose_device, guarded
 
 
 class Run:
@@ -143,8 +144,7 @@ class Run:
             message = f"{skipped - progress.skipped} updates skipped for a non-finite loss or gradient"
             self.warn(message, step=progress.step)
         progress.skipped, progress.skipped_in_a_row = skipped, in_a_row
-        utilisation = {name: rate * per_token / self.peak.flops if self.peak else None
-                       for name, per_token in self.flops_by_figure.items()}
+        utilisation = self.utilisation(rate)
         figures = dict(loss=float(loss), lr=lr, grad_norm=float(grad_norm), tokens_per_s=rate, step_ms=step_ms,
                        memory_gb=peak_memory_gb(self.device))
         self.logger.step(progress.step, progress.tokens, **figures, **utilisation, skipped=skipped)
@@ -155,6 +155,23 @@ class Run:
                            f"stops at step {progress.step}. " + (f"The last good checkpoint is {latest}; " if latest
                                                                  else "There is no checkpoint yet; ")
                            + "lower --learning_rate or raise --warmup_iters.")
+
+    def utilisation(self, tokens_per_s: float) -> dict[str, float | None]:
+        """mfu, mfu_causal and hfu at this rate; null where the peak is not known.
+
+        A CPU's peak is measured. If other work disturbed the measurement the run overtakes it: then it is measured
+        again, and if that does not help nothing is claimed.
+        """
+        from flops_parameter_counting.hardware import measure_cpu_peak
+        most = tokens_per_s * max(self.flops_by_figure.values())
+        if self.peak and self.peak.measured and most > self.peak.flops:
+            self.peak = measure_cpu_peak(self.dtype, again=True)
+            if most > self.peak.flops:
+                self.warn("the measured peak of this CPU is below what the run reaches (other work disturbs the "
+                          "measurement), so mfu is null", measured=self.peak.flops)
+                self.peak = None
+        return {name: tokens_per_s * per_token / self.peak.flops if self.peak else None
+                for name, per_token in self.flops_by_figure.items()}
 
     def warn(self, message: str, **facts) -> None:
         """A warning, on the terminal and in the run log."""
@@ -326,11 +343,11 @@ def train(configuration: Configuration, resume_command: str) -> int:
     return 0
 
 
-class Diverged(Exception):
+class Diverged(Failure):
     """Too many non-finite updates in a row."""
 
 
-class DatasetChanged(Exception):
+class DatasetChanged(Failure):
     """A resumed run finds other data than it was trained on."""
 
 
@@ -399,18 +416,6 @@ def find_origin(configuration: Configuration, warn) -> Origin | None:
     return Origin(find_checkpoint(path, warn), weights_only=path != config.init_from)
 
 
-def choose_device(name: str):
-    """'auto' → the GPU if there is one, else the CPU. Raises ConfigError if the device is not there."""
-    import torch
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ConfigError(f"device={name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here. "
-                          "Use --device=cpu or install a CUDA build of PyTorch.")
-    return device
-
-
 def prepare_out_dir(out_dir: str) -> None:
     """Make the folder and see that it can be written. Raises OSError with a sentence."""
     try:
@@ -425,8 +430,8 @@ def prepare_out_dir(out_dir: str) -> None:
 # ------------------------------------------------------------------------------------------- command line
 
 def main(argv: list[str]) -> int:
-    """Parse before anything heavy is imported; errors become one sentence each and an exit code (2 usage, 1 failure)."""
-    try:
+    """Parse before anything heavy is imported, then train; returns the exit code."""
+    def job() -> int:
         switches = parse_command_line(argv)[2]
         if "help" in switches:
             print_help(__doc__)
@@ -438,32 +443,7 @@ def main(argv: list[str]) -> int:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError("torchrun started several processes, but parallelism is 'none'; start one process.")
         return train(configuration, resume_command(argv))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, e.g. `| head`
-        return 0
-    except KeyboardInterrupt:
-        print("train.py: interrupted at once; nothing was saved since the last checkpoint.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if "--debug" in argv:
-            raise
-        for line in explain(error).split("\n"):
-            print(f"train.py: {line}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-
-
-def explain(error: Exception) -> str:
-    """An exception as the sentence a user can act on."""
-    from data.token_dataset import DatasetError
-    from training.checkpoint import CheckpointError
-    import torch
-    text = str(error)
-    if isinstance(error, (ConfigError, CheckpointError, DatasetError, DatasetChanged, Diverged, OSError)):
-        return text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return ("Out of memory. Halve --batch_size and double --gradient_accumulation_steps (the result stays the same),"
-                " or use --activation_checkpointing=full.")
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+    return guarded("train.py", argv, job)
 
 
 def resume_command(argv: list[str]) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from typing import Callable, Iterator, Sequence
 
 from data import corpora, tokenization
 from data.corpora import Document
-from data.token_dataset import DATA_DIR, DatasetError, DatasetWriter, TokenDataset, is_prepared, resolve_dataset
+from data.token_dataset import (DATA_DIR, STAGING, DatasetError, DatasetWriter, TokenDataset, is_prepared,
+                                resolve_dataset)
 
 VAL_FRACTION = 0.1
 BPE_TRAINING_CHARACTERS = 100_000_000            # a BPE is trained on the first ones: more takes memory, changes little
@@ -194,6 +196,7 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        shutil.rmtree(folder / STAGING, ignore_errors=True)          # an interrupt may hit before the writer can tidy up
         path.unlink(missing_ok=True)
         file.close()
         with contextlib.suppress(OSError):       # keeps every folder that has something in it
@@ -225,19 +228,20 @@ def prepare_embedded(name: str, arguments: Sequence[str] | None = None) -> int:
 def prepare_textfile(arguments: Sequence[str] | None = None) -> int:
     """The command line of data/textfile/prepare.py. Returns the exit code."""
     parser = _parser("data/textfile/prepare.py", "Prepare a dataset from your own texts: .txt (a file is one "
-                                                 "document), .jsonl (a line) or "
-                     ".parquet (a row) files, folders and globs of them.", TEXTFILE_BPE_VOCAB_SIZE)
+                     "document), .jsonl (a line) or .parquet (a row) files, folders and globs of them.",
+                     TEXTFILE_BPE_VOCAB_SIZE)
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, folder or glob")
     parser.add_argument("--name", help="write to data/NAME; train with --dataset=NAME")
-    parser.add_argument("--text_key", default="text", metavar="KEY", help="field (.jsonl) or column (.parquet) with "
-                                                                          "the text [text]")
+    parser.add_argument("--text_key", default="text", metavar="KEY",
+                        help="field (.jsonl) or column (.parquet) with the text [text]")
     options = parser.parse_args(arguments)
     _check_options(parser, options)
     if (options.name is None) == (options.out is None):
         parser.error("give either --name=NAME (written to data/NAME) or --out=DIR")
-    if options.name is not None and (Path(options.name).name != options.name or options.name in (".", "..") or options.name in EMBEDDED
-                                     or (DATA_DIR / options.name / "prepare.py").exists()):
-        parser.error(f"--name={options.name} is taken or not a plain name; choose another one, or give --out=DIR")
+    name = options.name
+    if name is not None and (Path(name).name != name or name in ("", ".", "..")
+                             or (DATA_DIR / name / "prepare.py").exists()):
+        parser.error(f"--name={name} is taken or not a plain name; choose another one, or give --out=DIR")
 
     def job():
         files = corpora.find_text_files(options.files)
@@ -250,13 +254,12 @@ def prepare_textfile(arguments: Sequence[str] | None = None) -> int:
 def _parser(program: str, description: str, bpe_vocab_size: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python {program}", description=description, allow_abbrev=False)
     parser.add_argument("--tokenizer", default="bpe", metavar="bpe|char|byte|gpt2|FOLDER",
-                        help="bpe trains a byte-level BPE on the spot; FOLDER holds a Hugging Face tokenizer.json "
-                             "[bpe]")
+                        help="bpe is trained on the spot; FOLDER holds a Hugging Face tokenizer.json [bpe]")
     parser.add_argument("--vocab_size", type=int, help=f"size of the bpe vocabulary [{bpe_vocab_size}]")
-    parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION, help=f"share of the text kept for "
-                                                                                 f"validation [{VAL_FRACTION}]")
-    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), metavar="DIR", help="write to this folder "
-                                                                                                "instead of data/")
+    parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION,
+                        help=f"share of the text kept for validation [{VAL_FRACTION}]")
+    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), metavar="DIR",
+                        help="write to this folder instead of data/")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -281,9 +284,8 @@ def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int
         prepare(documents, folder, tokenizer=options.tokenizer, bpe_vocab_size=options.vocab_size or bpe_vocab_size,
                 val_fraction=options.val_fraction, source=source, progress=sys.stderr.isatty())
         print(TokenDataset.open(folder.absolute()).describe())
-        in_data = folder.absolute().parent == DATA_DIR
-        print(f"train with   python train.py "
-              f"--dataset={folder.name if in_data else shlex.quote(str(folder.absolute()))}")
+        dataset = folder.name if folder.absolute().parent == DATA_DIR else shlex.quote(str(folder.absolute()))
+        print(f"train with   python train.py --dataset={dataset}")
         return 0
     except KeyboardInterrupt:
         print("Interrupted: nothing was prepared.", file=sys.stderr)

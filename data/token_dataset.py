@@ -46,8 +46,7 @@ class DatasetError(Exception):
 
 
 def resolve_dataset(name_or_path: str | os.PathLike) -> Path:
-    """The folder of a dataset: a name means data/<name>; a path, or the name of an existing folder, means that
-    folder."""
+    """The folder of a dataset: a name means data/<name>; a path, or an existing folder, means itself."""
     text = os.path.expanduser(os.fspath(name_or_path))
     if not text.strip():
         raise DatasetError("The dataset's name is empty; give a name such as pydocs, or the path of a folder.")
@@ -134,8 +133,7 @@ class DatasetWriter:
         return meta
 
     def _move_into_place(self) -> None:
-        """From the first to the last line the folder carries a marker, so no mixture of old and new passes for a
-        dataset."""
+        """Replace the old files. Meanwhile the folder carries a marker, so no mixture of both passes for a dataset."""
         staged = sorted(self._staging.iterdir(), key=lambda path: (path.name == "meta.json", path.name))
         for path in staged:
             _fsync(path)
@@ -144,10 +142,9 @@ class DatasetWriter:
         _fsync(self.folder)
         (self.folder / "meta.json").unlink(missing_ok=True)
         new = {path.name for path in staged}
-        for split in SPLITS:                                         # shards of an earlier dataset
-            for old in [self.folder / f"{split}.bin", *self.folder.glob(f"{split}_[0-9]*.bin")]:
-                if old.name not in new:
-                    old.unlink(missing_ok=True)
+        earlier = ("train.bin", "val.bin", "train_[0-9]*.bin", "val_[0-9]*.bin", "tokenizer_config.json")
+        for old in [path for pattern in earlier for path in self.folder.glob(pattern) if path.name not in new]:
+            old.unlink()
         for path in staged:
             os.replace(path, self.folder / path.name)
         _fsync(self.folder)
@@ -276,8 +273,8 @@ class TokenSplit:
 class TokenDataset:
     """A prepared dataset: `split("train")`, `split("val")`, and what meta.json says of it.
 
-    `open` checks that what lies on disk is what was prepared: sizes always, sha256 and ids in full for splits below 256
-    MB (for larger ones `python -m data.token_dataset verify DIR` does; the loader checks the ids of every batch).
+    `open` checks that what lies on disk is what was prepared: sizes always, sha256 and ids in full for splits below
+    256 MB (for larger ones `python -m data.token_dataset verify DIR` does; the loader checks the ids of every batch).
     """
 
     def __init__(self, folder: Path, meta: dict | None, splits: dict[str, TokenSplit], note: str | None = None):
@@ -286,8 +283,7 @@ class TokenDataset:
 
     @classmethod
     def open(cls, name_or_path: str | os.PathLike, *, vocab_size: int | None = None) -> "TokenDataset":
-        """Open and check a dataset. `vocab_size` is the model's: every id has to be below it. Never prepares
-        anything."""
+        """Open and check a dataset. `vocab_size` is the model's: every id has to be below it. Prepares nothing."""
         folder = resolve_dataset(name_or_path)
         if not folder.is_dir():
             raise DatasetError(f"No dataset {str(name_or_path)!r}: there is no folder {folder}. "
@@ -374,11 +370,10 @@ class TokenDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content: from the sha256s in meta.json, else from the files themselves (large ones are
-        sampled)."""
+        """Identifies the content: from the sha256s in meta.json, else from the files (large ones are sampled)."""
         if self.meta:
-            content = [self.meta["dtype"], self.meta["tokenizer"]["fingerprint"],
-                       {name: [file["sha256"] for file in split["files"]] for name, split in self.meta["splits"].items()}]
+            hashes = {name: [file["sha256"] for file in split["files"]] for name, split in self.meta["splits"].items()}
+            content = [self.meta["dtype"], self.meta["tokenizer"]["fingerprint"], hashes]
         else:
             content = {name: [split.size, _sha256(split.files[0], full=split.size < FULL_CHECK_BYTES)]
                        for name, split in self._splits.items()}
@@ -416,9 +411,9 @@ class TokenDataset:
         else:
             lines.append(f"note         {self.note}")
         for name, split in self._splits.items():
-            documents = self.meta["splits"][name]["documents"] if self.meta else 0
             counted = "bytes unknown"
             if self.meta:
+                documents = self.meta["splits"][name]["documents"]
                 counted = f"{split.bytes:,} bytes, {documents:,} document{'s' * (documents != 1)}"
             lines.append(f"{name:<12} {len(split):,} tokens, {counted}")
         return "\n".join(lines)
@@ -502,8 +497,7 @@ def _check_hashes(paths: Sequence[Path], described: Sequence[dict]) -> None:
 
 
 def _chunks(path: Path, full: bool = True):
-    """The bytes of a file in pieces of SAMPLE_BYTES: all of them, or SAMPLES of them spread from its start to its
-    end."""
+    """The bytes of a file in pieces of SAMPLE_BYTES: all of them, or SAMPLES spread from its start to its end."""
     size = path.stat().st_size
     offsets = range(0, size, SAMPLE_BYTES)
     if not full and len(offsets) > SAMPLES:
@@ -526,8 +520,8 @@ def _sha256(path: Path, full: bool = True) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`info DIR` prints what a dataset is; `verify DIR` checks every byte of it. Returns the exit code."""
     import argparse
-    parser = argparse.ArgumentParser(prog="python -m data.token_dataset", description="Inspect or check a prepared "
-                                                                                      "dataset.")
+    parser = argparse.ArgumentParser(prog="python -m data.token_dataset",
+                                     description="Inspect or check a prepared dataset.")
     parser.add_argument("command", choices=("info", "verify"))
     parser.add_argument("dataset", help="name of a dataset in data/, or path of its folder")
     options = parser.parse_args(arguments)
@@ -536,8 +530,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(dataset.describe())
         if options.command == "verify":
             dataset.verify()
-            print("verified     every file is as meta.json says" if dataset.meta else "verified     sizes only: there "
-                                                                                      "is no meta.json")
+            print(f"verified     {'every file is as meta.json says' if dataset.meta else 'sizes only: no meta.json'}")
     except (DatasetError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

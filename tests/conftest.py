@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch: threads that spin make a shared machine crawl
+
 import subprocess
 import sys
 from pathlib import Path

@@ -34,7 +34,8 @@ def test_pydocs_is_english_and_the_same_every_time():
 
 
 def test_docstrings_are_read_without_running_the_module():
-    source = '"""Module."""\nraise SystemExit\nclass A:\n    """Of A.\n\n    Deeper."""\n    def f(self):\n        "Of f."\n'
+    source = ('"""Module."""\nraise SystemExit\nclass A:\n    """Of A.\n\n    Deeper."""\n'
+              '    def f(self):\n        "Of f."\n')
     assert corpora._docstrings(source) == "Module.\n\nA\n\nOf A.\n\nDeeper.\n\nA.f\n\nOf f."
     assert corpora._docstrings("def broken(") == ""
 
@@ -53,7 +54,7 @@ def test_pystdlib_documents_are_the_sources(monkeypatch):
     assert list(documents) == [name for name, _ in corpora.pystdlib_documents()]
     assert not any("site-packages" in name for name in documents)
     monkeypatch.setattr(corpora, "_stdlib_sources", lambda tests: iter([("test/a.py", "x = 1")] if tests else []))
-    assert list(corpora.pystdlib_documents()) == [("test/a.py", "x = 1")]        # a small library is filled up with its tests
+    assert list(corpora.pystdlib_documents()) == [("test/a.py", "x = 1")]    # a small library: its tests are added
     monkeypatch.setattr(corpora, "_stdlib_sources", lambda tests: iter(()))
     with pytest.raises(ValueError, match="no sources"):
         list(corpora.pystdlib_documents())
@@ -152,14 +153,15 @@ def test_a_prepared_dataset_decodes_to_its_documents(tmp_path, tokenizer, count)
     meta = preparation.prepare(lambda: iter(documents), tmp_path, tokenizer=tokenizer, bpe_vocab_size=300)
     dataset = TokenDataset.open(tmp_path)
     coder = dataset.tokenizer()
-    decoded = {name: coder.decode(dataset.split(name).read(0, len(dataset.split(name))).tolist()) for name in ("train", "val")}
+    splits = {name: dataset.split(name) for name in ("train", "val")}
+    decoded = {name: coder.decode(split.read(0, len(split)).tolist()) for name, split in splits.items()}
     if count == 1:
         assert decoded["train"] + decoded["val"] == documents[0][1]
     else:
         ended = {name: decoded[name].split("<|endoftext|>") for name in decoded}
         assert ended["train"].pop() == ended["val"].pop() == ""              # each document is followed by the eos id
         assert sorted(ended["train"] + ended["val"]) == sorted(text for _, text in documents)
-        assert [meta["splits"][name]["documents"] for name in ("train", "val")] == [len(ended["train"]), len(ended["val"])]
+        assert all(meta["splits"][name]["documents"] == len(ended[name]) for name in ("train", "val"))
     assert sum(split["bytes"] for split in meta["splits"].values()) == sum(len(text.encode()) for _, text in documents)
 
 
@@ -205,7 +207,8 @@ print(token_dataset.TokenDataset.open("pydocs").fingerprint)
 
 def test_two_processes_at_once_prepare_it_once(tmp_path):
     code = ENSURE.format(root=str(DATA_DIR.parent), data=str(tmp_path))
-    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(3)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
@@ -231,9 +234,9 @@ def test_an_unwritable_data_folder_names_the_way_out(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------------------------- the commands
 
-def command(script, *arguments, cwd):
+def command(script, *arguments, cwd, **options):
     return subprocess.run([sys.executable, str(DATA_DIR / script / "prepare.py"), *map(str, arguments)], cwd=cwd,
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=120, **options)
 
 
 def test_textfile_command_prepares_from_any_working_directory(tmp_path):
@@ -282,9 +285,8 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     import resource
     (tmp_path / "a.txt").write_text("some text " * 30_000)
-    done = subprocess.run([sys.executable, str(DATA_DIR / "textfile" / "prepare.py"), "a.txt", "--out=out", "--tokenizer=byte"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = command("textfile", "a.txt", "--out=out", "--tokenizer=byte", cwd=tmp_path,
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert done.returncode == 1 and re.fullmatch(r"error: File too large \(out\); .*\n", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -292,10 +294,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_command_leaves_nothing_that_looks_prepared(tmp_path, signal_number):
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} some words and more of them"}) + "\n" for i in range(200_000)))
+    (tmp_path / "long.jsonl").write_text("".join(f'{{"text": "{i} some words and more"}}\n' for i in range(200_000)))
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, str(DATA_DIR / "textfile" / "prepare.py"), "long.jsonl", "--out=out", "--tokenizer=byte"],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    script = str(DATA_DIR / "textfile" / "prepare.py")
+    process = subprocess.Popen([sys.executable, script, "long.jsonl", "--out=out", "--tokenizer=byte"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 30
     while not (out / ".staging").exists() and time.time() < deadline:
         time.sleep(0.005)

@@ -46,13 +46,15 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for():
     order = WindowOrder(5000, 16, data_seed=11)
     whole = order.starts(0, 1000)
     for size in (1, 7, 64, 333):
-        assert np.array_equal(np.concatenate([order.starts(i, min(size, 1000 - i)) for i in range(0, 1000, size)]), whole)
+        parts = [order.starts(i, min(size, 1000 - i)) for i in range(0, 1000, size)]
+        assert np.array_equal(np.concatenate(parts), whole)
     assert np.array_equal(WindowOrder(5000, 16, data_seed=11).starts(700, 300), whole[700:])
 
 
 def test_seeds_and_epochs_have_orders_of_their_own():
     windows = 311
-    orders = {tuple(WindowOrder(windows * 16 + 16, 16, seed).starts(epoch * windows, windows)) for seed in (0, 1, 2, -1) for epoch in range(4)}
+    orders = {tuple(WindowOrder(windows * 16 + 16, 16, seed).starts(epoch * windows, windows))
+              for seed in (0, 1, 2, -1) for epoch in range(4)}
     assert len(orders) == 16
 
 
@@ -193,7 +195,8 @@ def test_sharded_and_whole_datasets_give_the_same_batches(tmp_path):
             writer.add("train", np.arange(500) % 251, 500)
             writer.add("val", [1, 2], 2)
             writer.publish()
-        batches.append(DataLoader(TokenDataset.open(tmp_path / name).split("train"), 16, 5, prefetch=False).batch(0, 60))
+        split = TokenDataset.open(tmp_path / name).split("train")
+        batches.append(DataLoader(split, 16, 5, prefetch=False).batch(0, 60))
     assert torch.equal(*batches)
 
 
@@ -201,7 +204,8 @@ def test_sharded_and_whole_datasets_give_the_same_batches(tmp_path):
 
 def pairs(batches):
     """Every (input token, target token) that counts, sorted."""
-    return sorted(pair for inputs, targets in batches for pair in zip(inputs[targets >= 0].tolist(), targets[targets >= 0].tolist()))
+    return sorted(pair for inputs, targets in batches
+                  for pair in zip(inputs[targets >= 0].tolist(), targets[targets >= 0].tolist()))
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 8, 9, 10, 16, 17, 18, 100, 129])
@@ -210,14 +214,16 @@ def test_all_windows_make_every_token_a_target_once_over_all_ranks(tmp_path, tok
     split = make_split(tmp_path, tokens)
     ranks = [list(validation_batches(split, 8, None, 3, rank, world_size)) for rank in range(world_size)]
     assert len({tuple(tuple(inputs.shape) for inputs, _ in rank) for rank in ranks}) == 1       # collectives match
-    assert all(inputs.shape[0] <= 3 and inputs.shape[1] == 8 and targets.shape == inputs.shape for rank in ranks for inputs, targets in rank)
+    for inputs, targets in (batch for rank in ranks for batch in rank):
+        assert inputs.shape[0] <= 3 and inputs.shape[1] == 8 and targets.shape == inputs.shape
     assert pairs(batch for rank in ranks for batch in rank) == [(i, i + 1) for i in range(tokens - 1)]
 
 
 @pytest.mark.parametrize("windows", [1, 2, 5, 12, 13, 1000])
 def test_some_windows_are_spread_evenly_whatever_the_batch_and_world_size(tmp_path, windows):
     split = make_split(tmp_path, 101)                                # 13 windows of 8; the last one has 4 targets
-    seen = {tuple(pairs(batch for rank in range(world) for batch in validation_batches(split, 8, windows, size, rank, world)))
+    seen = {tuple(pairs(batch for rank in range(world)
+                        for batch in validation_batches(split, 8, windows, size, rank, world)))
             for world in (1, 2, 3, 4) for size in (1, 2, 5, 64)}
     assert len(seen) == 1
     firsts = sorted({first // 8 for first, _ in seen.pop()})

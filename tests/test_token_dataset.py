@@ -171,17 +171,15 @@ DAMAGES = {
     "unknown dtype": (lambda f: edit_meta(f, lambda m: m.update(dtype="int8")), "'int8'"),
     "wrong dtype": (lambda f: edit_meta(f, lambda m: m.update(dtype="uint32")), "uint32"),
     "wrong tokens": (lambda f: edit_meta(f, lambda m: m["splits"]["val"].update(tokens=1)), "val has 1 tokens"),
-    "ids beyond meta": (lambda f: edit_meta(f, lambda m: m.update(vocab_size=100)), "token id 256.*meta.json has "
-                                                                                    "vocab_size=100"),
-    "outside file": (lambda f: edit_meta(f, lambda m: m["splits"]["val"]["files"][0].update(name="../val.bin")), "not "
-                                                                                                                 "in "
-                                                                                                                 "its "
-                                                                                                                 "folder"),
+    "ids beyond meta": (lambda f: edit_meta(f, lambda m: m.update(vocab_size=100)),
+                        "token id 256.*meta.json has vocab_size=100"),
+    "outside file": (lambda f: edit_meta(f, lambda m: m["splits"]["val"]["files"][0].update(name="../val.bin")),
+                     "not in its folder"),
     "half published": (lambda f: (f / token_dataset.PUBLISHING).touch(), "half prepared"),
     **{f"meta lacks {key}": (lambda f, key=key: edit_meta(f, lambda m: m.pop(key)), f"lacks {key}")
        for key in ("vocab_size", "dtype", "splits", "tokenizer", "special_ids")},
-    **{f"split lacks {key}": (lambda f, key=key: edit_meta(f, lambda m: m["splits"]["train"].pop(key)), rf"lacks "
-                                                                                                        rf"splits.train.{key}")
+    **{f"split lacks {key}": (lambda f, key=key: edit_meta(f, lambda m: m["splits"]["train"].pop(key)),
+                               rf"lacks splits\.train\.{key}")
        for key in ("tokens", "bytes", "documents", "files")},
 }
 

@@ -5,12 +5,13 @@ import sys
 import pytest
 
 from data import tokenization
-from data.tokenization import (ByteTokenizer, CharTokenizer, Gpt2Tokenizer, HuggingFaceTokenizer, StreamDecoder, Tokenizer,
-                               load_tokenizer)
+from data.tokenization import (ByteTokenizer, CharTokenizer, Gpt2Tokenizer, HuggingFaceTokenizer, StreamDecoder,
+                               Tokenizer, load_tokenizer)
 
 NASTY = [
     "", " ", "\n\n\t  x \r\n", "plain words, 1234 and punctuation!?", "Straße naïve Ωμέγα", "日本語のテキスト", "👩‍👩‍👧‍👦🏳️‍🌈",
-    "e\u0301 versus \u00e9", "\ufeffmark \u200b\u200d\u2028", "\x00\x01\x7f", "שלום مرحبا", "a<|endoftext|>b", "\N{REPLACEMENT CHARACTER}", "\U0010ffff",
+    "e\u0301 versus \u00e9", "\ufeffmark \u200b\u200d\u2028", "\x00\x01\x7f", "שלום مرحبا", "a<|endoftext|>b",
+    "\N{REPLACEMENT CHARACTER}", "\U0010ffff",
 ]
 TRAINING = ["the cat sat on the mat and the dog sat on the log. " * 20, "Straße, 日本語, 👩‍👩‍👧‍👦 and the cat. " * 5]
 
@@ -18,11 +19,13 @@ TRAINING = ["the cat sat on the mat and the dog sat on the log. " * 20, "Straße
 def sentencepiece_like(folder):
     """A Hugging Face tokenizer that is not byte-level: word marks and byte fallback, as Llama's, with an </s>."""
     from tokenizers import Tokenizer as Backend, decoders, models, normalizers
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *sorted("▁abcdefghijklmnopqrstuvwxyz.,"), "th", "the", "▁the"]
-    backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[("t", "h"), ("th", "e"), ("▁", "the")],
-                                 unk_token="<unk>", byte_fallback=True))
+    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abcdefghijklmnopqrstuvwxyz.,",
+             "th", "the", "▁the"]
+    backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, unk_token="<unk>",
+                                 merges=[("t", "h"), ("th", "e"), ("▁", "the")], byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
@@ -129,7 +132,8 @@ def test_a_vocabulary_too_small_for_bytes_is_refused():
 def test_byte_spelling_is_that_of_the_tokenizers_library():
     from tokenizers import pre_tokenizers
     spelling = tokenization._byte_spelling()
-    assert sorted(spelling) == sorted(pre_tokenizers.ByteLevel.alphabet()) and sorted(spelling.values()) == list(range(256))
+    assert sorted(spelling) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(spelling.values()) == list(range(256))
 
 
 def test_gpt2_without_its_files_names_the_remedies(monkeypatch, tmp_path):

@@ -265,7 +265,7 @@ def test_a_run_learns_and_leaves_a_log_and_a_model_that_can_be_loaded(tmp_path, 
     split = TokenDataset.open(tiny_dataset).split("val")
     windows = -(-(len(split) - 1) // 16)
     tokens = torch.stack([torch.from_numpy(split.read(i * windows // 4 * 16, i * windows // 4 * 16 + 17)) for i in range(4)])
-    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).detach()
     assert evaluations[-1]["val_loss"] == pytest.approx(float(loss), rel=1e-5)
     assert evaluations[-1]["bits_per_byte"] == pytest.approx(float(loss) / math.log(2), rel=1e-5)  # a byte a token
     out = capsys.readouterr().out
@@ -348,6 +348,24 @@ def test_too_many_skipped_updates_stop_the_run_and_name_the_last_good_checkpoint
     assert "step_000000005" in captured.err and "skipped" in captured.err and "Traceback" not in captured.err
     (end,) = [e for e in events(tmp_path, "run_end") if e["outcome"] == "diverged"]
     assert end["skipped"] == 4 and load_model(tmp_path)
+
+
+def test_mfu_is_never_claimed_against_a_peak_that_the_run_overtakes(tmp_path, tiny_dataset, monkeypatch):
+    """Other work can disturb the measurement of a CPU's peak; then MFU would come out several times too high."""
+    from flops_parameter_counting import hardware
+    monkeypatch.setattr(hardware, "_measured", {})
+    monkeypatch.setattr(hardware, "_measure_cpu_peak", lambda *_: hardware.Peak(1e3, "measured: disturbed", measured=True))
+    assert run(tiny_dataset, tmp_path, "--max_iters=3", "--save_interval=-1") == 0
+    assert [s["mfu"] for s in events(tmp_path, "step")] == [None] * 3
+    assert len(events(tmp_path, "warning")) == 1
+    monkeypatch.undo()
+    hardware._measured.clear()
+    assert run(tiny_dataset, tmp_path / "calm", "--max_iters=3", "--save_interval=-1") == 0
+    for step in events(tmp_path / "calm", "step"):
+        from flops_parameter_counting.flops import flops_per_token
+        per_token = flops_per_token(resolve("llama", n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256)).full
+        assert step["mfu"] == pytest.approx(step["tokens_per_s"] * per_token / hardware._measured[torch.float32, 1].flops)
+        assert 0 < step["mfu"] < 1
 
 
 # ------------------------------------------------------------------------------------------- bad input

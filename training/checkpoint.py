@@ -26,12 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.command_line import Failure
+
 FORMAT_VERSION = 1
 _STEP, _TEMPORARY, _REPLACED = "step_", ".writing_", ".replaced_"
 _FILE_BYTES = 2 << 30  # a tensor file is closed at about this size, which also bounds the copy made while saving
 
 
-class CheckpointError(Exception):
+class CheckpointError(Failure):
     """A checkpoint cannot be written, found or read; the message says which, why and what to do."""
 
 
@@ -182,8 +184,8 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None,
     if which == "best" and store.all():
         best = store.pointed("best")
         if best is None:
-            raise CheckpointError(f"{store.folder} has no best checkpoint, as none was saved right after an evaluation; "
-                                  "use the latest one.")
+            raise CheckpointError(f"{store.folder} has no best checkpoint, as none was saved right after an "
+                                  "evaluation; use the latest one.")
         verify(best)
         return best
     found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)))

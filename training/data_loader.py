@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from data.token_dataset import DatasetError, TokenSplit
+from training.objectives import IGNORE
 
-IGNORED = -1                                     # target of a position that does not count
 FEISTEL_ROUNDS = 10                              # with fewer, some orders of very few windows are visibly favoured
 
 
@@ -90,8 +90,9 @@ class DataLoader:
     def batch(self, first_sequence: int, count: int) -> torch.Tensor:
         """Rows of sequences [first_sequence, first_sequence + count) that are this rank's.
 
-        (count / world_size, block_size + 1) token ids. Rank r has the r-th contiguous slice. Inputs are `[:, :-1]`, targets `[:, 1:]`. DatasetError, also of the
-        background thread, when the dataset cannot be read or holds ids beyond the vocabulary.
+        (count / world_size, block_size + 1) token ids; rank r has the r-th contiguous slice. Inputs are `[:, :-1]`,
+        targets `[:, 1:]`. DatasetError, also of the background thread, when the dataset cannot be read or holds ids
+        beyond the vocabulary.
         """
         if count % self.world_size:
             raise ValueError(f"a batch of {count} sequences cannot be shared equally by {self.world_size} processes")
@@ -127,7 +128,7 @@ def validation_batches(split: TokenSplit, block_size: int, windows: int | None, 
     """Yield (inputs, targets), each (rows, block_size), of a fixed set of windows side by side.
 
     windows: how many, spread evenly over the split; 0 or None for all of them, so that every token but the first is a
-    target exactly once. Targets are IGNORED where a window is filled up (the shorter last one; whole rows where the
+    target exactly once. Targets are IGNORE where a window is filled up (the shorter last one; whole rows where the
     windows do not divide). Over all ranks each window comes once; all ranks yield the same number of batches of the
     same shape.
     """
@@ -143,7 +144,7 @@ def validation_batches(split: TokenSplit, block_size: int, windows: int | None, 
     for batch in range(batches):
         first = (batch * world_size + rank) * rows
         inputs = torch.zeros(rows, block_size, dtype=torch.long)
-        targets = torch.full((rows, block_size), IGNORED, dtype=torch.long)
+        targets = torch.full((rows, block_size), IGNORE, dtype=torch.long)
         for row, window in enumerate(chosen[first:first + rows]):
             start = int(window) * block_size
             length = min(block_size + 1, len(split) - start)

@@ -1,0 +1,64 @@
+"""What the commands share: how they fail, and which device they use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Callable
+
+OUT_OF_MEMORY = ("Out of memory. Halve --batch_size and double --gradient_accumulation_steps (the result stays the "
+                 "same), or use --activation_checkpointing=full.")
+
+
+class UsageError(ValueError):
+    """The command line or configuration cannot be used; one sentence a line. Exit code 2."""
+
+
+class Failure(Exception):
+    """Something in the world is not as it has to be (a file, a disk, a run); the message says which, why, what to do."""
+
+
+def guarded(program: str, argv: list[str], job: Callable[[], int], memory_advice: str = OUT_OF_MEMORY) -> int:
+    """Run a command's job and return its exit code, turning an exception into its sentence on stderr.
+
+    2 for a UsageError, 130 after Ctrl-C, 0 when the reader of stdout has gone (`| head`), 1 for anything else. With
+    --debug in argv the exception is raised on, with its traceback.
+    """
+    try:
+        return job()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        for line in explain(error, memory_advice).split("\n"):
+            print(f"{program}: {line}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def explain(error: Exception, memory_advice: str) -> str:
+    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
+    import torch
+
+    from data.token_dataset import DatasetError
+    text = str(error)
+    if isinstance(error, (UsageError, Failure, DatasetError, OSError)):
+        return text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return memory_advice
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def choose_device(name: str):
+    """'auto' → the GPU if there is one, else the CPU; else the device of that name. UsageError if it is not there."""
+    import torch
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(f"device={name!r} cannot be used here: {reason}. Use --device=cpu.") from error
