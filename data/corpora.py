@@ -119,15 +119,15 @@ def _docstrings(source: str) -> str:
 # ------------------------------------------------------------------------------------------- files of one's own
 
 def text_documents(paths: Sequence[str | os.PathLike], text_key: str = "text") -> Iterator[Document]:
-    """Documents of files, folders and globs: .txt (a file is one), .jsonl (a line is one), .parquet (a row is one).
+    """Documents of files, folders and globs: .jsonl (a line is one), .parquet (a row is one), else text (a file is one).
 
     `text_key` is the field or column that holds the text. Empty texts and lines are passed over. ValueError names the
     file, and the line where there is one.
     """
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for path in find_text_files(paths):
         empty = True
-        for name, text in readers[path.suffix.lower()](path, text_key):
+        for name, text in readers.get(path.suffix.lower(), _read_txt)(path, text_key):
             if text.strip():
                 empty = False
                 yield name, text
@@ -136,7 +136,7 @@ def text_documents(paths: Sequence[str | os.PathLike], text_key: str = "text") -
 
 
 def find_text_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """The text files that paths, folders (searched to the bottom) and globs stand for, each once."""
+    """The files that paths, folders (their .txt, .jsonl and .parquet, to the bottom) and globs stand for, each once."""
     kinds = ", ".join(TEXT_SUFFIXES)
     found: dict[Path, None] = {}
     for given in paths:
@@ -153,11 +153,7 @@ def find_text_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
             files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
             if not files:
                 raise ValueError(f"There is no file {path}; check the path.")
-        for file in files:
-            if file.suffix.lower() not in TEXT_SUFFIXES:
-                raise ValueError(f"{file} is not one of {kinds}; plain text of another name can be read after renaming "
-                                 "it to .txt.")
-            found[file] = None
+        found.update(dict.fromkeys(files))
     return list(found)
 
 

@@ -93,7 +93,7 @@ def test_the_text_field_can_be_named(tmp_path):
     ("a.txt", b"", "holds no text"),
     ("a.txt", b"good \xff\n", "not UTF-8 text .byte 5"),
     ("a.parquet", b"PAR1 but not really", "cannot be read as parquet"),
-    ("a.csv", b"x", r"not one of \.txt, \.jsonl, \.parquet"),
+    ("a.md", b"\xff\xfe", "not UTF-8 text"),
 ])
 def test_bad_files_are_named_with_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

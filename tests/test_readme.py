@@ -13,9 +13,9 @@ TINY = ("--n_layer=1", "--n_head=2", "--n_embd=32", "--eval_iters=1", "--log_int
 
 
 def commands(language: str) -> list[str]:
-    """The lines of the README's code blocks in this language, comments cut off."""
+    """The lines of the README's code blocks in this language, with their comments."""
     blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -31,7 +31,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
         pytest.skip("data/my_text is somebody's")
     try:
         for line in commands("bash"):
-            words = shlex.split(line)
+            words = shlex.split(line, comments=True)
             program, arguments = words[1] if len(words) > 1 else "", words[2:]
             if words[0] == "make":
                 target = words[1]
@@ -39,7 +39,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
                 continue
             if words[0] == "echo":
                 text, _, rest = line.partition(" | ")
-                sampled = shlex.split(rest)
+                sampled = shlex.split(rest, comments=True)
                 result = run_python(ROOT / sampled[1], *sampled[2:], "--max_new_tokens=5", cwd=tmp_path,
                                     input=shlex.split(text)[1])
                 assert result.returncode == 0 and result.stdout.startswith(shlex.split(text)[1]), result.stderr
