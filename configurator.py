@@ -12,12 +12,13 @@ import ast
 import json
 import re
 import types
-import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from model_config import COMPONENT_KINDS, PRESETS, ModelConfig, components, did_you_mean, expand_pattern
+from model_config import (COMPONENT_KINDS, NO, PRESETS, ModelConfig, alternatives, as_type, components, did_you_mean,
+                          expand_pattern)
+from model_config import describe_type as type_in_words
 from training.command_line import UsageError
 from training.train_config import EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
 
@@ -50,6 +51,8 @@ class Configuration:
                 origins[key] = (f"preset {self.train.arch_preset}" if value == preset_value else
                                 "dataset" if key == "vocab_size" else "derived")
                 values[key] = value
+        if self.train.total_batch_tokens is not None:
+            values["gradient_accumulation_steps"] = None  # it follows from total_batch_tokens
         return values, origins
 
 
@@ -57,6 +60,13 @@ class Configuration:
 
 def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]]:
     """argv → (config file or None, {key: text, or True for a bare flag}, switches). Raises ConfigError."""
+    config_file, given, switches, problems = _split(argv)
+    _raise(problems)
+    return config_file, given, switches
+
+
+def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str], list[str]]:
+    """What `parse_command_line` returns, and its problems."""
     config_file, given, switches, problems = None, {}, set(), []
     words = list(argv)
     while words:
@@ -80,44 +90,45 @@ def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, str | boo
                 words.pop(0)
         elif equals:
             given[key] = text
-        elif TYPES[key] is bool:
-            given[key] = words.pop(0) if words and _is_bool(words[0]) else True
+        elif bool in alternatives(TYPES[key]):  # a bare flag is True; a value may follow all the same
+            follows = bool(words) and not words[0].startswith("--") and as_type(TYPES[key], words[0]) is not NO
+            given[key] = words.pop(0) if follows else True
         elif words and not words[0].startswith("--"):
             given[key] = words.pop(0)
         else:
             problems.append(f"--{key} needs a value ({describe_type(key)}): --{key}=…")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config_file, given, switches
+    return config_file, given, switches, problems
 
 
-def read_config_file(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, tuple[Any, str]]:
+def read_config_file(path: str | Path) -> dict[str, tuple[Any, str]]:
     """A .py config, or a run's saved .json/.jsonl → {key: (value, origin)}; bases first. Raises ConfigError."""
-    file = find_config_file(path)
-    if file in _above:
-        raise ConfigError(f"{shown(file)}: base = … goes in a circle: {' → '.join(p.name for p in _above + (file,))}.")
-    if file.suffix in (".json", ".jsonl"):
-        return _read_saved_config(file)
+    values, problems = _read_config_file(path)
+    _raise(problems)
+    return values
+
+
+def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+    """The usable values of a config file and its bases, and the problems of the others."""
     try:
-        source = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{shown(file)} cannot be read: {error}.") from error
-    namespace: dict[str, Any] = {"__name__": "kitbash_config", "__file__": str(file)}
-    try:
-        exec(compile(source, str(file), "exec"), namespace)
-    except (Exception, SystemExit) as error:
-        line = error.lineno if isinstance(error, SyntaxError) else _line_in(error, str(file))
-        raise ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}") from error
+        file = find_config_file(path)
+        if file in above:
+            raise ConfigError(f"base = … goes in a circle: {' → '.join(p.name for p in above + (file,))}.")
+        if file.suffix in (".json", ".jsonl"):
+            return _read_saved_config(file)
+        source, namespace = _execute(file)
+    except ConfigError as error:
+        return {}, str(error).split("\n")
     lines = _assignment_lines(source)
     names = {name: value for name, value in namespace.items()
              if not name.startswith("_") and not isinstance(value, types.ModuleType)}
-    values: dict[str, tuple[Any, str]] = {}
-    base = names.pop("base", None)
-    if base is not None:
-        if not isinstance(base, str):
-            raise ConfigError(f"{shown(file)}:{lines.get('base', 1)}: base={base!r} must be the path of a config file.")
-        values = read_config_file(file.parent / base, _above + (file,))
-    problems, own = [], {}
+    values, problems, own = {}, [], {}
+    if "base" in names:
+        base, where = names.pop("base"), f"{shown(file)}:{lines.get('base', 1)}"
+        if isinstance(base, str):
+            values, problems = _read_config_file(file.parent / base, above + (file,))
+            problems = [p if re.match(r"\S+:\d+: ", p) else f"{where}: {p}" for p in problems]
+        else:
+            problems = [f"{where}: base={base!r} must be the path of a config file."]
     for name, value in names.items():
         where = f"{shown(file)}:{lines.get(name, 1)}"
         if name not in KEYS:
@@ -128,9 +139,22 @@ def read_config_file(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[st
             own[name] = (convert(name, value), where)
         except ConfigError as error:
             problems.append(f"{where}: {error}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return _overlay(values, own, shown(file))
+    return _overlay(values, own, shown(file), problems), problems
+
+
+def _execute(file: Path) -> tuple[str, dict[str, Any]]:
+    """A config file's source and the namespace it leaves. Raises ConfigError with the line where it fails."""
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shown(file)} cannot be read: {error}.") from error
+    namespace: dict[str, Any] = {"__name__": "kitbash_config", "__file__": str(file)}
+    try:
+        exec(compile(source, str(file), "exec"), namespace)
+    except (Exception, SystemExit) as error:
+        line = (error.lineno or 1) if isinstance(error, SyntaxError) else _line_in(error, str(file))
+        raise ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}") from error
+    return source, namespace
 
 
 def find_config_file(path: str | Path) -> Path:
@@ -151,7 +175,8 @@ def shown(path: Path) -> str:
     return str(path)
 
 
-def _read_saved_config(file: Path) -> dict[str, tuple[Any, str]]:
+def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+    """What a run saved of its configuration, without what it worked out from other keys or from the dataset."""
     try:
         text = file.read_text(encoding="utf-8")
         document = json.loads(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
@@ -160,11 +185,16 @@ def _read_saved_config(file: Path) -> dict[str, tuple[Any, str]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
                           "Give a run_*.json, run_*.jsonl or a checkpoint's state.json.") from error
-    unknown = [key for key in items if key not in KEYS]
-    if unknown:
-        raise ConfigError("\n".join(f"{shown(file)}: {key!r} is not a key{did_you_mean(key, KEYS)}." for key in unknown))
-    return {key: (convert(key, value), f"{shown(file)}") for key, (value, origin) in items.items()
-            if value is not None and origin.split()[0] not in ("derived", "dataset")}
+    values, problems = {}, []
+    for key, (value, origin) in items.items():
+        if key not in KEYS:
+            problems.append(f"{shown(file)}: {key!r} is not a key{did_you_mean(key, KEYS)}.")
+        elif value is not None and origin.split()[0] not in ("derived", "dataset"):
+            try:
+                values[key] = (convert(key, value), shown(file))
+            except ConfigError as error:
+                problems.append(f"{shown(file)}: {error}")
+    return values, problems
 
 
 def _line_in(error: BaseException, filename: str) -> int:
@@ -197,102 +227,60 @@ def convert(key: str, value: Any) -> Any:
 
     '1' → 1.0 and '3e8' → 300000000 are fine, 1.5 for an int is not. Raises ConfigError naming key, value and type.
     """
-    if key == "layer_pattern" and isinstance(value, (list, tuple)):
-        value = ",".join(map(str, value))
-    for kind in _alternatives(TYPES[key]):
-        converted = _as(kind, value)
-        if converted is not _NO:
-            return converted
-    raise ConfigError(f"{key}={value!r} is not {describe_type(key).removesuffix(' or None')}.")
-
-
-_NO = object()
-
-
-def _alternatives(kind: Any) -> tuple:
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-
-
-def _is_bool(text: str) -> bool:
-    return text.lower() in ("true", "false", "0", "1")
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """`value` as `kind`, or _NO."""
-    text = isinstance(value, str)
-    if kind is type(None):
-        return None if value is None or (text and value == "None") else _NO
-    if typing.get_origin(kind) is Literal:
-        return value if value in typing.get_args(kind) else _NO
-    if kind is bool:
-        if text and _is_bool(value):
-            return value.lower() in ("true", "1")
-        return value if isinstance(value, bool) else _NO
-    if isinstance(value, bool):
-        return _NO
-    if kind is str:
-        return value if text else str(value) if isinstance(value, Path) else _NO
-    try:
-        if kind is int:
-            if text and re.fullmatch(r"[+-]?[0-9_]+", value.strip()):
-                return int(value)
-            number = float(value)
-            return int(number) if number.is_integer() else _NO
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return _NO
+    text = ",".join(map(str, value)) if key == "layer_pattern" and isinstance(value, (list, tuple)) else value
+    converted = as_type(TYPES[key], text)
+    if converted is NO:
+        raise ConfigError(f"{key}={value!r} is not {describe_type(key)}.")
+    return converted
 
 
 def describe_type(key: str) -> str:
-    """A key's type in words: 'a whole number', "'cosine' or 'linear'", 'True or False', 'a number or None'."""
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
-    pieces = []
-    for kind in _alternatives(TYPES[key]):
-        pieces += [repr(v) for v in typing.get_args(kind)] if typing.get_origin(kind) is Literal else [words[kind]]
-    if key in COMPONENT_KINDS:
-        pieces = [repr(name) for name in components(key)]
-    return pieces[0] if len(pieces) == 1 else ", ".join(pieces[:-1]) + " or " + pieces[-1]
+    """A key's type in words: 'a whole number', "'cosine' or 'linear'"; for a component, what there is."""
+    return type_in_words(Literal[tuple(components(key))] if key in COMPONENT_KINDS else TYPES[key])
 
 
 # ------------------------------------------------------------------------------------------- resolving
 
-def _overlay(weaker: dict, stronger: dict, where: str) -> dict[str, tuple[Any, str]]:
-    """`stronger` over `weaker`; of exclusive keys the stronger source's wins. Raises ConfigError if it sets two."""
+def _overlay(weaker: dict, stronger: dict, where: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
+    """`stronger` over `weaker`; of exclusive keys the stronger source's wins, and two in one source are a problem."""
     merged = dict(weaker)
     for group in EXCLUSIVE:
         chosen = [key for key in group if key in stronger and stronger[key][0] is not None]
         if len(chosen) > 1:
-            raise ConfigError(f"{where} sets {' and '.join(chosen)}, which say the same thing; give one of them.")
+            problems.append(f"{where} sets {' and '.join(chosen)}, which say the same thing; give one of them.")
         for key in group if chosen else ():
             merged.pop(key, None)
     return {**merged, **stronger}
 
 
 def configure(argv: list[str]) -> Configuration:
-    """The command line, without switches, → a checked Configuration. Raises ConfigError with all problems."""
-    config_file, given, _ = parse_command_line(argv)
-    problems: list[str] = []
+    """The command line, without switches, → a checked Configuration. Raises ConfigError with all problems.
+
+    A run that starts from a checkpoint gets its model from there, so that is checked later, by `continue_from`.
+    """
+    config_file, given, _, problems = _split(argv)
     values: dict[str, tuple[Any, str]] = {}
     if config_file is not None:
-        try:
-            values = read_config_file(config_file)
-        except ConfigError as error:
-            problems += str(error).split("\n")
+        values, of_file = _read_config_file(config_file)
+        problems += of_file
     line = {}
     for key, text in given.items():
         try:
             line[key] = (convert(key, text), "command line")
         except ConfigError as error:
             problems.append(f"--{error}")
-    try:
-        values = _overlay(values, line, "the command line")
-    except ConfigError as error:
-        problems.append(str(error))
+    values = _overlay(values, line, "the command line", problems)
     train = TrainConfig(**{key: value for key, (value, _) in values.items()})
-    problems += train.problems()
+    unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]
+    problems += [problem for problem in train.problems(with_model=train.init_from == "scratch")
+                 if not any(re.search(rf"\b{key}=", problem) for key in unusable)]  # nothing that follows from a mistake
+    _raise(problems)
+    return Configuration(train, {key: values[key][1] if key in values else "default" for key in KEYS})
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return Configuration(train, {key: values[key][1] if key in values else "default" for key in KEYS})
 
 
 def continue_from(now: Configuration, saved: dict[str, Any], where: str,
@@ -309,8 +297,8 @@ def continue_from(now: Configuration, saved: dict[str, Any], where: str,
     for key in KEYS:
         mine, theirs = getattr(now.train, key), saved.get(key)
         differs = now.given(key) and mine is not None and mine != theirs
-        if differs and key == "layer_pattern":  # two ways to write one pattern
-            differs = expand_pattern(mine, saved["n_layer"]) != expand_pattern(theirs, saved["n_layer"])
+        if differs and key == "layer_pattern":
+            differs = not _same_pattern(mine, theirs, saved["n_layer"])
         if key in fixed:
             if differs and now.origins[key] == "command line":
                 problems.append(f"--{key}={mine} differs from the checkpoint's {key}={theirs} ({where}); a resumed "
@@ -323,12 +311,18 @@ def continue_from(now: Configuration, saved: dict[str, Any], where: str,
         values[key] = theirs if keep and key in saved else mine
         if keep and key in saved:
             origins[key] = "checkpoint"
-    if problems:
-        raise ConfigError("\n".join(problems))
+    _raise(problems)
     train = replace(now.train, **values)
-    if train.problems():
-        raise ConfigError("\n".join(train.problems()))
+    _raise(train.problems())
     return Configuration(train, origins), notes
+
+
+def _same_pattern(one: str, other: str, n_layer: int) -> bool:
+    """Whether two ways to write a layer pattern mean the same blocks."""
+    try:
+        return expand_pattern(one, n_layer) == expand_pattern(other, n_layer)
+    except ValueError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------- printing
@@ -342,7 +336,8 @@ def print_config(configuration: Configuration) -> None:
             value, origin = values[key], origins[key]
             if key == "vocab_size" and not configuration.given(key):
                 value, origin = None, f"the dataset's, else {values[key]} ({origin})"
-            print(f"{f'{key} = {value!r}':<48} # {origin}")
+            unused = "# " if value is None and TYPES[key] is int else ""  # in the place of a key that excludes it
+            print(f"{f'{unused}{key} = {value!r}':<48} # {origin}")
         print()
 
 
@@ -354,9 +349,8 @@ def print_help(usage: str) -> None:
         for key, field in KEYS.items():
             if field.metadata["group"] != group:
                 continue
-            kind = describe_type(key).removesuffix(" or None") if field.default is None else describe_type(key)
             default = "" if field.default is None else f"  default {field.default!r}"
-            print(f"  --{key}: {kind}{default}\n        {field.metadata['help']}")
+            print(f"  --{key}: {describe_type(key)}{default}\n        {field.metadata['help']}")
     print(f"\npresets (--arch_preset): {', '.join(PRESETS)}")
     print("A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins;"
           "\n--debug shows the traceback of an error.")

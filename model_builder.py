@@ -64,6 +64,13 @@ class Transformer(nn.Module):
         logits = self.head(self.norm(x))
         return logits if logits.size(-1) == self.config.vocab_size else logits[..., :self.config.vocab_size]
 
+    def _apply(self, fn, recurse=True):
+        """Whatever moves or converts the parameters (`to`, `to_empty`), a tied head stays the embedding itself."""
+        super()._apply(fn, recurse)
+        if self.config.weight_tying:
+            self.head.weight = self.embedding.weight
+        return self
+
     def num_parameters(self) -> int:
         """N: every trainable number, tied ones once, padding rows included."""
         return sum(p.numel() for p in self.parameters())
@@ -79,16 +86,10 @@ class Transformer(nn.Module):
         not depend on use_cache (in bf16 rounding differs). For the other knobs see `sample_next`. Raises ValueError for
         an empty prompt and for knobs out of range. The model is in eval mode until the stream ends.
         """
-        problems = [sentence for wrong, sentence in (
-            (tokens.size(1) == 0, "the prompt has no tokens; give at least one (a model continues, it cannot start)."),
-            (max_new_tokens < 0, f"max_new_tokens={max_new_tokens} is negative."),
-            (not temperature >= 0, f"temperature={temperature} is negative; 0 is greedy."),
-            (top_k is not None and top_k < 1, f"top_k={top_k} keeps no token; use at least 1, or None."),
-            (top_p is not None and not 0 < top_p <= 1, f"top_p={top_p} is not in (0, 1]."),
-            (not repetition_penalty > 0, f"repetition_penalty={repetition_penalty} is not positive; 1 is none."),
-        ) if wrong]
-        if problems:
-            raise ValueError("\n".join(problems))
+        if tokens.size(1) == 0:
+            raise ValueError("the prompt has no tokens; give at least one (a model continues, it cannot start).")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} is negative.")
         was_training = self.training
         self.eval()
         try:
@@ -126,8 +127,16 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float = 1.0, top_k: i
 
     repetition_penalty r divides the positive and multiplies the negative logits of the tokens seen (Keskar et al.
     2019); temperature 0 takes the largest; top_k keeps the k largest (and what ties with them); top_p keeps the smallest set whose probability
-    reaches p (nucleus sampling, Holtzman et al. 2019).
+    reaches p (nucleus sampling, Holtzman et al. 2019). Raises ValueError for a knob out of range.
     """
+    problems = [sentence for wrong, sentence in (
+        (not temperature >= 0, f"temperature={temperature} is negative; 0 is greedy."),
+        (top_k is not None and top_k < 1, f"top_k={top_k} keeps no token; use at least 1, or None."),
+        (top_p is not None and not 0 < top_p <= 1, f"top_p={top_p} is not in (0, 1]."),
+        (not repetition_penalty > 0, f"repetition_penalty={repetition_penalty} is not positive; 1 is none."),
+    ) if wrong]
+    if problems:
+        raise ValueError("\n".join(problems))
     if repetition_penalty != 1.0:
         old = logits.gather(1, seen)
         logits = logits.scatter(1, seen, torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
@@ -174,7 +183,7 @@ def initialize(model: Transformer, seed: int) -> None:
             how = module.initial(local)
             if isinstance(how, Normal):
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * how.std)
+                generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * how.std)
             else:
                 parameter.fill_(how.value)

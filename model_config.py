@@ -13,8 +13,13 @@ import difflib
 import hashlib
 import importlib
 import json
+import math
+import re
+import types
+import typing
 from dataclasses import dataclass
-from typing import Any, Callable
+from pathlib import Path
+from typing import Any, Callable, Literal
 
 # ------------------------------------------------------------------------------------------- components
 
@@ -51,12 +56,16 @@ _REGISTRY: dict[str, dict[str, Component]] = {kind: {} for kind in COMPONENT_KIN
 
 def register(kind: str, name: str, *, short: str, uses: tuple[str, ...] = (), fixes: dict[str, Any] | None = None,
              has_attention: bool = False) -> Callable:
-    """Decorator that enters a class or function under `kind` and `name`. Raises ValueError if name or short is taken."""
+    """Decorator that enters a class or function under `kind` and `name`. Raises ValueError if name or short is taken.
+
+    Activations and feed-forwards share one place in the architecture's name, so they share their short names too.
+    """
     def enter(build: Callable) -> Callable:
-        for other in _REGISTRY[kind].values():
-            if name == other.name or short == other.short:
-                raise ValueError(f"{kind} {name!r} (short {short!r}) is already registered as {other.name!r} "
-                                 f"(short {other.short!r}); choose another name.")
+        together = ("activation", "ffn_type") if kind in ("activation", "ffn_type") else (kind,)
+        for other in (c for shared in together for c in _REGISTRY[shared].values()):
+            if (kind, name) == (other.kind, other.name) or short == other.short:
+                raise ValueError(f"{kind} {name!r} (short {short!r}) is already registered as {other.kind} "
+                                 f"{other.name!r} (short {other.short!r}); choose another name.")
         _REGISTRY[kind][name] = Component(kind, name, short, build, tuple(uses), tuple((fixes or {}).items()),
                                           has_attention)
         return build
@@ -105,6 +114,70 @@ def _print_table(rows: list[tuple]) -> None:
         print("  ".join(cells).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths) + "  " + "-" * len(str(row[-1])))
+
+
+# ------------------------------------------------------------------------------------------- types of keys
+
+NO = object()  # what `as_type` returns for a value that is not of the type
+
+
+def alternatives(kind: Any) -> tuple:
+    """The members of a union type, None first; (kind,) for any other type."""
+    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return tuple(sorted(members, key=lambda member: member is not type(None)))
+
+
+def as_type(kind: Any, value: Any) -> Any:
+    """`value`, a Python value or text, as `kind` where nothing is lost, else NO.
+
+    1 → 1.0, '3e8' → 300000000, 'True' → True, 'None' → None; 1.5 is no int, True no number.
+    """
+    for member in alternatives(kind):
+        converted = _as_member(member, value)
+        if converted is not NO:
+            return converted
+    return NO
+
+
+def _as_member(kind: Any, value: Any) -> Any:
+    text = isinstance(value, str)
+    if kind is type(None):
+        return None if value is None or (text and value == "None") else NO
+    if typing.get_origin(kind) is Literal:
+        return value if value in typing.get_args(kind) else NO
+    if kind is bool:
+        if text and is_truth_value(value):
+            return value.lower() in ("true", "1")
+        return bool(value) if isinstance(value, bool) or (type(value) is int and value in (0, 1)) else NO
+    if kind is str:
+        return value if text else str(value) if isinstance(value, Path) else NO
+    if isinstance(value, (bool, bytes)):
+        return NO
+    try:
+        if kind is int:
+            if type(value) is int or (text and re.fullmatch(r"[+-]?[0-9_]+", value.strip())):
+                return int(value)
+            number = float(value)
+            return int(number) if number.is_integer() else NO
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return NO
+
+
+def is_truth_value(text: str) -> bool:
+    """Whether text stands for True or False."""
+    return text.lower() in ("true", "false", "0", "1")
+
+
+def describe_type(kind: Any) -> str:
+    """A type in words: 'a whole number', "'cosine' or 'linear'", 'True or False'; that it may be None is not said."""
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+    pieces = []
+    for member in alternatives(kind):
+        if member is not type(None):
+            pieces += ([repr(value) for value in typing.get_args(member)] if typing.get_origin(member) is Literal
+                       else [words[member]])
+    return pieces[0] if len(pieces) == 1 else ", ".join(pieces[:-1]) + " or " + pieces[-1]
 
 
 # ------------------------------------------------------------------------------------------- the cost of a part
@@ -278,6 +351,8 @@ def expand_pattern(pattern, n_layer: int) -> tuple[str, ...]:
     'a*2,b' with n_layer 6 → a a b a a b. Raises ValueError when it is empty, longer than n_layer or has a bad count.
     """
     pieces = pattern.split(",") if isinstance(pattern, str) else list(pattern)
+    if not pieces:
+        raise ValueError("layer_pattern is empty; name at least one block, e.g. 'transformer'.")
     names: list[str] = []
     for piece in (str(p).strip() for p in pieces):
         name, star, count = piece.partition("*")
@@ -316,20 +391,20 @@ def _problems(c: ModelConfig) -> list[str]:
                 "block_size"):
         if getattr(c, key) < 1:
             problems.append(f"{key}={getattr(c, key)} must be at least 1.")
-    if c.n_kv_head >= 1 and c.n_head % c.n_kv_head:
+    if c.n_kv_head >= 1 and c.n_head >= 1 and c.n_head % c.n_kv_head:
         divisors = [k for k in range(1, c.n_head + 1) if c.n_head % k == 0]
         problems.append(f"n_kv_head={c.n_kv_head} does not divide n_head={c.n_head}, so query heads cannot share keys "
                         f"evenly. Use one of {', '.join(map(str, divisors))}.")
     if not 0.0 <= c.dropout < 1.0:
         problems.append(f"dropout={c.dropout} is not a probability in [0, 1).")
-    if not c.norm_eps > 0:
-        problems.append(f"norm_eps={c.norm_eps} must be positive.")
-    if c.rope_theta is not None and not c.rope_theta > 1:
-        problems.append(f"rope_theta={c.rope_theta} must be greater than 1.")
+    if not 0 < c.norm_eps < math.inf:
+        problems.append(f"norm_eps={c.norm_eps} must be positive and finite.")
+    if c.rope_theta is not None and not 1 < c.rope_theta < math.inf:
+        problems.append(f"rope_theta={c.rope_theta} must be greater than 1 and finite.")
     if c.position_encoding == "rope" and c.head_dim % 2:
         problems.append(f"head_dim={c.head_dim} is odd, but RoPE rotates pairs of dimensions. "
                         f"Use another n_head, or --head_dim={c.head_dim + 1}.")
-    if len(c.layer_pattern) != c.n_layer:
+    if len(c.layer_pattern) != c.n_layer and c.n_layer >= 1:
         problems.append(f"layer_pattern names {len(c.layer_pattern)} layers but n_layer={c.n_layer}.")
     blocks = [component("block", name) for name in dict.fromkeys(c.layer_pattern)]
     if blocks and not any(block.has_attention for block in blocks):
@@ -372,29 +447,33 @@ def list_presets() -> None:
 def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     """A preset with some keys overridden → ModelConfig, every derived value filled in. The only way to make one.
 
-    An override of None means "not overridden". Raises ValueError, all problems in one, for an unknown preset, key or
-    component, an impossible shape, or an override that would change nothing (rope_theta on a model without RoPE).
+    An override of None means "not overridden"; values are converted to the key's type where nothing is lost. Raises
+    ValueError, all problems in one, for an unknown preset, key or component, a value of the wrong type, an impossible
+    shape, or an override that would change nothing (rope_theta on a model without RoPE).
     """
     if preset not in PRESETS:
         raise ValueError(f"arch_preset={preset!r} is not a preset{did_you_mean(preset, PRESETS)}. "
                          f"There is: {', '.join(PRESETS)}.")
-    fields = {f.name for f in dataclasses.fields(ModelConfig)}
-    given = {key: value for key, value in overrides.items() if value is not None}
-    problems = [f"{key!r} is not a key of a model{did_you_mean(key, fields)}." for key in given if key not in fields]
-    values = dict(PRESETS[preset][1], **{key: value for key, value in given.items() if key in fields})
+    given, problems = _converted({key: value for key, value in overrides.items() if value is not None})
+    values = {**PRESETS[preset][1], **given}
 
-    chosen = []
+    chosen, unknown_kinds = [], set()  # a part that does not exist: go on with the preset's, to find what else is wrong
     for kind in COMPONENT_KINDS:
         if kind != "block":
             try:
-                chosen.append(component(kind, values.get(kind, "sdpa")))
+                chosen.append(component(kind, values.setdefault(kind, "sdpa")))
             except ValueError as error:
                 problems.append(str(error))
+                unknown_kinds.add(kind)
+                values[kind] = PRESETS[preset][1].get(kind, "sdpa")
+                chosen.append(component(kind, values[kind]))
     try:
-        values["layer_pattern"] = expand_pattern(values.get("layer_pattern", ("transformer",)), values["n_layer"])
+        values["layer_pattern"] = expand_pattern(values.get("layer_pattern", ("transformer",)),
+                                                 max(1, values["n_layer"]))
         chosen += [component("block", name) for name in dict.fromkeys(values["layer_pattern"])]
     except ValueError as error:
         problems.append(str(error))
+        values["layer_pattern"] = ("transformer",) * max(1, values["n_layer"])
 
     for c in chosen:  # what a component decides itself cannot be overridden to anything else
         for key, value in c.fixes:
@@ -408,22 +487,52 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
         if key in given:
             readers = [f"{c.kind}={c.name!r}" for kind in COMPONENT_KINDS for c in components(kind).values()
                        if key in c.uses]
+            if any(reader.split("=")[0] in unknown_kinds for reader in readers):
+                continue  # perhaps the part that was meant reads it
             problems.append(f"{key}={given[key]!r} has no effect on this model: only {' or '.join(readers)} reads it.")
         values[key] = None
 
     heads, width = values["n_head"], values["n_embd"]
-    if values.get("head_dim") is None and heads >= 1 and width >= 1:
-        if width % heads:
-            near = [h for h in range(1, width + 1) if width % h == 0 and (width // h) % 2 == 0]
-            best = min(near, key=lambda h: abs(h - heads)) if near else 1
-            problems.append(f"n_head={heads} does not divide n_embd={width} (head_dim would be {width / heads:.2f}). "
-                            f"Use n_head={best} for head_dim {width // best}.")
-        values["head_dim"] = max(1, width // heads)
-    if problems:
-        raise ValueError("\n".join(problems))
-    derived = dict(n_kv_head=heads, d_ff=usual_d_ff(values["ffn_type"], width), qkv_bias=values["bias"],
+    if values.get("head_dim") is None:
+        uneven = heads >= 1 and width >= 1 and width % heads
+        if uneven:
+            problems.append(_uneven_heads(heads, width))
+        values["head_dim"] = 2 if uneven else max(1, width // max(1, heads))
+    derived = dict(n_kv_head=max(1, heads), d_ff=usual_d_ff(values["ffn_type"], max(1, width)), qkv_bias=values["bias"],
                    rope_theta=10000.0 if "rope_theta" in used else None)
     for key, value in derived.items():
         if values.get(key) is None:
             values[key] = value
-    return ModelConfig(**values)
+    try:
+        config = ModelConfig(**values)
+    except ValueError as error:
+        problems += str(error).split("\n")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def _converted(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Overrides as the types their fields declare, and a sentence for each that is unknown or of another type."""
+    kinds, converted, problems = typing.get_type_hints(ModelConfig), {}, []
+    for key, value in given.items():
+        if key not in kinds:
+            problems.append(f"{key!r} is not a key of a model{did_you_mean(key, kinds)}.")
+        elif key == "layer_pattern":
+            if isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)):
+                converted[key] = value
+            else:
+                problems.append(f"layer_pattern={value!r} is not a text or a list of block names.")
+        elif (as_declared := as_type(kinds[key], value)) is NO:
+            problems.append(f"{key}={value!r} is not {describe_type(kinds[key])}.")
+        elif as_declared is not None:
+            converted[key] = as_declared
+    return converted, problems
+
+
+def _uneven_heads(heads: int, width: int) -> str:
+    """The sentence for a number of heads that does not divide the width, with the nearest that does."""
+    divisors = [h for h in range(1, width + 1) if width % h == 0 and (width // h) % 2 == 0] or [1]
+    best = min(divisors, key=lambda h: abs(h - heads))
+    return (f"n_head={heads} does not divide n_embd={width} (head_dim would be {width / heads:.2f}). "
+            f"Use n_head={best} for head_dim {width // best}.")

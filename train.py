@@ -192,6 +192,8 @@ class Run:
             self.notes += overruled
             if not self.origin.weights_only:
                 self.progress = Progress(**self.saved["progress"])
+        elif problems := configuration.train.problems():  # init_from=auto that found nothing
+            raise ConfigError("\n".join(problems))
         self.configuration, self.config = configuration, configuration.train
         self.store = CheckpointStore(self.config.out_dir)
         self.save_interval = (self.config.eval_interval if self.config.save_interval is None else

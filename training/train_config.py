@@ -6,6 +6,7 @@ The keys that define the model are `ModelConfig`'s own fields, each made optiona
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,13 +99,13 @@ class TrainConfig(_ModelKeys):
             return self.total_batch_tokens // block_size
         return self.batch_size * self.gradient_accumulation_steps
 
-    def problems(self) -> list[str]:
-        """Every reason why this run cannot start, one sentence each; the model's own are included."""
-        problems = [f"{key}={getattr(self, key)} must be at least {least}." for key, least in _AT_LEAST.items()
-                    if getattr(self, key) is not None and getattr(self, key) < least]
+    def problems(self, with_model: bool = True) -> list[str]:
+        """Every reason why this run cannot start, one sentence each; the model's own are included unless told not to."""
+        problems = [f"{key}={getattr(self, key)} must be at least {least} and finite." for key, least in _AT_LEAST.items()
+                    if getattr(self, key) is not None and not least <= getattr(self, key) < math.inf]
         for key in ("learning_rate", "adam_eps"):
-            if not getattr(self, key) > 0:
-                problems.append(f"{key}={getattr(self, key)} must be positive.")
+            if not 0 < getattr(self, key) < math.inf:
+                problems.append(f"{key}={getattr(self, key)} must be positive and finite.")
         for key in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, key) < 1:
                 problems.append(f"{key}={getattr(self, key)} must be in [0, 1).")
@@ -116,6 +117,8 @@ class TrainConfig(_ModelKeys):
         device = self.device.split(":")[0]
         if device not in ("auto", "cpu", "cuda"):
             problems.append(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N.")
+        if not with_model:
+            return problems
         try:
             block_size = self.model_config().block_size
             if self.total_batch_tokens is not None and self.total_batch_tokens % block_size:
