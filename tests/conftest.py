@@ -6,11 +6,15 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch: threads that spin make a shared machine crawl
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script: commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
