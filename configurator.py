@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from model_config import (COMPONENT_KINDS, NO, PRESETS, ModelConfig, alternatives, as_type, components, did_you_mean,
-                          expand_pattern)
+from model_config import (COMPONENT_KINDS, NO, OFF_AT_ZERO, PRESETS, ModelConfig, alternatives, as_type, components, did_you_mean,
+                          expand_pattern, usual_d_ff)
 from model_config import describe_type as type_in_words
 from training.command_line import UsageError
 from training.train_config import EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent
+FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that is resumed
 SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
 
 
@@ -51,6 +53,9 @@ class Configuration:
                 origins[key] = (f"preset {self.train.arch_preset}" if value == preset_value else
                                 "dataset" if key == "vocab_size" else "derived")
                 values[key] = value
+            elif value is None:  # not read by this model, said by d_ff, or off (where None would bring the preset's back)
+                off = key in OFF_AT_ZERO and PRESETS[self.train.arch_preset][1].get(key) is not None
+                values[key] = 0 if off else None
         if self.train.total_batch_tokens is not None:
             values["gradient_accumulation_steps"] = None  # it follows from total_batch_tokens
         return values, origins
@@ -63,6 +68,11 @@ def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, str | boo
     config_file, given, switches, problems = _split(argv)
     _raise(problems)
     return config_file, given, switches
+
+
+def switches_in(argv: list[str]) -> set[str]:
+    """Which of --help, --print_config and --debug are given, whatever else may be wrong."""
+    return _split(argv)[2]
 
 
 def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str], list[str]]:
@@ -84,6 +94,8 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]
         key = key.replace("-", "_")
         if key in SWITCHES:
             switches.add(key)
+            if equals:
+                problems.append(f"--{key} takes no value.")
         elif key not in KEYS:
             problems.append(f"--{key} is not a key{did_you_mean(key, KEYS)}. --help lists them all.")
             if not equals and words and not words[0].startswith("--"):
@@ -176,12 +188,16 @@ def shown(path: Path) -> str:
 
 
 def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str]]:
-    """What a run saved of its configuration, without what it worked out from other keys or from the dataset."""
+    """What a run saved of its configuration, without what its preset, other keys or the dataset decided for it.
+
+    Nor where it started from or that it only evaluated: that was that run's business.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         document = json.loads(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
         saved, origins = document["config"], document["origins"]
-        items = {key: (value, origins.get(key, "saved")) for key, value in saved.items()}
+        items = {key: (value, str(origins.get(key, "saved")).removeprefix(FROM_CHECKPOINT))
+                 for key, value in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
                           "Give a run_*.json, run_*.jsonl or a checkpoint's state.json.") from error
@@ -189,7 +205,8 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
     for key, (value, origin) in items.items():
         if key not in KEYS:
             problems.append(f"{shown(file)}: {key!r} is not a key{did_you_mean(key, KEYS)}.")
-        elif value is not None and origin.split()[0] not in ("derived", "dataset"):
+        elif value is not None and key not in ("init_from", "eval_only", "notice") and not origin.startswith(
+                ("preset", "derived", "dataset", "default")):
             try:
                 values[key] = (convert(key, value), shown(file))
             except ConfigError as error:
@@ -271,6 +288,7 @@ def configure(argv: list[str]) -> Configuration:
             problems.append(f"--{error}")
     values = _overlay(values, line, "the command line", problems)
     train = TrainConfig(**{key: value for key, (value, _) in values.items()})
+    train = replace(train, out_dir=os.path.expanduser(train.out_dir))
     unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]
     problems += [problem for problem in train.problems(with_model=train.init_from == "scratch")
                  if not any(re.search(rf"\b{key}=", problem) for key in unusable)]  # nothing that follows from a mistake
@@ -283,8 +301,8 @@ def _raise(problems: list[str]) -> None:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
 
-def continue_from(now: Configuration, saved: dict[str, Any], where: str,
-                  weights_only: bool = False) -> tuple[Configuration, list[str]]:
+def continue_from(now: Configuration, saved: dict[str, Any], where: str, weights_only: bool = False,
+                  saved_origins: dict[str, str] | None = None) -> tuple[Configuration, list[str]]:
     """The configuration of a run that continues the checkpoint whose resolved keys are `saved`.
 
     Keys of the model, the data order and the optimizer come from the checkpoint; others too unless the user set them
@@ -293,12 +311,15 @@ def continue_from(now: Configuration, saved: dict[str, Any], where: str,
     """
     values, origins, notes, problems = {}, dict(now.origins), [], []
     exclusive = {key: group for group in EXCLUSIVE for key in group}
-    fixed = MODEL_KEYS if weights_only else FIXED_ON_RESUME
+    fixed = _fixed_with_weights(saved) if weights_only else FIXED_ON_RESUME
     for key in KEYS:
         mine, theirs = getattr(now.train, key), saved.get(key)
         differs = now.given(key) and mine is not None and mine != theirs
         if differs and key == "layer_pattern":
             differs = not _same_pattern(mine, theirs, saved["n_layer"])
+        if differs and key in ("ffn_expansion_ratio", "ffn_multiple"):
+            differs = saved["d_ff"] != usual_d_ff(saved["ffn_type"], saved["n_embd"], now.train.ffn_expansion_ratio,
+                                                  now.train.ffn_multiple)
         if key in fixed:
             if differs and now.origins[key] == "command line":
                 problems.append(f"--{key}={mine} differs from the checkpoint's {key}={theirs} ({where}); a resumed "
@@ -307,14 +328,21 @@ def continue_from(now: Configuration, saved: dict[str, Any], where: str,
                 notes.append(f"{key}={theirs} from the checkpoint ({now.origins[key]} says {mine})")
             keep = True
         else:
-            keep = not weights_only and not any(now.given(other) for other in exclusive.get(key, (key,)))
+            keep = not any(now.given(other) for other in exclusive.get(key, (key,))) and (
+                not weights_only or key in MODEL_KEYS)
         values[key] = theirs if keep and key in saved else mine
         if keep and key in saved:
-            origins[key] = "checkpoint"
+            origins[key] = FROM_CHECKPOINT + str((saved_origins or {}).get(key, "given")).removeprefix(FROM_CHECKPOINT)
     _raise(problems)
     train = replace(now.train, **values)
     _raise(train.problems())
     return Configuration(train, origins), notes
+
+
+def _fixed_with_weights(saved: dict[str, Any]) -> tuple[str, ...]:
+    """The model keys that given weights decide: not dropout, nor the length of a sequence without a position table."""
+    free = {"dropout"} | (set() if saved["position_encoding"] == "learned_absolute" else {"block_size"})
+    return tuple(key for key in MODEL_KEYS if key not in free)
 
 
 def _same_pattern(one: str, other: str, n_layer: int) -> bool:
@@ -329,7 +357,10 @@ def _same_pattern(one: str, other: str, n_layer: int) -> bool:
 
 def print_config(configuration: Configuration) -> None:
     """Print every key with its value and origin, in the form of a config file."""
-    values, origins = configuration.resolved(configuration.train.model_config())
+    try:
+        values, origins = configuration.resolved(configuration.train.model_config())
+    except ValueError as error:  # a run that starts from a checkpoint is not checked without it
+        raise ConfigError(str(error)) from error
     for group in GROUPS:
         print(f"# {group}")
         for key in (k for k, f in KEYS.items() if f.metadata["group"] == group):

@@ -23,8 +23,7 @@ class Transformer(nn.Module):
     """A decoder-only language model assembled from the components that its config names.
 
     `compute_dtype` (None: the parameters' own) is the dtype of the residual stream; parameters stay as they are stored
-    and are cast where they are used. `block_wrapper` may recompute a block in backward; see training/precision.py and
-    training/activation_checkpointing.py, which set them from outside.
+    and are cast where they are used (training/precision.py sets it).
     """
 
     def __init__(self, config: ModelConfig):
@@ -33,6 +32,8 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.embedding = Embedding(config.padded_vocab_size, config.n_embd)
         self.position = build("position_encoding", config.position_encoding, config)
+        self.embedding_norm = (build("normalization", config.normalization, config, config.n_embd)
+                               if config.embedding_norm else nn.Identity())
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(build("block", name, config, layer)
                                     for layer, name in enumerate(config.layer_pattern))
@@ -54,7 +55,9 @@ class Transformer(nn.Module):
         positions = torch.arange(start, start + T, device=tokens.device)
         x = self.embedding(tokens)
         x = x.to(self.compute_dtype or x.dtype)
-        x = self.dropout(self.position.embed(x, positions))
+        if self.config.embedding_scale:
+            x = x * torch.tensor(self.config.n_embd ** 0.5, dtype=x.dtype, device=x.device)
+        x = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
         tables = self.position.tables(positions)
         for block in self.blocks:
             x = block(x, tables, cache)
@@ -62,6 +65,8 @@ class Transformer(nn.Module):
             cache.length += T
         x = x[:, -1:] if last_only else x
         logits = self.head(self.norm(x))
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits if logits.size(-1) == self.config.vocab_size else logits[..., :self.config.vocab_size]
 
     def _apply(self, fn, recurse=True):
@@ -140,7 +145,7 @@ def sample_next(logits: Tensor, seen: Tensor, temperature: float = 1.0, top_k: i
     if repetition_penalty != 1.0:
         old = logits.gather(1, seen)
         logits = logits.scatter(1, seen, torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or too small to divide by
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # largest 0: no overflow however cold
     if top_k is not None and top_k < logits.size(-1):

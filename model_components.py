@@ -12,7 +12,7 @@ The code knows nothing of processes, sharding or the training loop.
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ register_norm = partial(register, "normalization")
 register_activation = partial(register, "activation")
 register_ffn = partial(register, "ffn_type")
 register_position = partial(register, "position_encoding")
+register_rope_scaling = partial(register, "rope_scaling")
 register_norm_position = partial(register, "norm_position")
 register_block = partial(register, "block")
 register_attention = partial(register, "attention_backend")
@@ -60,19 +61,30 @@ class Constant(NamedTuple):
 class Linear(nn.Linear):
     """Linear projection (…, d_in) → (…, d_out).
 
-    `residual=True` marks a projection that writes into the residual stream: its weights start smaller, by
-    1/√(2·n_layer), so that the stream's variance does not grow with depth (GPT-2, Radford et al. 2019, §2.3).
     """
 
-    def __init__(self, d_in: int, d_out: int, bias: bool, residual_layers: int = 0):
+    std = INIT_STD
+
+    def __init__(self, d_in: int, d_out: int, bias: bool):
         super().__init__(d_in, d_out, bias=bias)
-        self.std = INIT_STD / math.sqrt(2 * residual_layers) if residual_layers else INIT_STD
 
     def initial(self, name: str) -> Normal | Constant:
-        return Normal(self.std) if name == "weight" else Constant(0.0)
+        return Normal(self.std) if name == "weight" and self.std else Constant(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, use(self.weight, x), use(self.bias, x))
+
+
+class ResidualLinear(Linear):
+    """A projection that writes into the residual stream, (…, d_in) → (…, d_out).
+
+    Its weights start smaller, by 1/√(2·n_layer), so that the stream's variance does not grow with depth (GPT-2, Radford
+    et al. 2019, §2.3), or with `zero_init` at zero, so that every block starts as the identity (Zhang et al. 2019).
+    """
+
+    def __init__(self, config: ModelConfig, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, config.bias)
+        self.std = 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.n_layer)
 
 
 class Embedding(nn.Embedding):
@@ -161,6 +173,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, use(self.weight, x), self.eps)
 
 
+@register_norm("rmsnorm_offset", short="RMS1")
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm whose gain is stored as its distance from 1, so that weight decay pulls it to 1 (Gemma).
+
+    (…, D) → (…, D). Statistics and gain in fp32 whatever the input's dtype.
+    """
+
+    def initial(self, name: str) -> Constant:
+        return Constant(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+
 # ------------------------------------------------------------------------------------------- activations
 
 @register_activation("gelu", short="GELU")
@@ -193,6 +219,12 @@ def leaky_relu(x: Tensor) -> Tensor:
     return F.leaky_relu(x)
 
 
+@register_activation("relu2", short="ReLU2")
+def relu2(x: Tensor) -> Tensor:
+    """Squared rectified linear unit max(x, 0)² (So et al. 2021)."""
+    return F.relu(x).square()
+
+
 # ------------------------------------------------------------------------------------------- feed-forward
 
 @register_ffn("standard", short="FFN")
@@ -205,7 +237,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.up_proj = Linear(config.n_embd, config.d_ff, config.bias)
-        self.down_proj = Linear(config.d_ff, config.n_embd, config.bias, residual_layers=config.n_layer)
+        self.down_proj = ResidualLinear(config, config.d_ff, config.n_embd)
         self.activation = component("activation", config.activation).build
         self.dropout = nn.Dropout(config.dropout)
 
@@ -218,12 +250,14 @@ class FeedForward(nn.Module):
         return self.dropout(self.down_proj(self.activation(self.up_proj(x))))
 
 
-@register_ffn("swiglu", short="SwiGLU", fixes={"activation": "silu"})
+@register_ffn("gated", short="Gated")
 class GatedFeedForward(FeedForward):
-    """Gated feed-forward down(silu(gate(x)) · up(x)), three matrices (Shazeer 2020).
+    """Gated feed-forward down(activation(gate(x)) · up(x)), three matrices (Dauphin et al. 2016, Shazeer 2020).
 
     (B, T, D) → (B, T, D).
     """
+
+    gated = True  # two matrices up instead of one: 8/3 × n_embd wide costs what 4 × n_embd costs without a gate
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -237,6 +271,16 @@ class GatedFeedForward(FeedForward):
         return self.dropout(self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)))
 
 
+@register_ffn("swiglu", short="SwiGLU", fixes={"activation": "silu"})
+class SwiGLU(GatedFeedForward):
+    """Feed-forward gated by SiLU: down(silu(gate(x)) · up(x)) (Shazeer 2020). (B, T, D) → (B, T, D)."""
+
+
+@register_ffn("geglu", short="GEGLU", fixes={"activation": "gelu"})
+class GEGLU(GatedFeedForward):
+    """Feed-forward gated by GELU: down(gelu(gate(x)) · up(x)) (Shazeer 2020). (B, T, D) → (B, T, D)."""
+
+
 # ------------------------------------------------------------------------------------------- positions
 
 @register_position("none", short="NoPos")
@@ -244,7 +288,7 @@ class NoPosition(nn.Module):
     """No position information but the causal mask (Kazemnejad et al. 2023). The base of all position encodings.
 
     `embed` may add something to the embeddings (B, T, D), once; `tables` computes what attention needs, once a forward
-    for all layers; `rotate` uses it on queries (B, H, T, d) and keys (B, K, T, d).
+    for all layers; `rotate` uses it on queries (B, H, T, d) and keys (B, K, T, d), `slopes` for a penalty on distance.
     """
 
     def __init__(self, config: ModelConfig):
@@ -265,6 +309,11 @@ class NoPosition(nn.Module):
     def rotate(q: Tensor, k: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
         return q, k
 
+    @staticmethod
+    def slopes(tables: Any) -> Tensor | None:
+        """What attention scores lose per token of distance, (H,); None for nothing."""
+        return None
+
 
 @register_position("learned_absolute", short="AbsPos", uses=("block_size",))
 class LearnedPosition(NoPosition):
@@ -282,7 +331,34 @@ class LearnedPosition(NoPosition):
         return x + use(self.table(positions), x)
 
 
-@register_position("rope", short="RoPE", uses=("rope_theta",))
+@register_position("sinusoidal", short="SinPos")
+class SinusoidalPosition(NoPosition):
+    """Sines and cosines of falling frequency added to the embedding (Vaswani et al. 2017, §3.5)."""
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        D = x.size(-1)
+        even = torch.arange(0, D, 2, dtype=torch.float32, device=x.device)
+        angle = positions.float()[:, None] / 10000.0 ** (even / D)                             # (T, ⌈D/2⌉)
+        return x + torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :D].to(x.dtype)
+
+
+@register_position("alibi", short="ALiBi")
+class ALiBi(NoPosition):
+    """Attention scores fall linearly with distance, at a slope of its own for each head (Press et al. 2021)."""
+
+    def tables(self, positions: Tensor) -> Tensor:
+        """→ slopes (H,): 2^(-8/n), 2^(-16/n) …; between, for an H that is no power of two, those of the next one."""
+        H = self.config.n_head
+        n = 1 << (H.bit_length() - 1)
+        exponents = [8 * (h + 1) / n for h in range(n)] + [8 * (2 * h + 1) / (2 * n) for h in range(H - n)]
+        return torch.tensor([2.0 ** -e for e in exponents], device=positions.device)
+
+    @staticmethod
+    def slopes(tables: Tensor) -> Tensor:
+        return tables
+
+
+@register_position("rope", short="RoPE", uses=("rope_theta", "rope_scaling"))
 class RotaryPosition(NoPosition):
     """Rotary position embedding (Su et al. 2021), half-split pairs (i, i + d/2) as Hugging Face stores them."""
 
@@ -290,7 +366,9 @@ class RotaryPosition(NoPosition):
         """positions (T,) → cos, sin (T, d), fp32."""
         d = self.config.head_dim
         exponent = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
-        angle = positions.float()[:, None] * (1.0 / self.config.rope_theta ** exponent)
+        frequencies = build("rope_scaling", self.config.rope_scaling, self.config,
+                            1.0 / self.config.rope_theta ** exponent)
+        angle = positions.float()[:, None] * frequencies
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos(), angle.sin()
 
@@ -301,67 +379,164 @@ class RotaryPosition(NoPosition):
                      for x in (q, k))
 
 
+@register_rope_scaling("none", short="NoScaling")
+def unscaled(config: ModelConfig, frequencies: Tensor) -> Tensor:
+    """RoPE's frequencies (d/2,) as they are."""
+    return frequencies
+
+
+@register_rope_scaling("linear", short="Linear", uses=("rope_factor",))
+def linear_scaling(config: ModelConfig, frequencies: Tensor) -> Tensor:
+    """Positions divided by rope_factor (Chen et al. 2023, position interpolation)."""
+    return frequencies / config.rope_factor
+
+
+@register_rope_scaling("llama3", short="Llama3", uses=("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
+                                                       "rope_original_context"))
+def llama3_scaling(config: ModelConfig, frequencies: Tensor) -> Tensor:
+    """Long wavelengths stretched by rope_factor, short ones kept, a ramp between (LLaMA 3.1)."""
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_context * frequencies / (2 * math.pi)      # of each pair over the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / config.rope_factor
+
+
 # ------------------------------------------------------------------------------------------- attention
 
+class AttentionRules(NamedTuple):
+    """What an attention does besides looking back: factor on the scores, dropout, and what may limit it.
+
+    `softcap`: scores s become softcap·tanh(s / softcap). `window`: a token sees itself and the window - 1 before it.
+    `slopes` (H,): what a score loses per token of distance.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    window: int | None = None
+    slopes: Tensor | None = None
+
+    def mask(self, new: int, seen: int, device: torch.device) -> Tensor | None:
+        """For the last `new` of `seen` tokens: what is added to the scores, fp32 (new, seen) or (H, new, seen).
+
+        None where nothing but a plain causal mask, or none at all, is needed.
+        """
+        if self.slopes is None and new in (1, seen) and (self.window is None or seen <= self.window):
+            return None
+        distance = torch.arange(seen - new, seen, device=device)[:, None] - torch.arange(seen, device=device)
+        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+        penalty = (torch.zeros((), device=device) if self.slopes is None else
+                   -self.slopes[:, None, None] * distance.clamp(min=0))
+        return torch.where(hidden, float("-inf"), penalty)
+
+
 @register_attention("sdpa", short="sdpa")
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """PyTorch's fused scaled-dot-product attention; causal, the queries being the last of the keys' tokens."""
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Tensor:
+    """PyTorch's fused scaled-dot-product attention; with a soft cap, which it does not have, as 'manual'."""
+    if rules.softcap is not None:
+        return manual_attention(q, k, v, rules)
     new, seen = q.size(2), k.size(2)
-    mask = None if new in (1, seen) else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=new == seen,
-                                          enable_gqa=q.size(1) != k.size(1))
+    mask = rules.mask(new, seen, q.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), dropout_p=rules.dropout,
+        is_causal=mask is None and new == seen, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))
 
 
 @register_attention("manual", short="manual")
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Tensor:
     """Attention written out, softmax in fp32: q (B, H, T, d), k and v (B, K, S, d) → (B, H, T, d)."""
     new, seen, group = q.size(2), k.size(2), q.size(1) // k.size(1)
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
-    future = torch.ones(new, seen, dtype=torch.bool, device=q.device).triu(seen - new + 1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-    return F.dropout(weights, dropout).to(v.dtype) @ v
+    scores = (q @ k.transpose(-2, -1)).float() * rules.scale
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    mask = rules.mask(new, seen, q.device)
+    if mask is None:
+        mask = torch.full((new, seen), float("-inf"), device=q.device).triu(seen - new + 1)
+    weights = (scores + mask).softmax(dim=-1)
+    return F.dropout(weights, rules.dropout).to(v.dtype) @ v
+
+
+@register_attention("flex", short="flex")
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Tensor:
+    """PyTorch's FlexAttention, compiled: windows, slopes and soft caps in one GPU kernel. No training on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+    if q.device.type == "cpu" and q.requires_grad:
+        raise ValueError("attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; "
+                         "use 'sdpa' or 'manual'.")
+    if rules.dropout:
+        raise ValueError("attention_backend='flex' has no dropout; use 'sdpa', or --dropout=0.")
+    new, seen = q.size(2), k.size(2)
+
+    def score(s, b, h, i, j):
+        s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
+        return s if rules.slopes is None else s - rules.slopes[h] * (i + seen - new - j)
+
+    def visible(b, h, i, j):
+        distance = i + seen - new - j
+        return distance >= 0 if rules.window is None else (distance >= 0) & (distance < rules.window)
+    blocks = create_block_mask(visible, None, None, new, seen, device=q.device.type)
+    kernel = _compiled(flex) if q.device.type == "cuda" else flex
+    return kernel(q, k, v, score_mod=score, block_mask=blocks, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))
+
+
+@lru_cache(maxsize=1)
+def _compiled(function):
+    return torch.compile(function)
 
 
 class Attention(nn.Module):
     """Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023) or multi-query (Shazeer 2019).
 
-    (B, T, D) → (B, T, D). Query head h reads key head h // (H / K).
+    (B, T, D) → (B, T, D). Query head h reads key head h // (H / K). `window`: how many tokens it sees, None for all.
     """
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, window: int | None = None):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.window = config, layer, window
         q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_proj = Linear(config.n_embd, q_width, config.qkv_bias)
         self.k_proj = Linear(config.n_embd, kv_width, config.qkv_bias)
         self.v_proj = Linear(config.n_embd, kv_width, config.qkv_bias)
-        self.o_proj = Linear(q_width, config.n_embd, config.bias, residual_layers=config.n_layer)
-        self.q_norm = RMSNorm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.rotate = component("position_encoding", config.position_encoding).build.rotate
+        self.o_proj = ResidualLinear(config, q_width, config.n_embd)
+        if config.qk_norm:  # per head (Henry et al. 2020, as Qwen3 has it), or over all heads together (OLMo 2)
+            self.q_norm = RMSNorm(config, q_width if config.qk_norm == "full" else config.head_dim)
+            self.k_norm = RMSNorm(config, kv_width if config.qk_norm == "full" else config.head_dim)
+        self.position = component("position_encoding", config.position_encoding).build
         self.attend = component("attention_backend", config.attention_backend).build
+        self.scale = config.attention_scale or config.head_dim ** -0.5
         self.dropout = nn.Dropout(config.dropout)
 
     @staticmethod
-    def parts(config: ModelConfig) -> list[Part]:
+    def parts(config: ModelConfig, window: int | None = None) -> list[Part]:
         q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         parts = [linear_part("q_proj", config.n_embd, q_width, config.qkv_bias),
                  linear_part("k_proj", config.n_embd, kv_width, config.qkv_bias),
                  linear_part("v_proj", config.n_embd, kv_width, config.qkv_bias),
                  linear_part("o_proj", q_width, config.n_embd, config.bias),
-                 Part("attention", attention=q_width)]
-        return parts + ([Part("qk_norm", parameters=2 * config.head_dim)] if config.qk_norm else [])
+                 Part("attention", attention=q_width, window=window)]
+        if config.qk_norm:
+            width = q_width + kv_width if config.qk_norm == "full" else 2 * config.head_dim
+            parts.append(Part("qk_norm", parameters=width))
+        return parts
 
     def forward(self, x: Tensor, tables: Any, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.config.head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))                       # (B, T, heads, d)
-        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))            # (B, heads, T, d)
-        q, k = self.rotate(q, k, tables)
+        d, norm = self.config.head_dim, self.config.qk_norm
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.view(B, T, -1, d) for y in (q, k, v))                                     # (B, T, heads, d)
+        if norm is True:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                       # (B, heads, T, d)
+        q, k = self.position.rotate(q, k, tables)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = self.attend(q, k, v, self.config.dropout if self.training else 0.0)
+        y = self.attend(q, k, v, AttentionRules(
+            self.scale, self.config.dropout if self.training else 0.0, self.config.attention_softcap, self.window,
+            self.position.slopes(tables)))
         return self.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
@@ -392,6 +567,30 @@ class PostNorm(PreNorm):
         return self.norm(x + self.sublayer(x, *context))
 
 
+@register_norm_position("output", short="OutNorm")
+class OutputNorm(PreNorm):
+    """x + norm(f(x)): each branch is normalised before it is added (Liu et al. 2021, OLMo 2)."""
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        return x + self.norm(self.sublayer(x, *context))
+
+
+@register_norm_position("sandwich", short="Sandwich")
+class SandwichNorm(PreNorm):
+    """x + norm₂(f(norm₁(x))): a norm before and after each branch (Ding et al. 2021, Gemma 2)."""
+
+    def __init__(self, config: ModelConfig, sublayer: nn.Module):
+        super().__init__(config, sublayer)
+        self.output_norm = build("normalization", config.normalization, config, config.n_embd)
+
+    @staticmethod
+    def parts(config: ModelConfig) -> list[Part]:
+        return 2 * PreNorm.parts(config)
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        return x + self.output_norm(self.sublayer(self.norm(x), *context))
+
+
 # ------------------------------------------------------------------------------------------- blocks
 
 def _residual(config: ModelConfig, sublayer: nn.Module) -> nn.Module:
@@ -406,17 +605,29 @@ def _residual_parts(config: ModelConfig, sublayer_parts: list[Part]) -> list[Par
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each in its residual branch: (B, T, D) → (B, T, D)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, window: int | None = None):
         super().__init__()
-        self.attention = _residual(config, Attention(config, layer))
+        self.attention = _residual(config, Attention(config, layer, window))
         self.feed_forward = _residual(config, build("ffn_type", config.ffn_type, config))
 
     @staticmethod
-    def parts(config: ModelConfig) -> list[Part]:
-        return _residual_parts(config, Attention.parts(config)) + MLPBlock.parts(config)
+    def parts(config: ModelConfig, window: int | None = None) -> list[Part]:
+        return _residual_parts(config, Attention.parts(config, window)) + MLPBlock.parts(config)
 
     def forward(self, x: Tensor, tables: Any, cache: KVCache | None) -> Tensor:
         return self.feed_forward(self.attention(x, tables, cache))
+
+
+@register_block("sliding", short="sliding", uses=("sliding_window",), has_attention=True)
+class SlidingBlock(TransformerBlock):
+    """A transformer block whose attention sees the last sliding_window tokens (Beltagy et al. 2020)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer, config.sliding_window)
+
+    @staticmethod
+    def parts(config: ModelConfig) -> list[Part]:
+        return TransformerBlock.parts(config, config.sliding_window)
 
 
 @register_block("mlp", short="mlp")

@@ -18,14 +18,15 @@ import re
 import types
 import typing
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Callable, Literal
 
 # ------------------------------------------------------------------------------------------- components
 
 # Each kind is also the configuration key that chooses a component of it.
-COMPONENT_KINDS = ("normalization", "activation", "ffn_type", "position_encoding", "norm_position", "block",
-                   "attention_backend")
+COMPONENT_KINDS = ("normalization", "activation", "ffn_type", "position_encoding", "rope_scaling", "norm_position",
+                   "block", "attention_backend")
 
 
 @dataclass(frozen=True)
@@ -187,13 +188,15 @@ class Part:
     """What one part of a model costs; every component lists its own (`parts(config)`).
 
     `parameters`: trainable numbers. `matmul`: weights multiplied once for each token (2 FLOPs each in forward).
-    `attention`: n_head × head_dim of an attention over the context (4 × this × context FLOPs a token in forward).
+    `attention`: n_head × head_dim of an attention over the context (4 × this × context FLOPs a token in forward), of
+    which a sliding `window` sees only that many tokens.
     """
 
     name: str
     parameters: int = 0
     matmul: int = 0
     attention: int = 0
+    window: int | None = None
 
 
 def linear_part(name: str, d_in: int, d_out: int, bias: bool) -> Part:
@@ -231,12 +234,31 @@ class ModelConfig:
     ffn_type: str = _key("kind of feed-forward")
     position_encoding: str = _key("how positions enter")
     rope_theta: float | None = _key("base of the RoPE frequencies (RoPE only)", default=None)
+    rope_scaling: str | None = _key("stretches RoPE beyond the context it was trained for (RoPE only) [none]",
+                                    default=None)
+    rope_factor: float | None = _key("by how much rope_scaling stretches [8]", default=None)
+    rope_low_freq_factor: float | None = _key("llama3 scaling: wavelengths above original / this are stretched [1]",
+                                              default=None)
+    rope_high_freq_factor: float | None = _key("llama3 scaling: wavelengths below original / this stay [4]",
+                                               default=None)
+    rope_original_context: int | None = _key("llama3 scaling: context of the original training [8192]", default=None)
     norm_position: str = _key("where the norm sits in a residual branch")
     layer_pattern: tuple[str, ...] = _key("block of each layer, comma-separated, repeated to n_layer; "
                                           "name*k stands for k of them")
     bias: bool = _key("biases in the linear layers of attention and feed-forward")
     qkv_bias: bool = _key("biases in the q, k, v projections [bias]")
-    qk_norm: bool = _key("RMS-normalise each head's queries and keys", default=False)
+    qk_norm: bool | Literal["full"] = _key("RMS-normalise each head's queries and keys; full: all heads together",
+                                           default=False)
+    sliding_window: int | None = _key("tokens that the layers of block 'sliding' see; alone, it makes all layers so; 0: off",
+                                      default=None)
+    attention_scale: float | None = _key("factor on the attention scores [1 / √head_dim]", default=None)
+    attention_softcap: float | None = _key("attention scores s become cap·tanh(s / cap); 0: off", default=None)
+    logit_softcap: float | None = _key("logits become cap·tanh(logit / cap); 0: off", default=None)
+    embedding_norm: bool = _key("normalise the embeddings before the first block", default=False)
+    embedding_scale: bool = _key("multiply the embeddings by √n_embd (Gemma)", default=False)
+    zero_init: bool = _key("projections into the residual stream start at zero", default=False)
+    ffn_expansion_ratio: float | None = _key("d_ff as a multiple of n_embd, instead of d_ff", default=None)
+    ffn_multiple: int | None = _key("round the d_ff that is worked out up to a multiple of this", default=None)
     weight_tying: bool = _key("the output head shares the embedding's weights")
     dropout: float = _key("dropout probability: embedding, attention, residual branches", default=0.0)
     attention_backend: str = _key("implementation of attention; the result is the same", group="execution",
@@ -255,7 +277,7 @@ class ModelConfig:
     def chosen(self) -> list[Component]:
         """The components this model is made of, blocks included."""
         kinds = [kind for kind in COMPONENT_KINDS if kind not in ("block", "attention_backend")]
-        return ([component(kind, getattr(self, kind)) for kind in kinds]
+        return ([component(kind, getattr(self, kind)) for kind in kinds if getattr(self, kind) is not None]
                 + [component("block", name) for name in dict.fromkeys(self.layer_pattern)])
 
     def uses(self, key: str) -> bool:
@@ -277,11 +299,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready; layer_pattern as the text a user types, its repetition taken out."""
-        values = dataclasses.asdict(self)
-        names = self.layer_pattern
-        period = next(p for p in range(1, len(names) + 1) if (names[:p] * len(names))[:len(names)] == names)
-        values["layer_pattern"] = runs(names[:period])
-        return values
+        return {**dataclasses.asdict(self), "layer_pattern": shortest_pattern(self.layer_pattern)}
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal config."""
@@ -306,7 +324,7 @@ class ModelConfig:
         """
         values = self.to_dict()
         for field in dataclasses.fields(self):
-            off = field.default is not dataclasses.MISSING and values[field.name] == field.default
+            off = field.default is not dataclasses.MISSING and values[field.name] in (field.default, "none")
             if off or field.metadata["group"] == "execution":
                 del values[field.name]
         if not self.uses("block_size"):
@@ -322,22 +340,26 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def usual_d_ff(ffn_type: str, n_embd: int) -> int:
+def usual_d_ff(ffn_type: str, n_embd: int, ratio: float | None = None, multiple: int | None = None) -> int:
     """The usual hidden width: 4 × n_embd, or for gated feed-forwards 8/3 × n_embd rounded up (Shazeer 2020).
 
-    The rounding multiple is LLaMA's 256 for wide models and shrinks with n_embd, so that a narrow model does not
-    grow by half: the largest power of two up to n_embd / 8, between 8 and 256.
+    Another ratio or rounding multiple may be given. The multiple for gated ones is LLaMA's 256 for wide models and
+    shrinks with n_embd, so that a narrow model does not grow by half: the largest power of two up to n_embd / 8,
+    between 8 and 256.
     """
-    if component("ffn_type", ffn_type).fixes:  # a gated feed-forward decides its own activation
-        multiple = min(256, max(8, 1 << ((n_embd // 8).bit_length() - 1))) if n_embd >= 8 else 8
-        return _round_up(-(-8 * n_embd // 3), multiple)
-    return 4 * n_embd
+    gated = getattr(component("ffn_type", ffn_type).build, "gated", False)
+    exact = Fraction(str(ratio)) if ratio is not None else Fraction(8, 3) if gated else Fraction(4)
+    if multiple is None:
+        usual = gated and ratio is None
+        multiple = min(256, max(8, 1 << (n_embd // 8).bit_length() >> 1)) if usual else 1
+    return _round_up(math.ceil(exact * n_embd), multiple)
 
 
-def runs(names: tuple[str, ...]) -> str:
-    """('a', 'a', 'b') → 'a*2,b': the layer pattern as a user types it."""
+def shortest_pattern(names: tuple[str, ...]) -> str:
+    """One block name a layer → the shortest pattern, as a user types it: ('a', 'a', 'b', 'a', 'a', 'b') → 'a*2,b'."""
+    period = next(p for p in range(1, len(names) + 1) if (names[:p] * len(names))[:len(names)] == names)
     pieces: list[list] = []
-    for name in names:
+    for name in names[:period]:
         if pieces and pieces[-1][0] == name:
             pieces[-1][1] += 1
         else:
@@ -366,6 +388,10 @@ def expand_pattern(pattern, n_layer: int) -> tuple[str, ...]:
     return tuple((names * -(-n_layer // len(names)))[:n_layer])
 
 
+def _values(config: Any, *keys: str) -> str:
+    return "".join(f"_{getattr(config, key)!r}".removesuffix(".0") for key in keys if getattr(config, key) is not None)
+
+
 # One line for each way to differ from the baseline, in the fixed order of the name.
 _TAGS: tuple[Callable[[ModelConfig], str], ...] = (
     lambda c: f"HD{c.head_dim}" if c.head_dim * c.n_head != c.n_embd else "",
@@ -374,13 +400,23 @@ _TAGS: tuple[Callable[[ModelConfig], str], ...] = (
     lambda c: f"Pad{c.padded_vocab_size}" if c.padded_vocab_size != c.vocab_size else "",
     lambda c: f"T{c.block_size}" if c.uses("block_size") and c.block_size != 1024 else "",
     lambda c: f"Theta{c.rope_theta!r}".removesuffix(".0") if c.rope_theta not in (None, 10000.0) else "",
+    lambda c: (f"{component('rope_scaling', c.rope_scaling).short}{_values(c, 'rope_factor', 'rope_low_freq_factor')}"
+               f"{_values(c, 'rope_high_freq_factor', 'rope_original_context')}"
+               if c.rope_scaling not in (None, "none") else ""),
     lambda c: f"Eps{c.norm_eps!r}" if c.norm_eps != 1e-5 else "",
-    lambda c: "QKNorm" if c.qk_norm else "",
+    lambda c: "" if not c.qk_norm else "QKNormFull" if c.qk_norm == "full" else "QKNorm",
+    lambda c: f"Win{c.sliding_window}" if c.sliding_window else "",
+    lambda c: f"Scale{c.attention_scale!r}" if c.attention_scale is not None else "",
+    lambda c: f"AttnCap{c.attention_softcap!r}" if c.attention_softcap is not None else "",
+    lambda c: f"LogitCap{c.logit_softcap!r}" if c.logit_softcap is not None else "",
+    lambda c: "EmbNorm" if c.embedding_norm else "",
+    lambda c: "EmbScale" if c.embedding_scale else "",
+    lambda c: "ZeroInit" if c.zero_init else "",
     lambda c: "Bias" if c.bias else "",
     lambda c: ("QKVBias" if c.qkv_bias else "NoQKVBias") if c.qkv_bias != c.bias else "",
     lambda c: "Tied" if c.weight_tying else "",
     lambda c: f"Drop{c.dropout!r}" if c.dropout else "",
-    lambda c: f"[{runs(c.layer_pattern)}]" if set(c.layer_pattern) != {"transformer"} else "",
+    lambda c: f"[{shortest_pattern(c.layer_pattern)}]" if set(c.layer_pattern) != {"transformer"} else "",
 )
 
 
@@ -399,6 +435,13 @@ def _problems(c: ModelConfig) -> list[str]:
         problems.append(f"dropout={c.dropout} is not a probability in [0, 1).")
     if not 0 < c.norm_eps < math.inf:
         problems.append(f"norm_eps={c.norm_eps} must be positive and finite.")
+    for key in ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "attention_scale", "attention_softcap",
+                "logit_softcap", "sliding_window", "rope_original_context"):
+        if getattr(c, key) is not None and not 0 < getattr(c, key) < math.inf:
+            problems.append(f"{key}={getattr(c, key)} must be positive and finite.")
+    if c.rope_scaling == "llama3" and not c.rope_low_freq_factor < c.rope_high_freq_factor:
+        problems.append(f"rope_low_freq_factor={c.rope_low_freq_factor} must be below "
+                        f"rope_high_freq_factor={c.rope_high_freq_factor}.")
     if c.rope_theta is not None and not 1 < c.rope_theta < math.inf:
         problems.append(f"rope_theta={c.rope_theta} must be greater than 1 and finite.")
     if c.position_encoding == "rope" and c.head_dim % 2:
@@ -408,7 +451,7 @@ def _problems(c: ModelConfig) -> list[str]:
         problems.append(f"layer_pattern names {len(c.layer_pattern)} layers but n_layer={c.n_layer}.")
     blocks = [component("block", name) for name in dict.fromkeys(c.layer_pattern)]
     if blocks and not any(block.has_attention for block in blocks):
-        problems.append(f"layer_pattern={runs(c.layer_pattern)} has no block with attention, so no token could see "
+        problems.append(f"layer_pattern={shortest_pattern(c.layer_pattern)} has no block with attention, so no token could see "
                         "another; keep at least one, e.g. 'transformer'.")
     return problems
 
@@ -417,7 +460,11 @@ def _problems(c: ModelConfig) -> list[str]:
 
 _GPT2_SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, norm_eps=1e-5, pad_vocab_multiple=1)
 
-# name → (one line about it, values). Keys not named here are derived in `resolve` or off.
+_LLAMA = dict(_GPT2_SHAPE, vocab_size=50304, normalization="rmsnorm", activation="silu", ffn_type="swiglu",
+              position_encoding="rope", norm_position="pre", bias=False, weight_tying=False)
+
+# name → (one line about it, values). Keys not named here are derived in `resolve` or off. All have GPT-2 124M's shape.
+# queries_per_kv_head is no key: n_kv_head follows from it and from n_head, which may be overridden.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT-2 124M as OpenAI released it: pre-norm, biases, GELU-tanh, tied (Radford et al. 2019)",
              dict(_GPT2_SHAPE, vocab_size=50257, normalization="layernorm", activation="gelu_tanh",
@@ -428,8 +475,28 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                            ffn_type="standard", position_encoding="learned_absolute", norm_position="post",
                            bias=False, weight_tying=True)),
     "llama": ("LLaMA's parts in GPT-2's shape: RoPE, RMSNorm, SwiGLU, pre-norm, untied (Touvron et al. 2023)",
-              dict(_GPT2_SHAPE, vocab_size=50304, normalization="rmsnorm", activation="silu", ffn_type="swiglu",
-                   position_encoding="rope", norm_position="pre", bias=False, weight_tying=False)),
+              _LLAMA),
+    "llama3": ("LLaMA 3: grouped-query attention (4 : 1), RoPE θ 500,000 (Grattafiori et al. 2024)",
+               dict(_LLAMA, queries_per_kv_head=4, rope_theta=500000.0)),
+    "mistral": ("Mistral 7B: grouped-query attention (4 : 1), sliding window of 4096 tokens (Jiang et al. 2023)",
+                dict(_LLAMA, queries_per_kv_head=4, sliding_window=4096)),
+    "qwen3": ("Qwen3: heads of 128, grouped (2 : 1), QK-norm, RoPE θ 1,000,000, tied (Qwen team 2025)",
+              dict(_LLAMA, queries_per_kv_head=2, head_dim=128, qk_norm=True, rope_theta=1000000.0, norm_eps=1e-6,
+                   weight_tying=True)),
+    "olmo2": ("OLMo 2: norms on the branches' outputs, QK-norm over all heads, RoPE θ 500,000 (OLMo team 2024)",
+              dict(_LLAMA, norm_position="output", qk_norm="full", rope_theta=500000.0, norm_eps=1e-6)),
+    "gemma2": ("Gemma 2: sandwich norms, GELU-gated, every other layer sliding, soft caps, tied (Gemma team 2024)",
+               dict(_LLAMA, queries_per_kv_head=2, head_dim=128, normalization="rmsnorm_offset", ffn_type="gated",
+                    activation="gelu_tanh", norm_position="sandwich", layer_pattern="sliding,transformer",
+                    sliding_window=4096, attention_softcap=50.0, logit_softcap=30.0, embedding_scale=True,
+                    norm_eps=1e-6, weight_tying=True)),
+    "modern": ("what small-model speed runs settled on: QK-norm, RoPE, ReLU², zero-initialised outputs, untied",
+               dict(_LLAMA, ffn_type="standard", activation="relu2", qk_norm=True, zero_init=True)),
+    "hybrid": ("GPT-2's feed-forward and tied head with RoPE and a bias-free pre-norm",
+               dict(_GPT2_SHAPE, vocab_size=50304, normalization="layernorm_nobias", activation="gelu",
+                    ffn_type="standard", position_encoding="rope", norm_position="pre", bias=False,
+                    weight_tying=True)),
+    "team": ("the starting documents' model_v1: the parts of LLaMA", _LLAMA),
     "custom": ("a plain bias-free pre-norm base to mix your own from: LayerNorm, GELU, RoPE, untied",
                dict(_GPT2_SHAPE, vocab_size=50304, normalization="layernorm_nobias", activation="gelu",
                     ffn_type="standard", position_encoding="rope", norm_position="pre", bias=False,
@@ -444,6 +511,15 @@ def list_presets() -> None:
     _print_table(rows)
 
 
+# Features that are off when None; 0 switches off what a preset has switched on, as None would only mean "not given".
+OFF_AT_ZERO = ("sliding_window", "attention_scale", "attention_softcap", "logit_softcap")
+
+# What a preset that does not speak of a part has there, and the values of optional keys where a part reads them.
+_PLAIN = dict(rope_scaling="none", attention_backend="sdpa")
+_DERIVED = dict(rope_theta=10000.0, rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
+                rope_original_context=8192)
+
+
 def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     """A preset with some keys overridden → ModelConfig, every derived value filled in. The only way to make one.
 
@@ -456,20 +532,30 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
                          f"There is: {', '.join(PRESETS)}.")
     given, problems = _converted({key: value for key, value in overrides.items() if value is not None})
     values = {**PRESETS[preset][1], **given}
+    group = values.pop("queries_per_kv_head", 1)
 
     chosen, unknown_kinds = [], set()  # a part that does not exist: go on with the preset's, to find what else is wrong
+    values = {**_PLAIN, **values}
     for kind in COMPONENT_KINDS:
         if kind != "block":
             try:
-                chosen.append(component(kind, values.setdefault(kind, "sdpa")))
+                chosen.append(component(kind, values[kind]))
             except ValueError as error:
                 problems.append(str(error))
                 unknown_kinds.add(kind)
-                values[kind] = PRESETS[preset][1].get(kind, "sdpa")
+                values[kind] = {**_PLAIN, **PRESETS[preset][1]}[kind]
                 chosen.append(component(kind, values[kind]))
+    for key in [key for key in OFF_AT_ZERO if values.get(key) == 0]:
+        values[key] = None
+        given.pop(key, None)
+    all_alike = ("transformer",) if values.get("sliding_window") is None else ("sliding",)
+    pattern = values.get("layer_pattern", all_alike)
     try:
-        values["layer_pattern"] = expand_pattern(values.get("layer_pattern", ("transformer",)),
-                                                 max(1, values["n_layer"]))
+        length = max(1, values["n_layer"])
+        if "layer_pattern" in given:
+            values["layer_pattern"] = expand_pattern(pattern, length)
+        else:  # a preset's own pattern may be longer than a small model of its kind
+            values["layer_pattern"] = expand_pattern(pattern, length + 99)[:length]
         chosen += [component("block", name) for name in dict.fromkeys(values["layer_pattern"])]
     except ValueError as error:
         problems.append(str(error))
@@ -481,7 +567,9 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
                 problems.append(f"{key}={given[key]!r} has no effect with {c.kind}={c.name!r}, whose {key} is "
                                 f"{value!r}. Leave it out or choose another {c.kind}.")
             values[key] = value
-    used = {key for c in chosen for key in c.uses}
+    used = {key for c in chosen if c.kind != "rope_scaling" for key in c.uses}
+    if "rope_scaling" in used:  # itself a part with keys of its own
+        used |= {key for c in chosen if c.kind == "rope_scaling" for key in c.uses}
     optional = {key for kind in COMPONENT_KINDS for c in components(kind).values() for key in c.uses}
     for key in sorted(optional - used - {"block_size"}):  # block_size is also the length of a sequence
         if key in given:
@@ -498,8 +586,26 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
         if uneven:
             problems.append(_uneven_heads(heads, width))
         values["head_dim"] = 2 if uneven else max(1, width // max(1, heads))
-    derived = dict(n_kv_head=max(1, heads), d_ff=usual_d_ff(values["ffn_type"], max(1, width)), qkv_bias=values["bias"],
-                   rope_theta=10000.0 if "rope_theta" in used else None)
+    ratio, multiple = values.get("ffn_expansion_ratio"), values.get("ffn_multiple")
+    if ratio is not None and not 0 < ratio < math.inf:
+        problems.append(f"ffn_expansion_ratio={ratio} must be positive and finite.")
+    if multiple is not None and multiple < 1:
+        problems.append(f"ffn_multiple={multiple} must be at least 1.")
+    if values.get("d_ff") is not None:
+        problems += [f"{key}={given[key]} has no effect, as d_ff={values['d_ff']} is given; leave one of them out."
+                     for key in ("ffn_expansion_ratio", "ffn_multiple") if key in given]
+    elif not problems:
+        values["d_ff"] = usual_d_ff(values["ffn_type"], max(1, width), ratio, multiple)
+    values["ffn_expansion_ratio"] = values["ffn_multiple"] = None  # d_ff says it all from here on
+    if "sliding_window" in used and values.get("sliding_window") is None:
+        problems.append("layer_pattern has the block 'sliding', which needs a width; give --sliding_window=….")
+    if not next(c for c in chosen if c.kind == "ffn_type").fixes:
+        problems += [f"ffn_type={values['ffn_type']!r} with activation={values['activation']!r} is ffn_type={c.name!r}; say "
+                     f"so, or choose another activation." for c in components("ffn_type").values()
+                     if values["ffn_type"] == "gated" and dict(c.fixes).get("activation") == values["activation"]]
+    kv_heads = max((k for k in range(1, heads // group + 1) if heads % k == 0), default=1)
+    derived = dict(n_kv_head=kv_heads, d_ff=1, qkv_bias=values["bias"])
+    derived |= {key: value for key, value in _DERIVED.items() if key in used}
     for key, value in derived.items():
         if values.get(key) is None:
             values[key] = value

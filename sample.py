@@ -206,7 +206,7 @@ def run(options: argparse.Namespace) -> None:
             made += 1
         write(decoder.flush())
         print("".join(pieces), flush=True)
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         seconds = time.perf_counter() - started
         print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s ({device}, {dtype})", file=sys.stderr)
 

@@ -14,20 +14,24 @@ import os
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import (ConfigError, Configuration, configure, continue_from, parse_command_line, print_config,
-                          print_help)
+from configurator import (ConfigError, Configuration, configure, continue_from, print_config, print_help,
+                          switches_in)
 from training.command_line import Failure, choose_device, guarded
 
 
 class Run:
-    """One training run: made from a configuration, trained by `train()`."""
+    """One training run: made from a configuration, trained by `train()`.
 
-    def __init__(self, configuration: Configuration):
+    What it holds on to (the lock on its out_dir, the data reader) is given back by `resources`.
+    """
+
+    def __init__(self, configuration: Configuration, resources: ExitStack):
         from training.report import Display
-        self.display = Display()
+        self.display, self.resources = Display(), resources
         self.notes = [configuration.train.notice] if configuration.train.notice else []
         self.find_start(configuration)
         self.prepare_machine()
@@ -49,6 +53,7 @@ class Run:
         config, model, meter, progress = self.config, self.model, self.meter, self.progress
         sequences, block_size = self.sequences, self.model_config.block_size
         model.train()
+        meter.restart()
         while progress.step < self.length and not stop.name and not progress.out_of_patience(config.patience):
             meter.lap("start")
             batch = self.loader.batch(progress.sequences, sequences)             # (sequences, block_size + 1)
@@ -80,11 +85,11 @@ class Run:
                 self.evaluate()
             if self.save_is_due():
                 self.save()
-        if self.save_interval >= 0 and progress.saved_step != progress.step:
+        if self.save_interval >= 0 and progress.saved_step != progress.step > self.first_step:
             self.save()
-        if stop.name:
-            return "stopped"
-        return "finished" if progress.step == self.length else "out of patience"
+        if progress.step >= self.length:
+            return "finished"
+        return "stopped" if stop.name else "out of patience"
 
     def to_device(self, tokens):
         """A (B, T) batch of ids on the device, copied while the host goes on where it can be."""
@@ -107,9 +112,10 @@ class Run:
                 vocab_size=self.model_config.vocab_size),
                 self.device)
         seconds = time.perf_counter() - started
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        perplexity = math.inf if loss > 700 else math.exp(loss)
         bits_per_byte = loss / math.log(2) * len(split) / split.bytes if split.bytes else None
-        self.progress.judge(loss)
+        if self.progress.judge(loss, tokens):
+            self.warn("the validation set is not the one of the evaluations before, so the best loss is looked for anew")
         self.logger.evaluation(self.progress.step, self.progress.tokens, val_loss=loss, perplexity=perplexity,
                                bits_per_byte=bits_per_byte, val_tokens=tokens, seconds=seconds,
                                best=self.progress.is_best)
@@ -117,19 +123,27 @@ class Run:
                                           self.progress.is_best))
 
     def save_is_due(self) -> bool:
-        """Whether this step ends with a checkpoint: at its interval, or as the best so far."""
+        """Whether this step ends with a checkpoint: at its interval, or as the best so far; not while updates fail."""
         step = self.progress.step
-        return self.save_interval > 0 and self.progress.saved_step != step and (
+        due = self.save_interval > 0 and self.progress.saved_step != step and (
             step % self.save_interval == 0 or self.progress.is_best)
+        return due and self.skips.read()[1] == 0
 
     def save(self) -> None:
-        """Write a checkpoint and point 'latest', and 'best' if it is, at it."""
+        """Write a checkpoint and point 'latest', and 'best' if it is, at it.
+
+        The first one of a run that did not start here moves what another run left in out_dir aside.
+        """
         progress, started = self.progress, time.perf_counter()
         with self.meter.excluded():
+            if not self.started_here and (aside := self.store.set_aside()):
+                self.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
+            self.started_here = True
             progress.skipped, progress.skipped_in_a_row = self.skips.read()
             progress.saved_step = progress.step
             state = dict(self.identity, progress=dataclasses.asdict(progress), run=str(self.logger.path))
-            path = self.store.save(progress.step, self.tensors(), state, keep_last=self.config.keep_last,
+            keep_last = 0 if progress.skipped_in_a_row else self.config.keep_last  # drop nothing for a doubtful one
+            path = self.store.save(progress.step, self.tensors(), state, keep_last=keep_last,
                                    tokenizer_folder=self.dataset.folder, best=progress.is_best)
         self.logger.checkpoint(progress.step, str(path), time.perf_counter() - started, progress.is_best)
 
@@ -182,24 +196,39 @@ class Run:
 
     def find_start(self, configuration: Configuration) -> None:
         """Nothing, this run's last checkpoint, or somebody's weights; with the configuration that follows from it."""
-        from training.checkpoint import CheckpointStore, read_state
-        self.origin = find_origin(configuration, lambda message: self.display.line(f"warning: {message}"))
+        from training.checkpoint import CheckpointError, CheckpointStore, read_state
+        store = CheckpointStore(configuration.train.out_dir)
+        self.origin = find_origin(configuration, store, lambda message: self.display.line(f"warning: {message}"))
         self.saved, self.progress = None, Progress()
         if self.origin:
-            self.saved = read_state(self.origin.path)
+            self.saved = (imported_state(self.origin.path) if self.origin.huggingface else
+                          read_state(self.origin.path, needs=("model", "config", "origins")))
             configuration, overruled = continue_from(configuration, self.saved["config"], str(self.origin.path),
-                                                     weights_only=self.origin.weights_only)
+                                                     self.origin.weights_only, self.saved["origins"])
             self.notes += overruled
             if not self.origin.weights_only:
-                self.progress = Progress(**self.saved["progress"])
+                self.progress = Progress.restored(self.saved.get("progress"), self.origin.path)
         elif problems := configuration.train.problems():  # init_from=auto that found nothing
             raise ConfigError("\n".join(problems))
         self.configuration, self.config = configuration, configuration.train
-        self.store = CheckpointStore(self.config.out_dir)
+        if Path(self.config.out_dir) != Path(store.folder.parent):
+            store = CheckpointStore(self.config.out_dir)
+        self.store = store
+        self.started_here = self.origin is not None and self.origin.path.resolve().is_relative_to(store.folder.resolve())
+        if self.started_here and self.origin.weights_only:
+            raise CheckpointError(f"The new run would put aside {self.origin.path}, which it starts from. Choose another "
+                                  "--out_dir.")
+        if not self.started_here:
+            self.progress.saved_step = None
+        self.first_step = self.progress.step
         self.save_interval = (self.config.eval_interval if self.config.save_interval is None else
                               self.config.save_interval)
+        prepare_out_dir(self.config.out_dir)
         if self.config.eval_only:
             self.save_interval = -1
+        else:
+            self.resources.enter_context(store.lock())
+            store.clean()
 
     @property
     def resumes(self) -> bool:
@@ -222,7 +251,7 @@ class Run:
     def open_data(self) -> None:
         """The dataset and its reader: what is read next depends on (data_seed, sequences read) and nothing else."""
         from data.preparation import ensure_prepared
-        from data.token_dataset import TokenDataset
+        from data.token_dataset import DATA_DIR, DatasetError, TokenDataset
         from training.data_loader import DataLoader
         from training.schedules import run_length
         config = self.config
@@ -237,9 +266,16 @@ class Run:
         block_size = self.model_config.block_size
         self.sequences = config.sequences_per_iteration(block_size)
         self.train_split, self.val_split = self.dataset.split("train"), self.dataset.split("val")
+        if len(self.val_split) < 2:
+            raise DatasetError(f"The validation split of {self.dataset.folder} has {len(self.val_split)} tokens, too few to "
+                               "validate on; prepare the dataset with a larger --val_fraction or more text.")
         self.loader = DataLoader(self.train_split, block_size, config.data_seed,
                                  vocab_size=self.model_config.vocab_size)
-        self.length = run_length(config, block_size, self.loader.order.windows_per_epoch)
+        self.resources.callback(self.loader.close)
+        self.length = run_length(config, block_size, self.loader.order.windows_per_epoch, self.progress.step,
+                                 self.progress.sequences)
+        inside = self.dataset.folder.resolve().is_relative_to(DATA_DIR)
+        self.dataset_name = config.dataset if inside else str(self.dataset.folder.resolve())
 
     def build_model(self) -> None:
         """The model with its initial weights, its precision, its optimizer."""
@@ -267,11 +303,14 @@ class Run:
     def restore(self) -> None:
         """Load what the run starts from, then compile (which changes no name and no result)."""
         from training.checkpoint import load_tensors, model_tensors, set_random_state
+        from training.huggingface import load_weights
         if self.resumes:
             tensors = self.tensors()
             load_tensors(self.origin.path, tensors, optional=("rng.",))
             self.loss_scale.load({name: tensors[f"loss_scale.{name}"] for name in self.loss_scale.state()})
             set_random_state(tensors, self.device)
+        elif self.origin and self.origin.huggingface:
+            load_weights(self.model, self.origin.path)
         elif self.origin:
             load_tensors(self.origin.path, model_tensors(self.model))
         if self.config.compile is True or (self.config.compile == "auto" and self.device.type == "cuda"):
@@ -286,15 +325,11 @@ class Run:
         from training.report import start_report
         from training_logger import TrainingLogger, hardware_facts, versions
         config, model_config, dataset = self.config, self.model_config, self.dataset
-        prepare_out_dir(config.out_dir)
-        self.store.clean()
-        if not self.resumes and not config.eval_only and self.save_interval >= 0:
-            aside = self.store.set_aside(unless=self.origin.path if self.origin else None)
-            self.notes += [f"the checkpoints of the run before are now in {aside}"] if aside else []
         self.notes += [dataset.note] if dataset.note else []
         flops = flops_per_token(model_config, checkpointing=config.activation_checkpointing)
         self.flops_by_figure = {"mfu": flops.full, "mfu_causal": flops.causal, "hfu": flops.hardware}
         values, origins = self.configuration.resolved(model_config)
+        values["dataset"] = self.dataset_name  # a path from wherever the run is resumed
         self.identity = dict(
             config=values, origins=origins, dtype=self.dtype, threads=torch.get_num_threads(), world_size=1,
             model=dict(name=model_config.name, fingerprint=model_config.fingerprint, config=model_config.to_dict()),
@@ -308,8 +343,8 @@ class Run:
             tokens_per_iteration=self.sequences * model_config.block_size)
         self.display.line(start_report(
             model_config, flops, dataset=dataset, sequences=self.sequences, length=self.length, config=config,
-            windows_per_epoch=self.loader.order.windows_per_epoch, first_step=self.progress.step, peak=self.peak,
-            hardware=f"{hardware['device_name']}, {torch.get_num_threads()} threads, {self.dtype}", notes=self.notes,
+            windows_per_epoch=self.loader.order.windows_per_epoch, progress=self.progress, peak=self.peak,
+            hardware=f"{hardware['device_name']}, threads: {torch.get_num_threads()}, {self.dtype}", notes=self.notes,
             log=str(self.logger.path)))
         if self.peak is None:
             self.warn(f"no dense peak is known for {hardware['device_name']} in {self.dtype}, so mfu is null")
@@ -318,30 +353,31 @@ class Run:
 def train(configuration: Configuration, resume_command: str) -> int:
     """Make the run, train (or only evaluate) it, close its log whatever happens. Returns the exit code."""
     from training.signals import StopRequest
-    with StopRequest() as stop:
-        run = Run(configuration)
+    with ExitStack() as resources:
+        run = Run(configuration, resources)
         outcome = "failed"
         try:
-            if run.config.eval_only:
-                run.evaluate()
-                outcome = "evaluated"
-            else:
-                run.display.start_bar(run.progress.step, run.length)
-                outcome = run.train(stop)
+            with StopRequest() as stop:
+                if run.config.eval_only:
+                    run.evaluate()
+                    outcome = "evaluated"
+                else:
+                    run.display.start_bar(run.progress.step, run.length)
+                    outcome = run.train(stop)
         except Diverged:
             outcome = "diverged"
             raise
         finally:
             progress = run.progress
             run.display.close()
-            run.loader.close()
             run.logger.end(outcome, step=progress.step, tokens=progress.tokens, val_loss=progress.val_loss,
                            best_val_loss=progress.best_val_loss, best_step=progress.best_step, skipped=progress.skipped)
         run.display.line(f"{outcome} after step {progress.step}"
                          + (f" ({stop.name})" if stop.name else "") + f"; log: {run.logger.path}")
         if outcome == "stopped":
-            run.display.line(f"To go on: {resume_command}" if run.save_interval >= 0 else
-                             "Nothing was saved, as save_interval=-1 asks.")
+            run.display.line(f"To go on: {resume_command}" if progress.saved_step == progress.step else
+                             "Nothing was saved: " + ("save_interval is -1." if run.save_interval < 0 else
+                                                      "it was stopped before its first step."))
     return 0
 
 
@@ -367,6 +403,17 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     saved_step: int | None = None
+    val_tokens: int | None = None        # size of the validation set that best_val_loss is of
+
+    @classmethod
+    def restored(cls, saved: dict | None, where: Path) -> Progress:
+        """The progress that a checkpoint's state.json holds. Raises CheckpointError where it holds none."""
+        from training.checkpoint import CheckpointError
+        try:
+            return cls(**saved)
+        except TypeError as error:
+            raise CheckpointError(f"{where} cannot be resumed: it holds weights only, or its state.json is damaged. Start a "
+                                  f"new run from its weights with --init_from=weights:{where}.") from error
 
     def advance(self, sequences: int, block_size: int) -> None:
         """One step over so many sequences is through."""
@@ -374,13 +421,18 @@ class Progress:
         self.sequences += sequences
         self.tokens += sequences * block_size
 
-    def judge(self, val_loss: float) -> None:
-        """Take note of an evaluation."""
+    def judge(self, val_loss: float, val_tokens: int) -> bool:
+        """Take note of an evaluation; True if it is on another set than those before, so that the best starts anew."""
+        changed = self.best_val_loss is not None and self.val_tokens not in (None, val_tokens)
+        if changed:
+            self.best_val_loss, self.best_step, self.evaluations_without_gain = None, None, 0
+        self.val_tokens = val_tokens
         self.val_loss = val_loss if math.isfinite(val_loss) else None
         if self.val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss):
             self.best_val_loss, self.best_step, self.evaluations_without_gain = val_loss, self.step, 0
         else:
             self.evaluations_without_gain += 1
+        return changed
 
     @property
     def is_best(self) -> bool:
@@ -394,28 +446,36 @@ class Progress:
 
 @dataclass
 class Origin:
-    """The checkpoint a run starts from: all of it, or only its weights."""
+    """The checkpoint a run starts from: all of it, or only its weights; or a Hugging Face folder's weights."""
 
     path: Path
     weights_only: bool = False
+    huggingface: bool = False
 
 
-def find_origin(configuration: Configuration, warn) -> Origin | None:
+def find_origin(configuration: Configuration, store, warn) -> Origin | None:
     """What init_from means: None for a start from scratch. Raises CheckpointError if it is not there or damaged."""
-    from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
+    from training.checkpoint import CheckpointError, find_checkpoint
     config = configuration.train
     if config.init_from == "scratch":
         return None
     if config.init_from in ("resume", "auto"):
-        store = CheckpointStore(config.out_dir)
-        store.clean()
         found = store.newest_intact(warn)
         if found is None and config.init_from == "resume":
             raise CheckpointError(f"Nothing to resume: {store.folder} holds no checkpoint. Check --out_dir, or start "
                                   "with --init_from=scratch (or auto, which does either).")
         return Origin(found) if found else None
+    if config.init_from.startswith("hf:"):
+        from training.huggingface import find_folder
+        return Origin(find_folder(config.init_from.removeprefix("hf:")), weights_only=True, huggingface=True)
     path = config.init_from.removeprefix("weights:")
     return Origin(find_checkpoint(path, warn), weights_only=path != config.init_from)
+
+
+def imported_state(folder: Path) -> dict:
+    """What a checkpoint's state would say of a Hugging Face folder: the keys of its model."""
+    from training.huggingface import read_config
+    return {"config": dict(read_config(folder).to_dict(), arch_preset="custom"), "origins": {}, "run": None}
 
 
 def prepare_out_dir(out_dir: str) -> None:
@@ -434,7 +494,7 @@ def prepare_out_dir(out_dir: str) -> None:
 def main(argv: list[str]) -> int:
     """Parse before anything heavy is imported, then train; returns the exit code."""
     def job() -> int:
-        switches = parse_command_line(argv)[2]
+        switches = switches_in(argv)
         if "help" in switches:
             print_help(__doc__)
             return 0

@@ -282,7 +282,7 @@ def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int
         signal.signal(signal.SIGTERM, signal.default_int_handler)    # terminated, it cleans up as when interrupted
         documents, folder, source = job()
         prepare(documents, folder, tokenizer=options.tokenizer, bpe_vocab_size=options.vocab_size or bpe_vocab_size,
-                val_fraction=options.val_fraction, source=source, progress=sys.stderr.isatty())
+                val_fraction=options.val_fraction, source=source, progress=sys.stderr is not None and sys.stderr.isatty())
         print(TokenDataset.open(folder.absolute()).describe())
         dataset = folder.name if folder.absolute().parent == DATA_DIR else shlex.quote(str(folder.absolute()))
         print(f"train with   python train.py --dataset={dataset}")

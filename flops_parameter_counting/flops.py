@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from flops_parameter_counting.parameters import parts
 from model_config import ModelConfig
@@ -13,7 +14,8 @@ class FlopsPerToken:
     """Floating-point operations of one token in training, forward and backward (2 per multiply-add).
 
     `full`: every token attends to the whole context, the PaLM convention (Chowdhery et al. 2022, App. B): 6 × matmul
-    weights, head included and look-ups not, + 12 × attention width × context. `causal`: half the attention.
+    weights, head included and look-ups not, + 12 × attention width × context (a sliding window's width where that is
+    smaller). `causal`: what a causal mask leaves of it, half without a window.
     `hardware`: `full` plus what activation checkpointing computes a second time.
     """
 
@@ -31,10 +33,12 @@ def flops_per_token(config: ModelConfig, context: int | None = None, checkpointi
     context = context or config.block_size
     all_parts = parts(config)
     matmul = sum(part.matmul for part in all_parts)
-    attention = sum(part.attention for part in all_parts)
-    full = 6 * matmul + 12 * attention * context
+    seen = {part: min(context, part.window or context) for part in all_parts if part.attention}
+    full = sum(12 * part.attention * seen[part] for part in all_parts if part.attention)
+    # a causal token sees half of a full context on average, and of a window w all but the first w tokens see all
+    causal = sum(12 * part.attention * (seen[part] - Fraction(seen[part] ** 2, 2 * context))
+                 for part in all_parts if part.attention)
     again = 0
     if checkpointing == "full":
-        in_blocks = sum(part.matmul for part in all_parts if part.name.startswith("blocks."))
-        again = 2 * in_blocks + 4 * attention * context
-    return FlopsPerToken(full, full - 6 * attention * context, full + again)
+        again = 2 * sum(part.matmul for part in all_parts if part.name.startswith("blocks.")) + full // 3
+    return FlopsPerToken(6 * matmul + full, 6 * matmul + round(causal), 6 * matmul + full + again)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from model_config import ModelConfig, Part, component
 
 
@@ -14,11 +16,13 @@ def parts(config: ModelConfig) -> list[Part]:
     table = rows * config.n_embd
     found = [Part("embedding", parameters=table)]
     found += component("position_encoding", config.position_encoding).build.parts(config)
+    norm = component("normalization", config.normalization).build.parts(config, config.n_embd)
+    if config.embedding_norm:
+        found += [replace(part, name=f"embedding_{part.name}") for part in norm]
     for layer, block in enumerate(config.layer_pattern):
-        found += [Part(f"blocks.{layer}.{p.name}", p.parameters, p.matmul, p.attention)
-                  for p in component("block", block).build.parts(config)]
-    found += [Part(f"final_{p.name}", p.parameters, p.matmul, p.attention)
-              for p in component("normalization", config.normalization).build.parts(config, config.n_embd)]
+        found += [replace(part, name=f"blocks.{layer}.{part.name}")
+                  for part in component("block", block).build.parts(config)]
+    found += [replace(part, name=f"final_{part.name}") for part in norm]
     return found + [Part("head", parameters=0 if config.weight_tying else table, matmul=table)]
 
 

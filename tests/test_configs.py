@@ -19,9 +19,10 @@ FILES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 SMALL = {"shakespeare_char_cpu.py", "quickstart.py"}  # whose vocabulary is their dataset's
 
 KNOWN_N = {"full_gpt2_124m.py": 124_439_808, "full_llama_124m.py": 162_220_800, "full_llama_1.36b.py": 1_294_159_104,
-           "full_gpt2_1.36b.py": 1_405_452_800}
+           "full_gpt2_1.36b.py": 1_405_452_800, "full_llama3_8b.py": 8_030_261_248, "full_qwen3_1.7b.py": 1_720_574_976}
 TOKENS_PER_ITERATION = {"full_gpt2_124m.py": 12 * 40 * 1024, "full_llama_124m.py": 12 * 40 * 1024,
                         "full_llama_1.36b.py": 8 * 16 * 2048, "full_gpt2_1.36b.py": 8 * 16 * 2048,
+                        "full_llama3_8b.py": 512 * 8192, "full_qwen3_1.7b.py": 8 * 16 * 2048,
                         "quickstart.py": 16 * 128, "shakespeare_char_cpu.py": 12 * 64}
 
 
@@ -38,7 +39,8 @@ def sources(name: str) -> str:
 
 def test_the_promised_files_are_there():
     assert {"quickstart.py", "arch_gpt2.py", "arch_gpt2_postnorm.py", "arch_llama.py", "arch_custom.py", "full_llama_1.36b.py",
-            "full_gpt2_1.36b.py", "full_gpt2_124m.py", "full_llama_124m.py", "shakespeare_char_cpu.py"} <= set(FILES)
+            "full_gpt2_1.36b.py", "full_gpt2_124m.py", "full_llama_124m.py", "shakespeare_char_cpu.py", "full_llama3_8b.py",
+            "full_qwen3_1.7b.py", *(f"arch_{preset}.py" for preset in PRESETS)} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -83,7 +85,9 @@ def test_the_arch_configs_differ_in_nothing_but_the_architecture():
         if field.metadata["group"] != "architecture" and key not in ("out_dir", "notice"):
             assert len({getattr(train, key) for train in configs}) == 1, key
     assert len({train.out_dir for train in configs}) == len(configs)
-    assert len({train.model_config().name for train in configs}) == len(configs)
+    names = {train.arch_preset: train.model_config().name for train in configs}
+    assert names["team"] == names["llama"]  # one model under two names
+    assert len(set(names.values())) == len(configs) - 1
 
 
 def test_arch_gpt2_says_in_one_line_what_the_other_variant_is():

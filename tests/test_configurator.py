@@ -147,7 +147,8 @@ def test_every_default_is_of_its_own_declared_type(key):
 @pytest.mark.parametrize("key, kind", [
     ("n_layer", "a whole number"), ("learning_rate", "a number"), ("optimizer", "'adamw' or 'muon'"),
     ("eval_only", "True or False"), ("out_dir", "a text"), ("compile", "'auto' or True or False"),
-    ("normalization", "'layernorm', 'layernorm_nobias' or 'rmsnorm'")])
+    ("qk_norm", "True or False or 'full'"), ("rope_scaling", "'none', 'linear' or 'llama3'"),
+    ("normalization", "'layernorm', 'layernorm_nobias', 'rmsnorm' or 'rmsnorm_offset'")])
 def test_a_type_is_described_in_words(key, kind):
     assert describe_type(key) == kind
 
@@ -356,7 +357,7 @@ def saved_run(tmp_path, argv, vocab=None, lines=False) -> tuple[str, Configurati
 def test_a_saved_run_is_a_config_file_that_resolves_to_the_same(tmp_path, argv, lines):
     path, first, values = saved_run(tmp_path, argv, lines=lines)
     again = configure([path])
-    assert again.resolved(again.train.model_config())[0] == values
+    assert again.resolved(again.train.model_config())[0] == {**values, "eval_only": False}  # that was that run's business
     assert again.train.model_config() == first.train.model_config()
     assert again.train.sequences_per_iteration(16) == first.train.sequences_per_iteration(16)
     assert "run_1.json" in again.origins["arch_preset"]
@@ -397,13 +398,20 @@ OTHER = dict(arch_preset="gpt2", n_layer=3, n_head=4, n_kv_head=1, head_dim=8, n
              layer_pattern="transformer,mlp", bias=True, qkv_bias=True, qk_norm=True, weight_tying=True, dropout=0.5,
              seed=5, dataset="pystdlib", data_seed=5, optimizer="muon", learning_rate=1.0, weight_decay=0.5, beta1=0.5,
              beta2=0.5, adam_eps=1.0, muon_momentum=0.5, grad_clip=3.0, lr_schedule="linear", warmup_iters=5,
-             min_lr=1e-7, lr_decay_fraction=0.9)
+             min_lr=1e-7, lr_decay_fraction=0.9, rope_scaling="linear", rope_factor=2.0, rope_low_freq_factor=2.0,
+             rope_high_freq_factor=8.0, rope_original_context=64, sliding_window=7, attention_scale=0.5,
+             attention_softcap=20.0, logit_softcap=30.0, embedding_norm=True, embedding_scale=True, zero_init=True,
+             ffn_expansion_ratio=2.0, ffn_multiple=48)
+# What else a key needs to have an effect on the llama preset.
+BESIDE = dict(activation="--ffn_type=standard", rope_factor="--rope_scaling=linear", rope_low_freq_factor="--rope_scaling=llama3",
+              rope_high_freq_factor="--rope_scaling=llama3", rope_original_context="--rope_scaling=llama3",
+              position_encoding="--rope_theta=None")
 
 
 @pytest.mark.parametrize("key", dict.fromkeys(FIXED_ON_RESUME))
 def test_a_fixed_key_on_the_command_line_of_a_resumed_run_is_refused_by_name(key):
     saved = saved_values("--arch_preset=llama")
-    now = configure(["--arch_preset=llama", *(["--ffn_type=standard"] if key == "activation" else []), f"--{key}={OTHER[key]}"])
+    now = configure(["--arch_preset=llama", *([BESIDE[key]] if key in BESIDE else []), f"--{key}={OTHER[key]}"])
     with pytest.raises(ConfigError) as error:
         continue_from(now, saved, "out/step_1")
     assert f"--{key}={OTHER[key]}" in str(error.value) and "out/step_1" in str(error.value)
@@ -412,9 +420,21 @@ def test_a_fixed_key_on_the_command_line_of_a_resumed_run_is_refused_by_name(key
     assert getattr(train, key) == saved[key]
 
 
+@pytest.mark.parametrize("key", dict.fromkeys(MODEL_KEYS))
+def test_a_run_with_any_key_of_the_model_set_is_continued_as_it_was(key):
+    flags = ["--arch_preset=llama", *([BESIDE[key]] if key in BESIDE else []), f"--{key}={OTHER[key]}"]
+    if key == "arch_preset":
+        flags = flags[1:]
+    saved = saved_values(*flags)
+    again = continue_from(configure(["--init_from=auto"]), saved, "out/step_1")[0].train
+    started = configure([*TINY, *flags]).train
+    assert again.model_config() == started.model_config()
+    assert continue_from(configure([*TINY, *flags, "--init_from=auto"]), saved, "out/step_1")[0].train == again
+
+
 def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer():
     assert set(MODEL_KEYS) < set(FIXED_ON_RESUME) <= set(KEYS)
-    assert {"dataset", "data_seed", "seed", "optimizer", "learning_rate", "weight_decay", "beta1", "beta2",
+    assert {"data_seed", "seed", "optimizer", "learning_rate", "weight_decay", "beta1", "beta2",
             "lr_schedule", "warmup_iters"} <= set(FIXED_ON_RESUME)
     free = {"max_iters", "max_tokens", "epochs", "lr_decay_iters", "log_interval", "eval_interval", "eval_iters",
             "save_interval", "keep_last", "device", "parallelism", "compile", "out_dir", "init_from",
@@ -437,7 +457,7 @@ def test_free_keys_change_and_the_rest_comes_from_the_checkpoint():
     assert (train.max_iters, train.eval_interval, train.device, train.out_dir, train.compile) == (80, 5, "cpu", "elsewhere", False)
     assert (train.batch_size, train.learning_rate, train.n_layer) == (7, 0.01, 2)
     assert notes == []
-    assert got.origins["max_iters"] == "command line" and got.origins["batch_size"] == got.origins["n_layer"] == "checkpoint"
+    assert got.origins["max_iters"] == "command line" and got.origins["batch_size"] == got.origins["n_layer"] == "checkpoint: given"
 
 
 @pytest.mark.parametrize("words, expected", [

@@ -28,11 +28,27 @@ VALUES = dict(
     n_layer=[1, 2, 3], n_head=[2, 4, 8], n_kv_head=[1, 2, 4], head_dim=[4, 8, 16], n_embd=[32, 64], d_ff=[32, 100],
     vocab_size=[60, 61], pad_vocab_multiple=[1, 7, 64], norm_eps=[1e-6, 1e-5, 1e-2], rope_theta=[100.0, 10000.0],
     layer_pattern=["transformer", "transformer,mlp", "mlp,transformer"], bias=[False, True], qkv_bias=[False, True],
-    qk_norm=[False, True], weight_tying=[False, True], dropout=[0.0, 0.1, 0.5],
+    qk_norm=[False, True, "full"], weight_tying=[False, True], dropout=[0.0, 0.1, 0.5],
+    rope_factor=[2.0, 8.0], rope_low_freq_factor=[1.0, 2.0], rope_high_freq_factor=[6.0, 8.0],
+    rope_original_context=[32, 64], sliding_window=[1, 3, 9], attention_scale=[0.1, 0.5], attention_softcap=[0.5, 2.0],
+    logit_softcap=[0.5, 30.0], embedding_norm=[False, True], embedding_scale=[False, True], zero_init=[False, True],
+    ffn_expansion_ratio=[1.0, 2.0, 3.5], ffn_multiple=[48, 100],
     **{kind: list(components(kind)) for kind in COMPONENT_KINDS if kind in ARCHITECTURE_KEYS})
 
 # What must be refused, because the preset's parts do not read it: (key, preset) → the values that are still accepted.
-REFUSED = {("rope_theta", "gpt2"): [], ("rope_theta", "gpt2_postnorm"): [], ("activation", "llama"): ["silu"]}
+# What else must be chosen for a key to matter at all.
+_STRETCHED = {"rope_scaling": "llama3", "rope_original_context": 32, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 8.0}
+BESIDE = {"rope_factor": {"rope_scaling": "linear"}, "rope_low_freq_factor": _STRETCHED, "rope_high_freq_factor": _STRETCHED,
+          "rope_original_context": _STRETCHED}
+
+# What must be refused, because the preset's parts do not read it: (key, preset) → the values that are still accepted.
+ROPE_KEYS = [key for key in ARCHITECTURE_KEYS if key.startswith("rope_")]
+GATED = [name for name in PRESETS if resolve(name).ffn_type == "swiglu"]
+REFUSED = {(key, preset): [] for key in ROPE_KEYS for preset in ("gpt2", "gpt2_postnorm")}
+REFUSED |= {("activation", preset): ["silu"] for preset in GATED}
+REFUSED |= {("ffn_type", preset): [name for name in components("ffn_type") if name != "gated"]
+            for preset in PRESETS if resolve(preset).activation in ("silu", "gelu")}  # those are called swiglu and geglu
+REFUSED[("activation", "gemma2")] = [name for name in components("activation") if name not in ("silu", "gelu")]
 
 
 def tokens(batch: int = 3, length: int = 16, vocab_size: int = 60) -> torch.Tensor:
@@ -86,9 +102,10 @@ def test_every_architecture_key_changes_name_fingerprint_and_model_or_is_refused
     configs, refused = [], []
     for value in VALUES[key]:
         try:
-            configs.append(resolve(preset, **{**TINY, key: value}))
+            configs.append(resolve(preset, **{**TINY, **BESIDE.get(key, {}), key: value}))
         except ValueError as error:
-            assert f"{key}={value!r}" in str(error) and "no effect" in str(error)
+            assert f"{key}={value!r}" in str(error)
+            assert any(reason in str(error) for reason in ("no effect", "is ffn_type=", "reads it"))
             refused.append(value)
     accepted = REFUSED.get((key, preset), VALUES[key])
     assert refused == [value for value in VALUES[key] if value not in accepted]
@@ -96,15 +113,24 @@ def test_every_architecture_key_changes_name_fingerprint_and_model_or_is_refused
     for one, other in itertools.combinations(configs, 2):
         assert one.name != other.name
         assert one.fingerprint != other.fingerprint
-    assert_all_differ(configs)
+    if key == "zero_init":  # the one key that says how weights start, not what they do
+        one, other = (witness_logits(build_model(config)) for config in configs)
+        assert not torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+    else:
+        assert_all_differ(configs)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("key", ARCHITECTURE_KEYS)
 def test_an_override_lands_in_the_config_under_its_key(key, preset):
     for value in REFUSED.get((key, preset), VALUES[key]):
-        config = resolve(preset, **{**TINY, key: value})
-        assert config.to_dict()[key] == value
+        config = resolve(preset, **{**TINY, **BESIDE.get(key, {}), key: value})
+        if key == "ffn_expansion_ratio":
+            assert config.d_ff == value * 32
+        elif key == "ffn_multiple":
+            assert config.d_ff % value == 0
+        else:
+            assert config.to_dict()[key] == value
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -159,7 +185,7 @@ def loss_and_gradients(model, dropout_seed: int = 0):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("backend", components("attention_backend"))
+@pytest.mark.parametrize("backend", [name for name in components("attention_backend") if name != "flex"])
 def test_attention_backends_give_the_same_loss_and_gradients(backend, preset):
     results = []
     for name in ("manual", backend):
@@ -168,6 +194,20 @@ def test_attention_backends_give_the_same_loss_and_gradients(backend, preset):
     assert torch.allclose(loss, other_loss, rtol=1e-6)
     for name in gradients:
         assert torch.allclose(gradients[name], other_gradients[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("overrides", [{}, dict(position_encoding="alibi"), dict(sliding_window=3, attention_softcap=0.7)],
+                         ids=["plain", "alibi", "window and cap"])
+def test_flex_attention_gives_the_same_logits_and_refuses_to_train_on_a_cpu(preset, overrides):
+    if "position_encoding" in overrides and resolve(preset).rope_scaling is not None:
+        overrides = {**overrides, "rope_theta": None}
+    plain, flex = (perturbed(resolve(preset, **{**TINY, "head_dim": 16, **overrides, "attention_backend": name}))
+                   for name in ("manual", "flex"))
+    with torch.no_grad():
+        assert torch.allclose(plain(tokens()), flex(tokens()), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot train on a CPU"):
+        flex(tokens())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -215,14 +255,21 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
 # ------------------------------------------------------------------------------------------- every component
 
 COMPONENT_CASES = [pytest.param(kind, name, preset, id=f"{kind}={name}-{preset}")
-                   for kind in COMPONENT_KINDS for name in components(kind) for preset in PRESETS]
+                   for kind in COMPONENT_KINDS for name in components(kind) for preset in PRESETS
+                   if name != "flex"]  # no training on a CPU: below
 
 
 def with_component(kind: str, name: str, preset: str, **overrides):
     """The tiny preset with this component in it (a block: beside a transformer block)."""
     choice = {"layer_pattern": f"transformer,{name}"} if kind == "block" else {kind: name}
-    if kind == "activation" and preset == "llama":
-        choice["ffn_type"] = "standard"  # whose swiglu has an activation of its own
+    if kind == "activation" and resolve(preset).ffn_type != "standard":
+        choice["ffn_type"] = "standard"  # whose gated feed-forward has an activation of its own
+    if kind == "rope_scaling":
+        choice["position_encoding"] = "rope"
+    if (kind, name) == ("ffn_type", "gated"):
+        choice["activation"] = "relu2"
+    if (kind, name) == ("block", "sliding"):
+        choice["sliding_window"] = 4
     return resolve(preset, **{**TINY, **choice, **overrides})
 
 
@@ -240,6 +287,8 @@ def test_every_component_is_built_trained_and_named(kind, name, preset):
     part = components(kind)[name]
     if kind == "ffn_type":
         assert (part.short if part.fixes else components("activation")[config.activation].short) in config.name
+    elif kind == "rope_scaling":
+        assert (f"-{part.short}_" in config.name) == (name != "none")
     elif kind == "block":
         assert name == "transformer" or name in config.name
     elif kind != "attention_backend":
@@ -255,4 +304,6 @@ def test_every_component_is_counted(kind, name, preset, overrides):
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as counter:
         model(tokens(batch=2).to("meta")).sum().backward()
-    assert counter.get_total_flops() == 2 * 16 * flops_per_token(config).full
+    windows = 12 * config.n_head * config.head_dim * sum(16 - min(16, config.sliding_window) for block in config.layer_pattern
+                                                        if block == "sliding")  # the counter takes a window for full attention
+    assert counter.get_total_flops() == 2 * 16 * (flops_per_token(config).full + windows)

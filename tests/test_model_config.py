@@ -16,7 +16,7 @@ from flops_parameter_counting.parameters import count_padding, count_parameters,
 from model_builder import build_model
 from model_components import register_activation, register_norm
 from model_config import (COMPONENT_KINDS, PRESETS, ModelConfig, component, components, expand_pattern, list_components,
-                          list_presets, register, resolve, runs, unregister, usual_d_ff)
+                          list_presets, register, resolve, shortest_pattern, unregister, usual_d_ff)
 
 GPT2_POSTNORM_NAME = "12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm"
 TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
@@ -45,6 +45,16 @@ KNOWN_N = {
     "Qwen3-0.6B": ("llama", dict(n_layer=28, n_head=16, n_kv_head=8, head_dim=128, n_embd=1024, d_ff=3072,
                                  vocab_size=151936, qk_norm=True, weight_tying=True, rope_theta=1e6, norm_eps=1e-6),
                    596_049_920),
+    "Llama-3-8B by its preset": ("llama3", dict(n_layer=32, n_head=32, n_embd=4096, d_ff=14336, vocab_size=128256,
+                                                block_size=8192), 8_030_261_248),
+    "Qwen3-1.7B by its preset": ("qwen3", dict(n_layer=28, n_head=16, n_embd=2048, d_ff=6144, vocab_size=151936),
+                                 1_720_574_976),
+    "Qwen3-0.6B by its preset": ("qwen3", dict(n_layer=28, n_head=16, n_embd=1024, d_ff=3072, vocab_size=151936),
+                                 596_049_920),
+    "Mistral-7B": ("mistral", dict(n_layer=32, n_head=32, n_embd=4096, d_ff=14336, vocab_size=32000), 7_241_732_096),
+    "OLMo-2-1B": ("olmo2", dict(n_layer=16, n_head=16, n_embd=2048, d_ff=8192, vocab_size=100352), 1_484_916_736),
+    "Gemma-2-2B": ("gemma2", dict(n_layer=26, n_head=8, n_embd=2304, head_dim=256, d_ff=9216, vocab_size=256000),
+                   2_614_341_888),
     "lm_tiny": ("gpt2", dict(n_layer=4, n_head=4, n_embd=256, block_size=256), 16_090_880),
     "lm_small": ("gpt2", dict(n_layer=6, n_head=8, n_embd=512, block_size=512), 44_909_056),
 }
@@ -150,8 +160,15 @@ CHOICES = dict(
     activation=[None, None, *components("activation")], ffn_type=[None, *components("ffn_type")],
     position_encoding=[None, *components("position_encoding")], rope_theta=[None, None, 1e4, 1e6, 10000.5],
     norm_position=[None, *components("norm_position")], bias=[None, True, False], qkv_bias=[None, None, True, False],
-    qk_norm=[None, True, False], weight_tying=[None, True, False], dropout=[None, 0.0, 0.1, 0.25],
-    layer_pattern=[None, None, "transformer", "transformer,mlp", "mlp,transformer", "transformer*2", ["mlp", "transformer"]],
+    qk_norm=[None, True, False, "full"], sliding_window=[*[None] * 6, 0, 4, 5], attention_scale=[None, None, 0.1, 0.2],
+    rope_scaling=[*[None] * 5, *components("rope_scaling")], rope_factor=[*[None] * 9, 2.0, 4],
+    rope_low_freq_factor=[*[None] * 9, 1.5], rope_original_context=[*[None] * 9, 32, 64],
+    attention_softcap=[None, 0, 20.0, 50.0], logit_softcap=[None, 0.0, 20.0, 30], embedding_norm=[None, True, False],
+    embedding_scale=[None, True, False], zero_init=[None, True, False],
+    ffn_expansion_ratio=[*[None] * 5, 2.0, 4.0], ffn_multiple=[*[None] * 5, 64, 128],
+    weight_tying=[None, True, False], dropout=[None, 0.0, 0.1, 0.25],
+    layer_pattern=[None, None, "transformer", "transformer,mlp", "mlp,transformer", "transformer*2", ["mlp", "transformer"],
+                   "sliding,transformer"],
     attention_backend=[None, "sdpa", "manual"])
 
 
@@ -228,8 +245,17 @@ def test_the_fingerprint_ignores_execution_keys_and_unused_lengths_only():
 
 
 def test_presets_are_told_apart_by_name_and_fingerprint():
-    configs = [resolve(preset) for preset in PRESETS]
-    assert len({c.name for c in configs}) == len({c.fingerprint for c in configs}) == len(PRESETS) == 4
+    assert resolve("team") == resolve("llama")  # the starting documents' name for the same model
+    configs = [resolve(preset) for preset in PRESETS if preset != "team"]
+    assert len({c.name for c in configs}) == len({c.fingerprint for c in configs}) == len(configs) == len(PRESETS) - 1
+    assert {"gpt2", "gpt2_postnorm", "llama", "llama3", "qwen3", "hybrid", "team", "olmo2", "mistral", "gemma2", "modern",
+            "custom"} <= set(PRESETS)
+
+
+def test_a_feature_that_came_later_leaves_the_fingerprints_before_it_as_they_were():
+    """Checkpoints of the first four presets carry these, from before any feature was added."""
+    before = dict(gpt2="de56f265bff06d31", gpt2_postnorm="ad98ece36668a108", llama="ebeeeb87d8d6c561", custom="aa750d0b56e5f277")
+    assert {preset: resolve(preset).fingerprint for preset in before} == before
 
 
 # ------------------------------------------------------------------------------------------- round trip
@@ -298,7 +324,28 @@ def test_changing_a_preset_config_leaves_the_preset_as_it_was():
     ("llama", dict(normalization="rms"), r"normalization='rms'.*did you mean 'rmsnorm'.*layernorm, layernorm_nobias, rmsnorm"),
     ("llama", dict(attention_backend="flash"), "attention_backend='flash'.*sdpa, manual"),
     ("llama", dict(layer_pattern="transformr"), "transformr.*did you mean 'transformer'"),
-    ("lama", {}, "arch_preset='lama'.*did you mean 'llama'.*gpt2, gpt2_postnorm, llama, custom"),
+    ("lama", {}, f"arch_preset='lama'.*did you mean 'llama'.*{', '.join(PRESETS)}"),
+    ("llama", dict(layer_pattern="sliding"), "'sliding'.*sliding_window"),
+    ("llama", dict(layer_pattern=""), "layer_pattern"),
+    ("llama", dict(layer_pattern=[]), "layer_pattern is empty"),
+    ("llama", dict(sliding_window=-1), "sliding_window=-1 must be positive"),
+    ("mistral", dict(sliding_window=7, layer_pattern="transformer"), "sliding_window=7 has no effect"),
+    ("gpt2", dict(rope_scaling="linear"), "rope_scaling='linear' has no effect"),
+    ("llama", dict(rope_scaling="linear", position_encoding="alibi"), "rope_scaling='linear' has no effect"),
+    ("llama", dict(rope_factor=2.0), r"rope_factor=2\.0 has no effect"),
+    ("llama", dict(rope_scaling="linear", rope_high_freq_factor=2.0), r"rope_high_freq_factor=2\.0 has no effect"),
+    ("llama", dict(rope_scaling="linear", rope_factor=0.0), r"rope_factor=0\.0"),
+    ("llama", dict(rope_scaling="llama3", rope_low_freq_factor=4.0), r"rope_low_freq_factor=4\.0 must be below"),
+    ("llama", dict(attention_scale=-0.5), r"attention_scale=-0\.5"),
+    ("llama", dict(attention_softcap=-1.0), r"attention_softcap=-1\.0"),
+    ("llama", dict(logit_softcap=float("nan")), "logit_softcap=nan"),
+    ("llama", dict(d_ff=64, ffn_expansion_ratio=2.0), r"ffn_expansion_ratio=2\.0 has no effect.*d_ff=64"),
+    ("llama", dict(d_ff=64, ffn_multiple=8), "ffn_multiple=8 has no effect.*d_ff=64"),
+    ("llama", dict(ffn_expansion_ratio=-1.0), r"ffn_expansion_ratio=-1\.0"),
+    ("llama", dict(ffn_expansion_ratio=float("inf")), "ffn_expansion_ratio=inf"),
+    ("llama", dict(ffn_multiple=0), "ffn_multiple=0"),
+    ("llama", dict(ffn_type="gated"), "ffn_type='swiglu'"),
+    ("custom", dict(ffn_type="gated", activation="gelu"), "ffn_type='geglu'"),
 ])
 def test_what_cannot_be_or_would_do_nothing_is_refused_with_the_remedy(preset, overrides, says):
     with pytest.raises(ValueError, match=says):
@@ -307,10 +354,13 @@ def test_what_cannot_be_or_would_do_nothing_is_refused_with_the_remedy(preset, o
 
 def test_18_heads_of_2432_are_refused_with_the_remedy():
     sentence = "n_head=18 does not divide n_embd=2432 (head_dim would be 135.11). Use n_head=19 for head_dim 128."
-    for preset in PRESETS:
-        with pytest.raises(ValueError) as refusal:
-            resolve(preset, n_layer=18, n_head=18, n_embd=2432)
-        assert str(refusal.value) == sentence
+    for preset, (_, values) in PRESETS.items():
+        if "head_dim" in values:  # the width of its heads does not follow from n_embd
+            assert resolve(preset, n_layer=18, n_head=18, n_embd=2432).head_dim == values["head_dim"]
+        else:
+            with pytest.raises(ValueError) as refusal:
+                resolve(preset, n_layer=18, n_head=18, n_embd=2432)
+            assert str(refusal.value) == sentence
         assert resolve(preset, n_layer=18, n_head=19, n_embd=2432).head_dim == 128
 
 
@@ -347,11 +397,11 @@ def test_a_bad_layer_pattern_is_refused(pattern):
         expand_pattern(pattern, 8)
 
 
-def test_runs_is_the_inverse_of_expand_pattern():
+def test_the_shortest_pattern_is_the_inverse_of_expand_pattern():
     for length in range(1, 6):
         for names in itertools.product("ab", repeat=length):
-            assert expand_pattern(runs(names), length) == names
-    assert runs(tuple("aab")) == "a*2,b"
+            assert expand_pattern(shortest_pattern(names), length) == names
+    assert shortest_pattern(tuple("aab")) == "a*2,b"
 
 
 def test_a_pattern_written_in_several_ways_is_one_model():
@@ -391,13 +441,15 @@ def test_every_component_says_in_a_sentence_what_it_is(kind):
         assert 15 < len(c.summary) < 140, c.name
 
 
-REQUIRED = dict(normalization={"layernorm", "layernorm_nobias", "rmsnorm"},
-                activation={"gelu", "gelu_tanh", "silu", "relu", "leaky_relu"}, ffn_type={"standard", "swiglu"},
-                position_encoding={"learned_absolute", "rope", "none"}, norm_position={"pre", "post"},
-                block={"transformer", "mlp"}, attention_backend={"sdpa", "manual"})
+REQUIRED = dict(normalization={"layernorm", "layernorm_nobias", "rmsnorm", "rmsnorm_offset"},
+                activation={"gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu2"},
+                ffn_type={"standard", "swiglu", "geglu", "gated"},
+                position_encoding={"learned_absolute", "rope", "none", "sinusoidal", "alibi"},
+                rope_scaling={"none", "linear", "llama3"}, norm_position={"pre", "post", "output", "sandwich"},
+                block={"transformer", "mlp", "sliding"}, attention_backend={"sdpa", "manual", "flex"})
 
 
-@pytest.mark.parametrize("kind", REQUIRED)
+@pytest.mark.parametrize("kind", COMPONENT_KINDS)
 def test_the_promised_components_are_there(kind):
     assert REQUIRED[kind] <= set(components(kind))
 

@@ -20,6 +20,7 @@ def commands(language: str) -> list[str]:
 
 
 def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, capsys):
+    import convert
     import sample
     import train
     from data.preparation import ensure_prepared, prepare_embedded, prepare_textfile
@@ -47,8 +48,14 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
             assert words[0] == "python"
             if program == "train.py":
                 iterations += 1
+                if any(word.startswith("--init_from=hf:") for word in arguments):  # the model is given
+                    code = train.main([*arguments, "--max_iters=2", "--eval_iters=1"])
+                    assert code == 0, capsys.readouterr().err
+                    continue
                 extra = () if {"--help", "--print_config"} & set(arguments) else (*TINY, f"--max_iters={iterations}")
                 code = train.main([*arguments, *extra])
+            elif program == "convert.py":
+                code = convert.main(arguments)
             elif program == "sample.py":
                 code = sample.main([*arguments, "--max_new_tokens=5"])
             elif program == "data/pydocs/prepare.py":
@@ -79,6 +86,7 @@ def test_the_table_of_configs_is_complete_and_its_N_are_right():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for file in (ROOT / "config").glob("*.py"):
         assert file.name in readme, file.name
+    assert all((ROOT / "config" / name).is_file() for name in re.findall(r"\w+\.?\w*\.py", readme) if name.startswith(("arch_", "full_")))
     for name, vocab, shown in (("quickstart", 4096, 4.3), ("shakespeare_char_cpu", 65, 0.8)):
         config = configure([str(ROOT / "config" / f"{name}.py")]).train.model_config(vocab)
         assert round(count_parameters(config) / 1e6, 1) == shown

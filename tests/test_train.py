@@ -564,3 +564,162 @@ def test_commands_work_from_any_working_directory(tmp_path, tiny_dataset, run_py
     assert result.returncode == 0, result.stderr
     assert result.stderr == "" and (tmp_path / "here" / "checkpoints" / "latest").is_file()
     assert configure([str(ROOT / "config" / "quickstart.py")]).train.dataset == "pydocs"
+
+
+# ------------------------------------------------------------------------------------------- what must not be lost
+
+def test_an_evaluation_or_a_second_run_beside_a_live_one_harms_nothing(tmp_path, tiny_dataset, capsys):
+    assert run(tiny_dataset, tmp_path, "--max_iters=4", "--save_interval=2") == 0
+    store = CheckpointStore(tmp_path)
+    writing = store.folder / ".writing_step_000000009"
+    with store.lock():  # as a live run holds it, in the middle of a save
+        writing.mkdir()
+        assert run(tiny_dataset, tmp_path, "--init_from=resume", "--eval_only") == 0
+        assert writing.exists()
+        capsys.readouterr()
+        for start in ("--init_from=resume", "--init_from=auto", "--init_from=scratch"):
+            assert run(tiny_dataset, tmp_path, start, "--max_iters=9") == 1
+            refused(capsys, 1, "Another run", str(os.getpid()))
+        assert writing.exists() and store.pointed("latest").name == "step_000000004"
+    assert run(tiny_dataset, tmp_path, "--init_from=resume", "--max_iters=6") == 0
+    assert not writing.exists()
+
+
+def test_no_restart_ever_deletes_a_trained_model(tmp_path, tiny_dataset):
+    for seed in (1, 2, 3):
+        assert run(tiny_dataset, tmp_path, "--max_iters=2", f"--seed={seed}") == 0
+    seeds = {folder.name: json.loads((folder / "step_000000002" / "state.json").read_text())["config"]["seed"]
+             for folder in tmp_path.glob("checkpoints*")}
+    assert seeds == {"checkpoints": 3, "checkpoints.previous": 1, "checkpoints.previous_2": 2}
+
+
+def test_going_on_from_elsewhere_puts_the_runs_of_out_dir_aside(tmp_path, tiny_dataset):
+    assert run(tiny_dataset, tmp_path / "a", "--max_iters=6", "--save_interval=3", "--eval_interval=0") == 0
+    assert run(tiny_dataset, tmp_path / "b", "--max_iters=2", "--seed=5") == 0
+    assert run(tiny_dataset, tmp_path / "a", f"--init_from={tmp_path / 'b'}", "--max_iters=4", "--seed=5") == 0
+    assert {p.name for p in (tmp_path / "a" / "checkpoints.previous").glob("step_*")} == {"step_000000003", "step_000000006"}
+    assert {p.name for p in (tmp_path / "a" / "checkpoints").glob("step_*")} == {"step_000000004"}
+
+
+def test_a_run_that_is_stopped_before_its_first_step_touches_nothing(tmp_path, tiny_dataset, capsys, monkeypatch):
+    assert run(tiny_dataset, tmp_path, "--max_iters=2") == 0
+    from training import signals
+    monkeypatch.setattr(signals.StopRequest, "__init__", lambda self: self.__dict__.update(name="SIGTERM", _former={}))
+    assert run(tiny_dataset, tmp_path, "--max_iters=9", "--seed=3") == 0
+    out = capsys.readouterr().out
+    assert "Nothing was saved" in out and "To go on" not in out
+    assert sorted(p.name for p in tmp_path.glob("checkpoints*")) == ["checkpoints"]
+    assert CheckpointStore(tmp_path).pointed("latest").name == "step_000000002"
+
+
+def test_a_diverging_run_does_not_push_out_its_good_checkpoints(tmp_path, tiny_dataset, capsys, monkeypatch):
+    count = [0]
+
+    def spoiled(model, x, y):
+        count[0] += 1
+        return next_token_loss(model, x, y) * (math.nan if count[0] > 4 else 1.0)
+    monkeypatch.setattr("training.objectives.next_token_loss", spoiled)
+    assert run(tiny_dataset, tmp_path, "--max_iters=50", "--eval_interval=0", "--save_interval=1", "--nonfinite_limit=10") == 1
+    refused(capsys, 1, "step_000000004")
+    assert [p.name for p in CheckpointStore(tmp_path).all()] == ["step_000000003", "step_000000004"]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path, tiny_dataset):
+    assert run(tiny_dataset, tmp_path, "--max_iters=6", "--save_interval=3", "--eval_interval=0") == 0
+    flip_byte(CheckpointStore(tmp_path).pointed("latest"))
+    assert run(tiny_dataset, tmp_path, "--init_from=resume", "--max_iters=7", "--eval_interval=0") == 0
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "best", "damaged_step_000000006", "latest", "step_000000006", "step_000000007"]
+
+
+def test_stdout_may_go_away_and_training_goes_on(tmp_path, tiny_dataset):
+    import subprocess
+    import sys
+    command = [sys.executable, "train.py", *SMALL, f"--dataset={tiny_dataset}", "--max_iters=30", "--eval_interval=0"]
+    for number, redirection in enumerate(("| head -n 1", "> /dev/full", ">&-", "2>&-")):
+        line = " ".join(command) + f" --out_dir={tmp_path / str(number)} {redirection}"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (redirection, done.stderr)
+        assert events(tmp_path / str(number), "run_end")[0]["outcome"] == "finished", redirection
+        assert CheckpointStore(tmp_path / str(number)).pointed("latest").name == "step_000000030"
+
+
+# ------------------------------------------------------------------------------------------- what must be true
+
+def test_the_first_step_line_is_as_true_as_the_others(tmp_path, tiny_dataset):
+    assert run(tiny_dataset, tmp_path, "--max_iters=30", "--log_interval=10", "--save_interval=-1") == 0
+    for step in events(tmp_path, "step"):
+        laps = step["step_ms"]
+        assert sum(laps[name] for name in ("data", "compute", "optimizer")) > 0.7 * laps["total"]
+        assert step["tokens_per_s"] * laps["total"] / 1e3 == pytest.approx(4 * 16, rel=1e-6)
+
+
+def test_length_in_tokens_and_epochs_holds_when_the_batch_changes_at_a_resume(tmp_path, tiny_dataset):
+    for number, batch in enumerate((8, 2)):
+        out = tmp_path / str(number)
+        assert run(tiny_dataset, out, "--max_tokens=640", "--save_interval=5") == 0
+        assert run(tiny_dataset, out, "--max_tokens=1280", f"--batch_size={batch}", "--init_from=resume") == 0
+        assert events(out, "run_end")[-1]["tokens"] == 1280
+    assert run_length(TrainConfig(batch_size=8, epochs=2), 16, 100, steps=10, sequences=40) == 10 + 20
+
+
+def test_outcomes_are_what_happened(tmp_path, tiny_dataset):
+    assert run(tiny_dataset, tmp_path, "--max_iters=6") == 0
+    assert run(tiny_dataset, tmp_path, "--max_iters=3", "--init_from=resume") == 0
+    assert [e["outcome"] for e in events(tmp_path, "run_end")] == ["finished", "finished"]
+
+
+def test_the_best_is_looked_for_anew_on_another_validation_set(tmp_path, tiny_dataset, capsys):
+    assert run(tiny_dataset, tmp_path, "--max_iters=4", "--eval_interval=2") == 0
+    assert run(tiny_dataset, tmp_path, "--max_iters=6", "--eval_interval=2", "--init_from=resume", "--eval_iters=3") == 0
+    assert "looked for anew" in capsys.readouterr().out
+
+
+def test_a_moved_dataset_can_be_resumed_and_a_short_validation_split_is_found_at_once(tmp_path, tiny_dataset, capsys, monkeypatch):
+    import numpy as np
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert run(Path("./data"), tmp_path / "out", "--max_iters=2") == 0
+    monkeypatch.chdir("/")
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=3"]) == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=4", f"--dataset={tmp_path / 'moved'}"]) == 0
+    (tmp_path / "short").mkdir()
+    for name, tokens in (("train", 500), ("val", 1)):
+        np.ones(tokens, dtype=np.uint16).tofile(tmp_path / "short" / f"{name}.bin")
+    assert run(tmp_path / "short", tmp_path / "new", "--max_iters=50", "--eval_interval=0") == 1
+    refused(capsys, 1, "too few to validate on")
+    assert not list((tmp_path / "new").glob("run_*"))
+
+
+def test_a_saved_run_is_a_config_whose_preset_and_parts_can_still_be_changed(tmp_path, tiny_dataset):
+    out = tmp_path / "out"
+    options = [f"--dataset={tiny_dataset}", f"--out_dir={out}", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16",
+               "--eval_iters=1", "--threads=1", "--device=cpu"]
+    assert train.main([*options, "--max_iters=2"]) == 0
+    assert train.main([*options, "--max_iters=3", "--init_from=resume"]) == 0
+    for saved in sorted(out.glob("run_*.json")):
+        plain = configure([str(saved)]).train
+        assert plain.init_from == "scratch" and plain.model_config(256) == load_model(out)[0].config
+        llama = configure([str(saved), "--arch_preset=llama"]).train.model_config(256)
+        assert (llama.normalization, llama.ffn_type, llama.n_embd) == ("rmsnorm", "swiglu", 32)
+        assert configure([str(saved), "--ffn_type=swiglu"]).train.model_config(256).activation == "silu"
+        assert train.main([str(saved), "--seed=2", f"--out_dir={tmp_path / saved.stem}"]) == 0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--foo=1", "--n_layer=abc", "--batch_size=0"], ["foo", "abc", "batch_size=0"]), (["--seed=1e30"], ["seed"]),
+    (["--out_dir="], ["out_dir"]), (["--threads=100000"], ["threads"]), (["--debug=False"], ["takes no value"]),
+    (["--init_from=resume", "--n_head=5", "--n_embd=32", "--print_config"], ["n_head=5"])])
+def test_more_unusable_configurations_are_sentences_and_exit_code_2(arguments, words, capsys):
+    assert train.main(arguments) == 2
+    refused(capsys, 2, *words)
+
+
+def test_a_manifest_or_state_of_another_form_is_damage(tmp_path, tiny_dataset, capsys):
+    assert run(tiny_dataset, tmp_path, "--max_iters=2") == 0
+    manifest = CheckpointStore(tmp_path).pointed("latest") / "manifest.json"
+    for content in ('{"files": ["a"]}', '{"files": {"state.json": 5}}', '{"files": {}}', "[]"):
+        manifest.write_text(content)
+        assert run(tiny_dataset, tmp_path, "--init_from=resume", "--max_iters=4") == 1
+        refused(capsys, 1, "damaged")

@@ -19,8 +19,9 @@ import os
 import shutil
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from training.command_line import Failure
 
 FORMAT_VERSION = 1
 _STEP, _TEMPORARY, _REPLACED = "step_", ".writing_", ".replaced_"
+_STREAM_BYTES = 256 << 20
 _FILE_BYTES = 2 << 30  # a tensor file is closed at about this size, which also bounds the copy made while saving
 
 
@@ -44,6 +46,26 @@ class CheckpointStore:
 
     def __init__(self, out_dir: str | Path):
         self.folder = Path(out_dir) / "checkpoints"
+        self.damaged: set[Path] = set()  # found so by newest_intact; out of the way from the next save on
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only process that writes to this out_dir. Raises CheckpointError if another one is."""
+        file = self.folder.with_name(".lock")
+        with open(file, "a+", encoding="utf-8") as handle:
+            try:
+                import fcntl
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # not a POSIX system: nothing to lock with
+                pass
+            except OSError as error:
+                handle.seek(0)
+                raise CheckpointError(f"Another run (process {handle.read().strip() or 'unknown'}) is writing to "
+                                      f"{file.parent}. Wait for it, or choose another --out_dir.") from error
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            yield
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest write first."""
@@ -76,22 +98,20 @@ class CheckpointStore:
                 return candidate
             except CheckpointError as error:
                 reasons.append(str(error))
+                self.damaged.add(candidate)
                 warn(f"{error} Trying the checkpoint before it.")
         if reasons:
             raise CheckpointError(f"No checkpoint in {self.folder} is intact. {reasons[0]}")
         return None
 
-    def set_aside(self, unless: Path | None = None) -> Path | None:
-        """Move a former run's checkpoints to checkpoints.previous (replacing those of the run before it).
-
-        Not if `unless`, the checkpoint that a new run takes its weights from, is one of them: CheckpointError.
-        """
+    def set_aside(self) -> Path | None:
+        """Move a former run's checkpoints to checkpoints.previous (or .previous_2 …, nothing is overwritten)."""
         if not self.all():
             return None
-        if unless is not None and unless.resolve().is_relative_to(self.folder.resolve()):
-            raise CheckpointError(f"The new run would put aside {unless}, which it starts from. Choose another --out_dir.")
-        aside = self.folder.with_name("checkpoints.previous")
-        shutil.rmtree(aside, ignore_errors=True)
+        number, aside = 1, self.folder.with_name("checkpoints.previous")
+        while aside.exists():
+            number += 1
+            aside = self.folder.with_name(f"checkpoints.previous_{number}")
         self.folder.rename(aside)
         return aside
 
@@ -105,19 +125,25 @@ class CheckpointStore:
 
     # --------------------------------------------------------------------------------------- writing
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep_last: int,
+    def save(self, step: int, tensors: dict[str, Tensor] | Iterator[tuple[str, Tensor]], state: dict[str, Any], *, keep_last: int,
              tokenizer_folder: Path | None = None, best: bool = False) -> Path:
         """Write a checkpoint of this step, publish it, point 'latest' (and 'best') at it and drop old ones.
 
-        `tensors`: flat names → tensors (sharded ones are written by the ranks that hold them). `state`: JSON-ready.
-        Raises CheckpointError if it cannot be written; all former checkpoints and pointers are then as before.
+        keep_last: how many to keep besides the best; 0 keeps all.
+
+        `tensors`: flat names → tensors (sharded ones are written by the ranks that hold them), or (name, tensor) pairs
+        that are written as they come, without ever being in memory together. `state`: JSON-ready.
+        Raises CheckpointError if it cannot be written; the former checkpoints are then as before.
         """
         name = f"{_STEP}{step:09d}"
         temporary = self.folder / f"{_TEMPORARY}{name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            _write_tensors(temporary, tensors)
+            if isinstance(tensors, dict):
+                _write_tensors(temporary, tensors)
+            else:
+                write_streamed(temporary, tensors, _STREAM_BYTES)
             _write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, "step": step, **state})
             for file in tokenizer_folder.glob("tokenizer*.json") if tokenizer_folder is not None else ():
                 shutil.copyfile(file, temporary / file.name)
@@ -126,6 +152,9 @@ class CheckpointStore:
             for path in temporary.iterdir():
                 _fsync(path)
             _fsync(temporary)
+            for damaged in [folder for folder in self.damaged if folder.exists()]:
+                damaged.rename(self.folder / f"damaged_{damaged.name}")
+            self.damaged.clear()
             self._publish(temporary, self.folder / name)
             self.point("latest", name)
             if best:
@@ -154,6 +183,8 @@ class CheckpointStore:
         shutil.rmtree(moved, ignore_errors=True)
 
     def _prune(self, keep_last: int) -> None:
+        if keep_last == 0:
+            return
         kept = {self.pointed("latest"), self.pointed("best"), *self.all()[-keep_last:]}
         for old in set(self.all()) - kept:
             doomed = self.folder / f"{_TEMPORARY}{old.name}"  # a name that clean() removes if this is cut short
@@ -174,7 +205,7 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None,
 
     Raises CheckpointError.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.abspath(Path(path).expanduser()))
     if (path / "manifest.json").is_file():
         if which == "best":
             raise CheckpointError(f"{path} is one checkpoint; the best one can only be asked of an out_dir.")
@@ -196,20 +227,24 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None,
     return found
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError if it is unreadable or of a later format."""
+def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError if it is unreadable, of a later format, or lacks what is needed."""
     state = _read_json(checkpoint / "state.json")
     if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{checkpoint} has checkpoint format {state.get('format_version')!r}; this version of "
                               f"kitbash reads {FORMAT_VERSION}.")
+    missing = [key for key in needs if not isinstance(state.get(key), dict)]
+    if missing:
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its state.json has no {', '.join(missing)}.")
     return state
 
 
 def verify(checkpoint: Path) -> None:
     """Check every file of a checkpoint against its manifest. Raises CheckpointError at the first that differs."""
-    files = _read_json(checkpoint / "manifest.json").get("files", {})
-    if not files:
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files.")
+    files = _read_json(checkpoint / "manifest.json").get("files")
+    if not isinstance(files, dict) or not files or not all(
+            isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values()):
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -254,15 +289,27 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu", which: str = "latest") -> tuple[nn.Module, Any]:
-    """A checkpoint folder or an out_dir → (model in eval mode, its tokenizer, or None where the data had none).
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether this is a checkpoint folder, or an out_dir with checkpoints."""
+    path = Path(path).expanduser()
+    return (path / "manifest.json").is_file() or bool(CheckpointStore(path).all())
 
-    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError.
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", which: str = "latest") -> tuple[nn.Module, Any]:
+    """A checkpoint folder, an out_dir or a Hugging Face folder → (model in eval mode, its tokenizer or None).
+
+    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError, or huggingface.ConversionError.
     """
     from data.tokenization import load_tokenizer
     from model_builder import build_model
     from model_config import ModelConfig
+    from training import huggingface
 
+    if huggingface.is_folder(path):
+        folder = Path(path).expanduser()
+        model = build_model(huggingface.read_config(folder), device="meta").to_empty(device=device)
+        huggingface.load_weights(model, folder)
+        return model.eval(), load_tokenizer(folder)
     checkpoint = find_checkpoint(path, which=which)
     config = ModelConfig.from_dict(read_state(checkpoint)["model"]["config"])
     model = build_model(config, device="meta").to_empty(device=device)
@@ -309,6 +356,31 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     except CheckpointException as error:  # derives from BaseException; carries each rank's exception
         causes = [cause[0] for cause in error.failures.values()]
         raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
+
+
+def write_streamed(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int,
+                   metadata: dict[str, str] | None = None) -> tuple[list[tuple[Path, list[str]]], int]:
+    """(name, tensor) pairs → safetensors files of about file_bytes; no more than one file's worth is in memory.
+
+    Returns the files with the names in each, and the bytes of all tensors.
+    """
+    from safetensors.torch import save_file
+    files, waiting, filled, total = [], {}, 0, 0
+
+    def write() -> None:
+        path = folder / f"part-{len(files) + 1:05d}.safetensors"
+        save_file(waiting, path, metadata=metadata)
+        files.append((path, list(waiting)))
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if waiting and filled + size > file_bytes:
+            write()
+            waiting, filled = {}, 0
+        waiting[name] = tensor.contiguous()
+        filled, total = filled + size, total + size
+    if waiting:
+        write()
+    return files, total
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -21,9 +21,10 @@ class StepMeter:
     def __init__(self, device: torch.device):
         self.device = device
         self.on_gpu = device.type == "cuda"
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forget what has been measured; time counts from now."""
         self.marks: list[tuple[str, object]] = []
         self.steps = 0
         self.tokens = 0
@@ -65,7 +66,7 @@ class StepMeter:
                 milliseconds[name] += passed / steps
         milliseconds["total"] = 1e3 * seconds / steps
         rate = self.tokens / seconds
-        self._restart()
+        self.restart()
         return rate, milliseconds
 
     def _wait(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
 
 from flops_parameter_counting.flops import FlopsPerToken
 from flops_parameter_counting.parameters import count_padding, count_parameters
-from model_config import COMPONENT_KINDS, ModelConfig, component, runs
+from model_config import COMPONENT_KINDS, ModelConfig, component, shortest_pattern
 
 ASSUMED_MFU = 0.3  # for the time announced before anything has been measured
 
@@ -21,15 +21,16 @@ def duration(seconds: float) -> str:
 
 
 def start_report(model: ModelConfig, flops: FlopsPerToken, *, config, dataset, sequences: int, length: int,
-                 windows_per_epoch: int, first_step: int, hardware: str, peak, log: str, notes: list[str]) -> str:
+                 windows_per_epoch: int, progress, hardware: str, peak, log: str, notes: list[str]) -> str:
     """The print-out at the start of a run: model, every component, N, cost, data, batch, hardware, expected time."""
-    tokens = sequences * model.block_size
+    tokens, left = sequences * model.block_size, max(0, length - progress.step)
     padding = count_padding(model)
     rows: list[tuple[str, str]] = [("model", f"{model.name}   (fingerprint {model.fingerprint})")]
     for kind in COMPONENT_KINDS:
-        value = runs(model.layer_pattern) if kind == "block" else getattr(model, kind)
-        about = "" if kind == "block" else f"   {component(kind, value).summary}"
-        rows.append(("", f"{'layer_pattern' if kind == 'block' else kind:<18} {value}{about}"))
+        value = shortest_pattern(model.layer_pattern) if kind == "block" else getattr(model, kind)
+        if value is not None:
+            about = "" if kind == "block" else f"   {component(kind, value).summary}"
+            rows.append(("", f"{'layer_pattern' if kind == 'block' else kind:<18} {value}{about}"))
     kv = "" if model.n_kv_head == model.n_head else f", {model.n_kv_head} key/value heads"
     rows += [
         ("", f"{'shape':<18} {model.n_layer} layers, {model.n_head} heads of {model.head_dim}{kv}, width "
@@ -44,12 +45,13 @@ def start_report(model: ModelConfig, flops: FlopsPerToken, *, config, dataset, s
                  f"validation tokens, vocabulary {dataset.vocab_size or 'unknown'}"),
         ("batch", f"{sequences} sequences × {model.block_size} tokens = {tokens:,} tokens per iteration, in "
                   f"micro-batches of {min(config.batch_size, sequences)}"),
-        ("length", f"{length:,} iterations = {length * tokens:,} tokens = {length * sequences / windows_per_epoch:.2f} "
-                   "epochs" + (f"; {first_step:,} done" if first_step else "")),
+        ("length", f"{length:,} iterations = {progress.tokens + left * tokens:,} tokens = "
+                   f"{(progress.sequences + left * sequences) / windows_per_epoch:.2f} epochs"
+                   + (f"; {progress.step:,} done" if progress.step else "")),
         ("hardware", hardware + ("" if peak is None else
                                  f", {peak.flops / 1e12:.3g} TFLOP/s peak ({'measured' if peak.measured else peak.source})"))]
     if peak is not None:
-        seconds = (length - first_step) * tokens * flops.hardware / (peak.flops * ASSUMED_MFU)
+        seconds = left * tokens * flops.hardware / (peak.flops * ASSUMED_MFU)
         rows.append(("time", f"about {duration(seconds)} at an assumed MFU of {ASSUMED_MFU:.0%}; the step lines measure it"))
     rows += [("note", note) for note in notes] + [("log", log)]
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
@@ -76,31 +78,38 @@ def evaluation_line(step: int, loss: float, perplexity: float, bits_per_byte: fl
 
 
 class Display:
-    """Lines on stdout; on a terminal also a tqdm bar, in a pipe none. Ranks other than 0 are silent."""
+    """Lines on stdout; on a terminal also a tqdm bar, in a pipe none. Ranks other than 0 are silent.
+
+    If stdout goes away (`| head`, a full disk) it falls silent too: the log is the truth, and training goes on.
+    """
 
     def __init__(self, enabled: bool = True):
         self.enabled, self.bar = enabled, None
 
     def start_bar(self, first: int, total: int) -> None:
         """Show a bar of the run's steps, if a person is watching."""
-        if self.enabled and sys.stderr.isatty():
+        if self.enabled and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
             self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, leave=False)
 
-    def advance(self, **figures: Any) -> None:
-        """One step further; figures (already text) appear beside the bar."""
+    def advance(self) -> None:
+        """One step further."""
         if self.bar is not None:
-            if figures:
-                self.bar.set_postfix(figures, refresh=False)
             self.bar.update()
 
     def line(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        if self.bar is not None:
-            self.bar.write(text)
-            sys.stdout.flush()
-        elif self.enabled:
-            print(text, flush=True)
+        if not self.enabled or sys.stdout is None:
+            return
+        try:
+            if self.bar is not None:
+                self.bar.write(text)
+                sys.stdout.flush()
+            else:
+                print(text, flush=True)
+        except OSError:
+            self.enabled = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that nothing fails when the process ends either
 
     def close(self) -> None:
         """Take the bar away."""

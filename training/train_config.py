@@ -36,12 +36,13 @@ class TrainConfig(_ModelKeys):
     arch_preset: str = _key("gpt2", "the preset that the architecture keys override", "architecture", resume="fixed")
 
     out_dir: str = _key("out", "where checkpoints and logs go", "run")
-    init_from: str = _key("scratch", "scratch | resume | auto (resume if there is something) | a checkpoint", "run")
+    init_from: str = _key("scratch", "scratch | resume | auto (resume if there is something) | a checkpoint to go on from | "
+                                     "weights:CHECKPOINT or hf:NAME_OR_FOLDER to start a new run with its weights", "run")
     eval_only: bool = _key(False, "evaluate once and stop; writes no checkpoint", "run")
     notice: str = _key("", "one line to print at the start", "run")
     seed: int = _key(1337, "of the initial weights and of dropout", "run", resume="fixed")
 
-    dataset: str = _key("pydocs", "a folder below data/, or a path to one", "data", resume="fixed")
+    dataset: str = _key("pydocs", "a folder below data/, or a path to one (a resumed run: with the same content)", "data")
     data_seed: int = _key(1337, "of the order in which the data is read", "data", resume="fixed")
     batch_size: int = _key(12, "sequences in a micro-batch, at most", "data")
     gradient_accumulation_steps: int = _key(1, "the global batch is batch_size × this, whatever the machine", "data")
@@ -103,6 +104,10 @@ class TrainConfig(_ModelKeys):
         """Every reason why this run cannot start, one sentence each; the model's own are included unless told not to."""
         problems = [f"{key}={getattr(self, key)} must be at least {least} and finite." for key, least in _AT_LEAST.items()
                     if getattr(self, key) is not None and not least <= getattr(self, key) < math.inf]
+        problems += [f"{key}={getattr(self, key)} must be below {most}." for key, most in _BELOW.items()
+                     if getattr(self, key) is not None and getattr(self, key) >= most]
+        if not self.out_dir:
+            problems.append("out_dir='' is empty; name a folder.")
         for key in ("learning_rate", "adam_eps"):
             if not 0 < getattr(self, key) < math.inf:
                 problems.append(f"{key}={getattr(self, key)} must be positive and finite.")
@@ -134,6 +139,8 @@ _AT_LEAST = dict(batch_size=1, gradient_accumulation_steps=1, total_batch_tokens
                  warmup_iters=0, lr_decay_iters=1, max_iters=0, max_tokens=1, epochs=0, eval_interval=0, eval_iters=0,
                  patience=0, log_interval=1, save_interval=-1, keep_last=1, nonfinite_limit=1, threads=1, min_lr=0,
                  seed=0, data_seed=0)
+
+_BELOW = dict(seed=2 ** 63, data_seed=2 ** 63, threads=1025)
 
 _FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 KEYS = {"arch_preset": _FIELDS["arch_preset"], **_FIELDS}
