@@ -196,7 +196,7 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
         text = file.read_text(encoding="utf-8")
         document = json.loads(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
         saved, origins = document["config"], document["origins"]
-        items = {key: (value, str(origins.get(key, "saved")).removeprefix(FROM_CHECKPOINT))
+        items = {key: (value, str(origins.get(key) or "saved").removeprefix(FROM_CHECKPOINT))
                  for key, value in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
@@ -205,8 +205,8 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
     for key, (value, origin) in items.items():
         if key not in KEYS:
             problems.append(f"{shown(file)}: {key!r} is not a key{did_you_mean(key, KEYS)}.")
-        elif value is not None and key not in ("init_from", "eval_only", "notice") and not origin.startswith(
-                ("preset", "derived", "dataset", "default")):
+        elif value is not None and key not in ("init_from", "eval_only", "notice") and origin.split()[0] not in (
+                "preset", "derived", "dataset", "default"):
             try:
                 values[key] = (convert(key, value), shown(file))
             except ConfigError as error:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         x = x.to(self.compute_dtype or x.dtype)
         if self.config.embedding_scale:
-            x = x * torch.tensor(self.config.n_embd ** 0.5, dtype=x.dtype, device=x.device)
+            x = x * self.config.n_embd ** 0.5
         x = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
         tables = self.position.tables(positions)
         for block in self.blocks:
@@ -81,37 +81,51 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
-    def stream(self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-               top_p: float | None = None, repetition_penalty: float = 1.0, eos_id: int | None = None,
-               use_cache: bool = True, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """Yield the next token of every sequence, (B,) at a time, up to max_new_tokens.
+    def stream(self, tokens: Tensor, max_new_tokens: int, *, lengths: Tensor | None = None, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
+               eos_id: int | None = None, use_cache: bool = True,
+               generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Iterator[Tensor]:
+        """Yield the next token of every sequence, (B,) at a time, until each has max_new_tokens after its prompt.
 
-        tokens: prompt (B, T), T ≥ 1. A context longer than block_size loses its oldest tokens. After `eos_id` a
-        sequence only yields eos_id; all of them done ends the stream. temperature 0 is greedy. In fp32 the result does
-        not depend on use_cache (in bf16 rounding differs). For the other knobs see `sample_next`. Raises ValueError for
-        an empty prompt and for knobs out of range. The model is in eval mode until the stream ends.
+        tokens: prompts (B, T), T ≥ 1, of which `lengths` (B,) count where they are not equally long; the stream then
+        begins behind the shortest and gives the longer ones' own tokens first. A context longer than block_size loses
+        its oldest tokens. After `eos_id` a sequence only yields eos_id; all of them done ends the stream. temperature 0 is
+        greedy. `generator`: one for the batch, or one a sequence, which then draws as if it were alone. In fp32 the
+        result does not depend on use_cache (in bf16 rounding differs). For the other knobs see `sample_next`. Raises
+        ValueError for an empty prompt and for knobs out of range. The model is in eval mode until the stream ends.
         """
-        if tokens.size(1) == 0:
+        shortest = tokens.size(1) if lengths is None else int(lengths.min())
+        if shortest == 0:
             raise ValueError("the prompt has no tokens; give at least one (a model continues, it cannot start).")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens} is negative.")
         was_training = self.training
         self.eval()
         try:
-            longest = min(self.config.block_size, tokens.size(1) + max_new_tokens)
+            prompts, tokens = tokens, tokens[:, :shortest]
+            longest = min(self.config.block_size, prompts.size(1) + max_new_tokens)
             dtype = self.compute_dtype or self.embedding.weight.dtype
             cache = (KVCache(self.config, tokens.size(0), longest, dtype, tokens.device)
-                     if use_cache and tokens.size(1) <= longest else None)
+                     if use_cache and shortest <= longest else None)
             finished = torch.zeros(tokens.size(0), dtype=torch.bool, device=tokens.device)
-            for _ in range(max_new_tokens):
-                if tokens.size(1) > self.config.block_size:
+            for place in range(shortest, prompts.size(1) + max_new_tokens):
+                if place > self.config.block_size:
                     cache = None  # the window slides, so every position changes: nothing cached stays true
                 context = tokens[:, -self.config.block_size:] if cache is None else tokens[:, cache.length:]
                 logits = self(context, cache, last_only=True)[:, -1].float()
-                chosen = sample_next(logits, tokens, temperature, top_k, top_p, repetition_penalty, generator)
+                given = finished & False if lengths is None else place < lengths
+                knobs = (temperature, top_k, top_p, repetition_penalty)
+                if isinstance(generator, Sequence):
+                    chosen = torch.cat([prompts[i:i + 1, place] if given[i] else
+                                        sample_next(logits[i:i + 1], tokens[i:i + 1], *knobs, own)
+                                        for i, own in enumerate(generator)])
+                else:
+                    chosen = sample_next(logits, tokens, *knobs, generator)
+                    if lengths is not None:
+                        chosen = torch.where(given, prompts[:, min(place, prompts.size(1) - 1)], chosen)
                 if eos_id is not None:
                     chosen = torch.where(finished, eos_id, chosen)
-                    finished |= chosen == eos_id
+                    finished |= (chosen == eos_id) & ~given
                 yield chosen
                 if eos_id is not None and bool(finished.all()):
                     return

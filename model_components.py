@@ -59,9 +59,7 @@ class Constant(NamedTuple):
 # ------------------------------------------------------------------------------------------- building bricks
 
 class Linear(nn.Linear):
-    """Linear projection (…, d_in) → (…, d_out).
-
-    """
+    """Linear projection (…, d_in) → (…, d_out). Weights start normal with standard deviation `std`, biases at zero."""
 
     std = INIT_STD
 
@@ -79,7 +77,8 @@ class ResidualLinear(Linear):
     """A projection that writes into the residual stream, (…, d_in) → (…, d_out).
 
     Its weights start smaller, by 1/√(2·n_layer), so that the stream's variance does not grow with depth (GPT-2, Radford
-    et al. 2019, §2.3), or with `zero_init` at zero, so that every block starts as the identity (Zhang et al. 2019).
+    et al. 2019, §2.3), or with `zero_init` at zero, so that under pre-norm every block starts as the identity (Zhang et
+    al. 2019). A norm behind such a projection ('output', 'sandwich') sees zeros first and steepens the first gradient.
     """
 
     def __init__(self, config: ModelConfig, d_in: int, d_out: int):
@@ -175,7 +174,7 @@ class RMSNorm(nn.Module):
 
 @register_norm("rmsnorm_offset", short="RMS1")
 class OffsetRMSNorm(RMSNorm):
-    """RMSNorm whose gain is stored as its distance from 1, so that weight decay pulls it to 1 (Gemma).
+    """RMSNorm whose gain is stored as its distance from 1 (Gemma).
 
     (…, D) → (…, D). Statistics and gain in fp32 whatever the input's dtype.
     """
@@ -273,12 +272,18 @@ class GatedFeedForward(FeedForward):
 
 @register_ffn("swiglu", short="SwiGLU", fixes={"activation": "silu"})
 class SwiGLU(GatedFeedForward):
-    """Feed-forward gated by SiLU: down(silu(gate(x)) · up(x)) (Shazeer 2020). (B, T, D) → (B, T, D)."""
+    """Feed-forward gated by SiLU: down(silu(gate(x)) · up(x)) (Shazeer 2020).
+
+    (B, T, D) → (B, T, D).
+    """
 
 
 @register_ffn("geglu", short="GEGLU", fixes={"activation": "gelu"})
 class GEGLU(GatedFeedForward):
-    """Feed-forward gated by GELU: down(gelu(gate(x)) · up(x)) (Shazeer 2020). (B, T, D) → (B, T, D)."""
+    """Feed-forward gated by GELU: down(gelu(gate(x)) · up(x)) (Shazeer 2020).
+
+    (B, T, D) → (B, T, D).
+    """
 
 
 # ------------------------------------------------------------------------------------------- positions
@@ -350,8 +355,9 @@ class ALiBi(NoPosition):
         """→ slopes (H,): 2^(-8/n), 2^(-16/n) …; between, for an H that is no power of two, those of the next one."""
         H = self.config.n_head
         n = 1 << (H.bit_length() - 1)
-        exponents = [8 * (h + 1) / n for h in range(n)] + [8 * (2 * h + 1) / (2 * n) for h in range(H - n)]
-        return torch.tensor([2.0 ** -e for e in exponents], device=positions.device)
+        whole = torch.arange(1, n + 1, device=positions.device) * (8 / n)
+        between = (2 * torch.arange(H - n, device=positions.device) + 1) * (4 / n)
+        return torch.exp2(-torch.cat((whole, between)))
 
     @staticmethod
     def slopes(tables: Tensor) -> Tensor:
@@ -437,6 +443,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Te
         return manual_attention(q, k, v, rules)
     new, seen = q.size(2), k.size(2)
     mask = rules.mask(new, seen, q.device)
+    if mask is not None and q.size(1) != k.size(1):  # no fused kernel takes a mask and shared heads
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), dropout_p=rules.dropout,
         is_causal=mask is None and new == seen, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))

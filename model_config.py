@@ -256,7 +256,7 @@ class ModelConfig:
     logit_softcap: float | None = _key("logits become cap·tanh(logit / cap); 0: off", default=None)
     embedding_norm: bool = _key("normalise the embeddings before the first block", default=False)
     embedding_scale: bool = _key("multiply the embeddings by √n_embd (Gemma)", default=False)
-    zero_init: bool = _key("projections into the residual stream start at zero", default=False)
+    zero_init: bool = _key("projections into the residual stream start at zero, so that (under pre-norm) each block is the identity", default=False)
     ffn_expansion_ratio: float | None = _key("d_ff as a multiple of n_embd, instead of d_ff", default=None)
     ffn_multiple: int | None = _key("round the d_ff that is worked out up to a multiple of this", default=None)
     weight_tying: bool = _key("the output head shares the embedding's weights")
@@ -352,7 +352,7 @@ def usual_d_ff(ffn_type: str, n_embd: int, ratio: float | None = None, multiple:
     if multiple is None:
         usual = gated and ratio is None
         multiple = min(256, max(8, 1 << (n_embd // 8).bit_length() >> 1)) if usual else 1
-    return _round_up(math.ceil(exact * n_embd), multiple)
+    return _round_up(math.ceil(exact * n_embd) if ratio is None else round(exact * n_embd), multiple)
 
 
 def shortest_pattern(names: tuple[str, ...]) -> str:
@@ -439,6 +439,10 @@ def _problems(c: ModelConfig) -> list[str]:
                 "logit_softcap", "sliding_window", "rope_original_context"):
         if getattr(c, key) is not None and not 0 < getattr(c, key) < math.inf:
             problems.append(f"{key}={getattr(c, key)} must be positive and finite.")
+    if c.rope_factor == 1:
+        problems.append("rope_factor=1.0 stretches nothing; leave rope_scaling out, or use a larger factor.")
+    if c.attention_backend == "flex" and c.dropout:
+        problems.append(f"attention_backend='flex' has no dropout (dropout={c.dropout}); use 'sdpa', or dropout 0.")
     if c.rope_scaling == "llama3" and not c.rope_low_freq_factor < c.rope_high_freq_factor:
         problems.append(f"rope_low_freq_factor={c.rope_low_freq_factor} must be below "
                         f"rope_high_freq_factor={c.rope_high_freq_factor}.")
@@ -586,6 +590,8 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
         if uneven:
             problems.append(_uneven_heads(heads, width))
         values["head_dim"] = 2 if uneven else max(1, width // max(1, heads))
+    if values.get("attention_scale") == max(1, values["head_dim"]) ** -0.5:
+        values["attention_scale"] = None  # what it is anyway
     ratio, multiple = values.get("ffn_expansion_ratio"), values.get("ffn_multiple")
     if ratio is not None and not 0 < ratio < math.inf:
         problems.append(f"ffn_expansion_ratio={ratio} must be positive and finite.")
@@ -602,7 +608,8 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     if not next(c for c in chosen if c.kind == "ffn_type").fixes:
         problems += [f"ffn_type={values['ffn_type']!r} with activation={values['activation']!r} is ffn_type={c.name!r}; say "
                      f"so, or choose another activation." for c in components("ffn_type").values()
-                     if values["ffn_type"] == "gated" and dict(c.fixes).get("activation") == values["activation"]]
+                     if values["ffn_type"] == "gated" and getattr(c.build, "gated", False)
+                     and dict(c.fixes).get("activation") == values["activation"]]
     kv_heads = max((k for k in range(1, heads // group + 1) if heads % k == 0), default=1)
     derived = dict(n_kv_head=kv_heads, d_ff=1, qkv_bias=values["bias"])
     derived |= {key: value for key, value in _DERIVED.items() if key in used}

@@ -3,6 +3,8 @@
     python sample.py out/quickstart --prompt="The function returns"     # an out_dir, or one checkpoint folder
     python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt   # as with nanoGPT
     echo "To be" | python sample.py out/shakespeare --num_samples=3 --temperature=0.7 --top_p=0.9
+    python sample.py out/quickstart --prompts_file=prompts.txt --speed  # a prompt a line, all in one batch
+    python sample.py --compare out/a out/b --prompt="The function"      # two models side by side
 
 stdout gets the prompt and its continuation, samples separated by a line of dashes, and nothing else. Sample i is drawn
 with seed + i, so it does not depend on num_samples. A prompt read from a file or stdin loses one final line break.
@@ -12,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import os
 import re
+import shutil
 import stat
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -55,6 +60,7 @@ def make_parser() -> Parser:
     where = parser.add_argument_group("the model")
     where.add_argument("checkpoint", nargs="?", help="an out_dir or a checkpoint folder (default: out)")
     where.add_argument("--out_dir", metavar="DIR", help="the same by another name")
+    where.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models on the same prompts, side by side")
     where.add_argument("--best", action="store_true", help="the best checkpoint of the out_dir, not the latest")
     where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     where.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
@@ -62,6 +68,7 @@ def make_parser() -> Parser:
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
     prompt.add_argument("--start", metavar="TEXT", help="the same; FILE:prompt.txt reads it from a file")
     prompt.add_argument("--prompt_file", metavar="FILE", help="file with the text to continue")
+    prompt.add_argument("--prompts_file", metavar="FILE", help="file with a prompt a line, continued in one batch")
     prompt.add_argument("--prompt_ids", metavar="1,2,3", help="token ids to continue (where there is no tokenizer)")
     how = parser.add_argument_group("sampling")
     how.add_argument("--num_samples", metavar="N", default="1", help="(default: 1)")
@@ -77,6 +84,7 @@ def make_parser() -> Parser:
     end.add_argument("--ignore_eos", dest="stop_at_eos", action="store_false", help="go on after it")
     how.add_argument("--no_stream", dest="stream", action="store_false", help="print a sample when it is complete")
     how.add_argument("--no_cache", dest="cache", action="store_false", help="compute all keys and values anew")
+    how.add_argument("--speed", action="store_true", help="tell the speed on stderr (a terminal is told anyway)")
     how.add_argument("--debug", action="store_true", help="errors with their traceback")
     return parser
 
@@ -106,8 +114,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     places = [place for place in (options.checkpoint, options.out_dir) if place is not None]
     if len(places) > 1:
         problems.append(f"{places[0]!r} and --out_dir={places[1]!r} both say where the model is; give one of them.")
+    if options.compare and places:
+        problems.append(f"--compare names both models, so {places[0]!r} is one too many.")
     options.checkpoint = places[0] if places else "out"
-    options.ids = None
+    options.ids = options.prompts = None
     try:
         options.prompt = read_prompt(options)
     except UsageError as error:
@@ -125,7 +135,7 @@ def underscored(word: str) -> str:
 
 def read_prompt(options: argparse.Namespace) -> str | None:
     """The text to continue, "" if none is given; None and `options.ids` where it is given as ids. Raises UsageError."""
-    sources = ("prompt", "start", "prompt_file", "prompt_ids")
+    sources = ("prompt", "start", "prompt_file", "prompts_file", "prompt_ids")
     given = {source: getattr(options, source) for source in sources if getattr(options, source) is not None}
     if len(given) > 1:
         raise UsageError(f"{' and '.join(f'--{source}' for source in given)} each give a prompt; use one of them.")
@@ -134,6 +144,12 @@ def read_prompt(options: argparse.Namespace) -> str | None:
         if source == "prompt_ids":
             options.ids = [int(word) for word in text.split(",")]
             return None
+        if source == "prompts_file":
+            source = "file"
+            options.prompts = [line for line in Path(text).expanduser().read_text(encoding="utf-8").splitlines() if line]
+            if not options.prompts:
+                raise UsageError(f"The file {text!r} has no prompts; write one a line.")
+            return ""
         if source == "prompt_file" or (source == "start" and text.startswith("FILE:")):
             source, text = "file", text.removeprefix("FILE:") if source == "start" else text
             return Path(text).expanduser().read_text(encoding="utf-8").removesuffix("\n")
@@ -165,50 +181,122 @@ def stdin_is_piped() -> bool:
 # ------------------------------------------------------------------------------------------- sampling
 
 def run(options: argparse.Namespace) -> None:
-    """Load the model and write the samples."""
-    import torch
+    """Load the model, or both, and write the samples."""
+    if options.compare:
+        columns = [[text for text, _ in Sampler(place, options).batch()] for place in options.compare]
+        for number, pair in enumerate(zip(*columns)):
+            if number:
+                print(SEPARATOR)
+            print(side_by_side(options.compare, pair))
+        return
+    sampler = Sampler(options.checkpoint, options)
+    started = time.perf_counter()
+    made = 0
+    if options.prompts:
+        for number, (text, new) in enumerate(sampler.batch()):
+            print(SEPARATOR + "\n" + text if number else text)
+            made += new
+    else:
+        for number in range(options.num_samples):
+            if number:
+                print(SEPARATOR)
+            made += sampler.one(number)
+    if options.speed or (sys.stderr is not None and sys.stderr.isatty()):
+        seconds = time.perf_counter() - started
+        print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s ({sampler.device}, {sampler.dtype})",
+              file=sys.stderr)
 
-    from data.tokenization import StreamDecoder
-    from flops_parameter_counting.hardware import best_dtype
-    from training.checkpoint import load_model
-    device = choose_device(options.device)
-    model, tokenizer = load_model(options.checkpoint, device, which="best" if options.best else "latest")
-    dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise Failure("The model's weights are not finite: its training has diverged. Use an earlier checkpoint, or --best.")
-    model.to(getattr(torch, dtype))  # cast once: the same numbers as casting at each use, as training does
-    if tokenizer is not None and tokenizer.vocab_size < model.config.vocab_size:  # ids without text can never win
-        model.head.weight = torch.nn.Parameter(model.head.weight.detach()[:tokenizer.vocab_size])
-    ids = prompt_ids(options, tokenizer, vocab_size=min(model.config.vocab_size, model.head.weight.size(0)))
-    if len(ids) > model.config.block_size:
-        print(f"sample.py: the prompt has {len(ids)} tokens; the model sees the last {model.config.block_size} "
-              "(block_size).", file=sys.stderr)
-    tokens = torch.tensor([ids], device=device)
-    eos_id = tokenizer.eos_id if tokenizer is not None and options.stop_at_eos else None
 
-    started, made = time.perf_counter(), 0
-    for number in range(options.num_samples):
-        if number:
-            print(SEPARATOR)
-        decoder = IdWriter() if tokenizer is None else StreamDecoder(tokenizer)
-        pieces: list[str] = []
+class Sampler:
+    """A model, its tokenizer and the options: continues one prompt as it comes, or all prompts in one batch."""
+
+    def __init__(self, place: str, options: argparse.Namespace):
+        import torch
+
+        from flops_parameter_counting.hardware import best_dtype
+        from training.checkpoint import load_model
+        self.options, self.device = options, choose_device(options.device)
+        self.model, self.tokenizer = load_model(place, self.device, which="best" if options.best else "latest")
+        self.dtype = best_dtype(self.device) if options.dtype == "auto" else options.dtype
+        model, tokenizer = self.model, self.tokenizer
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            raise Failure("The model's weights are not finite: its training has diverged. Use an earlier checkpoint, or "
+                          "--best.")
+        model.to(getattr(torch, self.dtype))  # cast once: the same numbers as casting at each use, as training does
+        if tokenizer is not None and tokenizer.vocab_size < model.config.vocab_size:  # ids without text can never win
+            model.head.weight = torch.nn.Parameter(model.head.weight.detach()[:tokenizer.vocab_size])
+        self.vocab_size = min(model.config.vocab_size, model.head.weight.size(0))
+        self.eos_id = tokenizer.eos_id if tokenizer is not None and options.stop_at_eos else None
+        self.knobs = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+                          repetition_penalty=options.repetition_penalty, eos_id=self.eos_id, use_cache=options.cache)
+
+    def ids(self, prompt: str | None) -> list[int]:
+        """The token ids of a prompt (or those given instead), with a note if the model cannot see all of them."""
+        ids = prompt_ids(self.options, prompt, self.tokenizer, self.vocab_size)
+        if len(ids) > self.model.config.block_size:
+            print(f"sample.py: the prompt has {len(ids)} tokens; the model sees the last {self.model.config.block_size} "
+                  "(block_size).", file=sys.stderr)
+        return ids
+
+    def generator(self, number: int):
+        """The random numbers of sample `number`, whatever else is sampled."""
+        import torch
+        return torch.Generator(self.device).manual_seed(self.options.seed + number)
+
+    def decoder(self):
+        """Makes text of tokens, or writes the ids where there is no tokenizer."""
+        from data.tokenization import StreamDecoder
+        return IdWriter() if self.tokenizer is None else StreamDecoder(self.tokenizer)
+
+    def one(self, number: int) -> int:
+        """Print sample `number` of the prompt, as it comes unless told otherwise; returns the number of tokens made."""
+        import torch
+        options, decoder, pieces, made = self.options, self.decoder(), [], 0
+        ids = self.ids(options.prompt)
         write = show if options.stream else pieces.append
         shown = "" if options.prompt == "" else "".join([decoder.push(token) for token in ids])
         write(shown if options.prompt is None else options.prompt)
-        for chosen in model.stream(
-                tokens, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-                top_p=options.top_p, repetition_penalty=options.repetition_penalty, eos_id=eos_id,
-                use_cache=options.cache, generator=torch.Generator(device).manual_seed(options.seed + number)):
+        for chosen in self.model.stream(torch.tensor([ids], device=self.device), options.max_new_tokens,
+                                        generator=self.generator(number), **self.knobs):
             token = int(chosen)
-            if token == eos_id:
+            if token == self.eos_id:
                 break
             write(decoder.push(token))
             made += 1
         write(decoder.flush())
         print("".join(pieces), flush=True)
-    if sys.stderr is not None and sys.stderr.isatty():
-        seconds = time.perf_counter() - started
-        print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s ({device}, {dtype})", file=sys.stderr)
+        return made
+
+    def batch(self) -> list[tuple[str, int]]:
+        """All prompts (num_samples times each) in one batch → (prompt and continuation, tokens made) of each."""
+        import torch
+        options = self.options
+        prompts = [prompt for prompt in options.prompts or [options.prompt] for _ in range(options.num_samples)]
+        rows = [self.ids(prompt) for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        padded = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows], device=self.device)
+        stream = self.model.stream(padded, options.max_new_tokens, lengths=lengths,
+                                   generator=[self.generator(i) for i in range(len(rows))], **self.knobs)
+        new = torch.stack(list(stream), dim=1).tolist()
+        shortest, texts = int(lengths.min()), []
+        for prompt, row, tokens in zip(prompts, rows, new):
+            own = tokens[len(row) - shortest:][:options.max_new_tokens]
+            own = own[:own.index(self.eos_id)] if self.eos_id in own else own
+            decoder = self.decoder()
+            shown = "" if prompt == "" else "".join([decoder.push(token) for token in row])
+            text = "".join([decoder.push(token) for token in own]) + decoder.flush()
+            texts.append(((shown if prompt is None else prompt) + text, len(own)))
+        return texts
+
+
+def side_by_side(names: list[str], texts: tuple[str, str]) -> str:
+    """Two texts in two columns under their models' names, as wide as the terminal."""
+    width = max(20, (shutil.get_terminal_size().columns - 3) // 2)
+    texts = ["".join(c if c.isprintable() or c == "\n" else " " for c in text.expandtabs()) for text in texts]
+    columns = [[name[-width:], "-" * min(width, len(name))] + [line for paragraph in text.split("\n")
+                                                               for line in textwrap.wrap(paragraph, width) or [""]]
+               for name, text in zip(names, texts)]
+    return "\n".join(f"{left:<{width}} | {right}".rstrip() for left, right in itertools.zip_longest(*columns, fillvalue=""))
 
 
 def show(text: str) -> None:
@@ -230,16 +318,16 @@ class IdWriter:
         return ""
 
 
-def prompt_ids(options: argparse.Namespace, tokenizer, vocab_size: int) -> list[int]:
+def prompt_ids(options: argparse.Namespace, prompt: str | None, tokenizer, vocab_size: int) -> list[int]:
     """The token ids to continue, at least one. Raises Failure if the model cannot continue this prompt."""
-    if options.prompt is None:
+    if prompt is None:
         ids = options.ids
     elif tokenizer is None:
         raise Failure("This model has no tokenizer (its dataset had none), so text means nothing to it; give token "
                          "ids with --prompt_ids=1,2,3.")
-    elif options.prompt:
+    elif prompt:
         try:
-            ids = tokenizer.encode(options.prompt)
+            ids = tokenizer.encode(prompt)
         except ValueError as error:  # characters that a vocabulary of characters does not have
             raise Failure(str(error)) from error
     elif tokenizer.eos_id is not None:

@@ -241,6 +241,9 @@ class Run:
 
         from flops_parameter_counting.hardware import best_dtype, device_peak
         self.device = choose_device(self.config.device)
+        if self.config.attention_backend == "flex" and self.device.type == "cpu":
+            raise ConfigError("attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use "
+                              "--attention_backend=sdpa.")
         self.dtype = best_dtype(self.device) if self.config.dtype == "auto" else self.config.dtype
         threads = self.config.threads or (self.saved["threads"] if self.resumes else None)
         if threads:

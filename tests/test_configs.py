@@ -148,3 +148,18 @@ def test_the_shakespeare_recipe_is_nanogpts_cpu_example():
     assert (train.arch_preset, train.batch_size, train.gradient_accumulation_steps, train.max_iters) == ("gpt2", 12, 1, 2000)
     assert (train.learning_rate, train.min_lr, train.beta2, train.warmup_iters) == (1e-3, 1e-4, 0.99, 100)
     assert train.eval_iters == 0  # the whole validation set
+
+
+@pytest.mark.parametrize("page", ["PARAMETER_FORMULAS.md", "ARCH_GPT2.md", "ARCH_LLAMA.md"])
+def test_the_figures_of_the_pages_are_those_of_the_configs(page):
+    """Every N in a table row that names a config file, and the FLOPs beside it where there are any."""
+    from flops_parameter_counting.flops import flops_per_token
+    rows = [line for line in (ROOT / "config" / page).read_text(encoding="utf-8").splitlines() if line.startswith("| `") and ".py" in line]
+    assert len(rows) >= 3
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        config = configure([f"config/{cells[0].strip('`')}"]).train.model_config()
+        assert f"{count_parameters(config):,}" in cells, row
+        if page == "PARAMETER_FORMULAS.md":
+            flops = flops_per_token(config)
+            assert cells[-2:] == [f"{flops.full / 1e9:.4f}", f"{flops.causal / 1e9:.4f}"], row

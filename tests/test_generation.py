@@ -246,3 +246,27 @@ def test_a_stream_yields_what_generate_returns_token_by_token():
     pieces = list(model.stream(prompt(2, 4), 6, generator=seeded()))
     assert all(piece.shape == (2,) for piece in pieces)
     assert torch.equal(torch.stack(pieces, dim=1), model.generate(prompt(2, 4), 6, generator=seeded())[:, 4:])
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_of_unequal_length_in_a_batch_are_each_continued_as_if_alone(preset, use_cache):
+    """Greedy and sampled, also past block_size, and with an eos that is in one of the prompts."""
+    window = dict(sliding_window=4) if preset in ("mistral", "gemma2") else {}
+    model = build_model(resolve(preset, n_layer=2, n_head=4, n_embd=32, head_dim=8, vocab_size=23, block_size=16, **window), seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.3)
+    prompts = [[1], [5, 6, 7, 8, 9, 10, 11], [2, 3, 4], [4, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4]]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    padded = torch.tensor([prompt + [0] * (12 - len(prompt)) for prompt in prompts])
+    for knobs in (dict(temperature=0), dict(temperature=1.0, top_k=9, repetition_penalty=1.3), dict(temperature=1.0, eos_id=4)):
+        def generator(i):
+            return torch.Generator().manual_seed(100 + i)
+        together = torch.stack(list(model.stream(padded, 10, lengths=lengths, use_cache=use_cache,
+                                                 generator=[generator(i) for i in range(4)], **knobs)), dim=1)
+        for i, prompt in enumerate(prompts):
+            alone = torch.stack(list(model.stream(torch.tensor([prompt]), 10, use_cache=use_cache, generator=generator(i), **knobs)))
+            own = together[i, len(prompt) - 1:][:len(alone)]
+            assert torch.equal(own, alone[:, 0]), (knobs, i)
+            assert torch.equal(together[i, :len(prompt) - 1], torch.tensor(prompt[1:], dtype=torch.long))

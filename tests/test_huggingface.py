@@ -326,3 +326,34 @@ def test_a_truncated_tensor_shape_is_refused(tmp_path, capsys):
     save_file(tensors, file, metadata={"format": "pt"})
     assert convert.main([str(tmp_path / "hf"), str(tmp_path / "x")]) == 1
     assert "model.norm.weight" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_is_continued_in_one_batch_and_two_models_side_by_side(tmp_path, capsys):
+    from data.preparation import prepare
+    tiny_dataset = tmp_path / "letters"
+    prepare(lambda: iter([("x", "the cat sat on the mat. " * 60)]), tiny_dataset, tokenizer="char")
+    for seed in (1, 2):
+        assert train.main(["--arch_preset=llama", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--max_iters=2",
+                           f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / str(seed)}", "--eval_iters=1", "--device=cpu",
+                           "--threads=1", f"--seed={seed}"]) == 0
+    prompts = ["the", "the cat sat on", "a"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    common = ["--max_new_tokens=12", "--temperature=0", "--device=cpu", "--dtype=float32"]
+    capsys.readouterr()
+    alone = {}
+    for place in ("1", "2"):
+        alone[place] = []
+        for prompt in prompts:
+            assert sample.main([str(tmp_path / place), f"--prompt={prompt}", *common]) == 0
+            alone[place].append(capsys.readouterr().out.removesuffix("\n"))
+    assert sample.main([str(tmp_path / "1"), f"--prompts_file={tmp_path / 'prompts.txt'}", "--speed", *common]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"\n{sample.SEPARATOR}\n".join(alone["1"]) + "\n"
+    assert "tokens/s" in captured.err and "36 tokens" in captured.err
+    assert sample.main(["--compare", str(tmp_path / "1"), str(tmp_path / "2"), "--prompt=the", *common]) == 0
+    out = capsys.readouterr().out
+    head = out.splitlines()[0]
+    assert str(tmp_path / "1")[-20:] in head and str(tmp_path / "2")[-20:] in head and " | " in head
+    for place in ("1", "2"):
+        assert alone[place][0].split("\n")[0].strip()[:8] in out
+    assert sample.main(["somewhere", "--compare", "a", "b"]) == 2

@@ -405,6 +405,8 @@ def refused(capsys, code: int, *words: str) -> str:
     (["--arch_preset=lama"], ["lama", "llama"]),
     (["config/nothing.py"], ["config/nothing.py", "quickstart"]),
     (["--device=tpu"], ["device", "tpu"]),
+    (["--attention_backend=flex", "--device=cpu"], ["flex", "CPU", "sdpa"]),
+    (["--attention_backend=flex", "--dropout=0.1"], ["flex", "dropout"]),
     (["--max_iters=5", "--max_tokens=5"], ["max_iters", "max_tokens"]),
     (["--batch_size=0"], ["batch_size=0"]),
 ])

@@ -9,6 +9,8 @@ from flops_parameter_counting.flops import FlopsPerToken
 from flops_parameter_counting.parameters import count_padding, count_parameters
 from model_config import COMPONENT_KINDS, ModelConfig, component, shortest_pattern
 
+SHOWN_IF_SET = ("rope_theta", "sliding_window", "attention_scale", "attention_softcap", "logit_softcap", "embedding_norm",
+                "embedding_scale", "zero_init")
 ASSUMED_MFU = 0.3  # for the time announced before anything has been measured
 
 
@@ -36,7 +38,8 @@ def start_report(model: ModelConfig, flops: FlopsPerToken, *, config, dataset, s
         ("", f"{'shape':<18} {model.n_layer} layers, {model.n_head} heads of {model.head_dim}{kv}, width "
              f"{model.n_embd}, feed-forward {model.d_ff}, context {model.block_size}, vocabulary {model.vocab_size}"),
         ("", f"{'other':<18} bias {model.bias}, qkv_bias {model.qkv_bias}, qk_norm {model.qk_norm}, weight_tying "
-             f"{model.weight_tying}, dropout {model.dropout}, norm_eps {model.norm_eps}, rope_theta {model.rope_theta}"),
+             f"{model.weight_tying}, dropout {model.dropout}, norm_eps {model.norm_eps}"
+             + "".join(f", {key} {getattr(model, key)}" for key in SHOWN_IF_SET if getattr(model, key))),
         ("parameters", f"N = {count_parameters(model):,}" + (f", of which {padding:,} pad the vocabulary"
                                                              if padding else "")),
         ("cost", f"{flops.full / 1e9:.4g} GFLOP a token, forward and backward, full attention "

@@ -148,7 +148,8 @@ TYPES = typing.get_type_hints(TrainConfig)
 GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "execution")
 
 # Of each pair or triple at most one may be set at a time; a stronger source clears what a weaker one set.
-EXCLUSIVE = (("max_iters", "max_tokens", "epochs"), ("gradient_accumulation_steps", "total_batch_tokens"))
+EXCLUSIVE = (("max_iters", "max_tokens", "epochs"), ("gradient_accumulation_steps", "total_batch_tokens"),
+             ("d_ff", "ffn_expansion_ratio"))
 
 # What a resumed run takes from its checkpoint; a different value on the command line is refused.
 MODEL_KEYS = ("arch_preset", *ARCHITECTURE_KEYS, "block_size")
