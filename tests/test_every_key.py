@@ -307,3 +307,21 @@ def test_every_component_is_counted(kind, name, preset, overrides):
     windows = 12 * config.n_head * config.head_dim * sum(16 - min(16, config.sliding_window) for block in config.layer_pattern
                                                         if block == "sliding")  # the counter takes a window for full attention
     assert counter.get_total_flops() == 2 * 16 * (flops_per_token(config).full + windows)
+
+
+@pytest.mark.parametrize("kind, name, preset", [case for case in COMPONENT_CASES if case.values[2] in ("gpt2", "llama")])
+def test_every_component_learns_and_generates_with_the_cache_as_without(kind, name, preset):
+    config = with_component(kind, name, preset)
+    model = build_model(config)
+    x = tokens(batch=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.3
+    prompt = x[:2, :5]  # and on past block_size
+    assert torch.equal(model.generate(prompt, 14, temperature=0), model.generate(prompt, 14, temperature=0, use_cache=False))
