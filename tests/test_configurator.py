@@ -16,6 +16,7 @@ import pytest
 import configurator
 from configurator import (ConfigError, Configuration, configure, continue_from, convert, describe_type,
                           parse_command_line, print_config, print_help, read_config_file)
+from model_config import components
 from training.train_config import FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +149,7 @@ def test_every_default_is_of_its_own_declared_type(key):
     ("n_layer", "a whole number"), ("learning_rate", "a number"), ("optimizer", "'adamw' or 'muon'"),
     ("eval_only", "True or False"), ("out_dir", "a text"), ("compile", "'auto' or True or False"),
     ("qk_norm", "True or False or 'full'"), ("rope_scaling", "'none', 'linear' or 'llama3'"),
-    ("normalization", "'layernorm', 'layernorm_nobias', 'rmsnorm' or 'rmsnorm_offset'")])
+    ("normalization", (lambda names: ", ".join(names[:-1]) + " or " + names[-1])([repr(n) for n in components("normalization")]))])
 def test_a_type_is_described_in_words(key, kind):
     assert describe_type(key) == kind
 
