@@ -306,12 +306,14 @@ def continue_from(now: Configuration, saved: dict[str, Any], where: str, weights
     """The configuration of a run that continues the checkpoint whose resolved keys are `saved`.
 
     Keys of the model, the data order and the optimizer come from the checkpoint; others too unless the user set them
-    now. A new run that takes only the weights takes only the keys of the model. Returns the configuration and a note for each value of a config file that the checkpoint overrules. Raises
-    ConfigError naming every key for which the command line says otherwise.
+    now. A new run that takes only the weights takes only the keys of the model. Returns the configuration and a note
+    for each value of a config file that the checkpoint overrules. Raises ConfigError naming every key for which the
+    command line says otherwise.
     """
     values, origins, notes, problems = {}, dict(now.origins), [], []
     exclusive = {key: group for group in EXCLUSIVE for key in group}
     fixed = _fixed_with_weights(saved) if weights_only else FIXED_ON_RESUME
+    where_it_was = now.train.init_from in ("resume", "auto")  # out_dir is where the checkpoint was found, moved or not
     for key in KEYS:
         mine, theirs = getattr(now.train, key), saved.get(key)
         differs = now.given(key) and mine is not None and mine != theirs
@@ -329,7 +331,7 @@ def continue_from(now: Configuration, saved: dict[str, Any], where: str, weights
             keep = True
         else:
             keep = not any(now.given(other) for other in exclusive.get(key, (key,))) and (
-                not weights_only or key in MODEL_KEYS)
+                not weights_only or key in MODEL_KEYS) and not (key == "out_dir" and where_it_was)
         values[key] = theirs if keep and key in saved else mine
         if keep and key in saved:
             origins[key] = FROM_CHECKPOINT + str((saved_origins or {}).get(key, "given")).removeprefix(FROM_CHECKPOINT)

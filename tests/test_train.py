@@ -694,6 +694,14 @@ def test_a_moved_dataset_can_be_resumed_and_a_short_validation_split_is_found_at
     assert not list((tmp_path / "new").glob("run_*"))
 
 
+def test_a_moved_out_dir_is_resumed_where_it_is(tmp_path, tiny_dataset, monkeypatch):
+    assert run(tiny_dataset, tmp_path / "was", "--max_iters=2") == 0
+    (tmp_path / "was").rename(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--init_from=resume", "--max_iters=4"]) == 0  # out_dir's default is 'out'
+    assert CheckpointStore("out").pointed("latest").name == "step_000000004" and not (tmp_path / "was").exists()
+
+
 def test_a_saved_run_is_a_config_whose_preset_and_parts_can_still_be_changed(tmp_path, tiny_dataset):
     out = tmp_path / "out"
     options = [f"--dataset={tiny_dataset}", f"--out_dir={out}", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16",
