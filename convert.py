@@ -47,7 +47,7 @@ def import_model(source: str, out_dir: Path) -> Path:
     """A Hugging Face folder or Hub name → a checkpoint of step 0 below out_dir; returns its folder."""
     from configurator import Configuration
     from training.checkpoint import CheckpointStore
-    from training.huggingface import find_folder, read_config, read_tensors
+    from training.huggingface import find_folder, read_config, read_tensors, special_ids
     from training.train_config import KEYS, TrainConfig
     from training_logger import versions
 
@@ -62,7 +62,7 @@ def import_model(source: str, out_dir: Path) -> Path:
     values.update(config.to_dict(), arch_preset="custom")
     state = dict(config=values, origins=dict.fromkeys(values, "imported"), run=None, versions=versions(), dataset=None,
                  model=dict(name=config.name, fingerprint=config.fingerprint, config=config.to_dict()),
-                 source=dict(huggingface=source, dtype=_common_dtype(folder)))
+                 source=dict(huggingface=source, dtype=_common_dtype(folder), **special_ids(folder)))
     return store.save(0, tensors, state, keep_last=1, tokenizer_folder=folder)
 
 
@@ -79,8 +79,9 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     import torch
 
     from data.tokenization import load_tokenizer
+    from model_builder import build_model
     from model_config import ModelConfig
-    from training.checkpoint import find_checkpoint, load_tensors, read_state
+    from training.checkpoint import find_checkpoint, load_tensors, read_state, tokenizer_files
     from training.huggingface import config_to_hf, family_of, tensor_rules
 
     if target.exists() and any(target.iterdir()):
@@ -90,7 +91,6 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     config = ModelConfig.from_dict(state["model"]["config"])
     dtype = dtype or (state.get("source") or {}).get("dtype", "float32")
     hf = config_to_hf(config, dtype)
-    from model_builder import build_model
     shapes = {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -105,12 +105,13 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     write_sharded(target, tensors())
     tokenizer = load_tokenizer(checkpoint)
     eos = tokenizer.eos_id if tokenizer is not None else None
-    special = dict(bos_token_id=eos, eos_token_id=eos, pad_token_id=None)
-    (target / "config.json").write_text(json.dumps({**hf, **special}, indent=2) + "\n", encoding="utf-8")
-    (target / "generation_config.json").write_text(json.dumps(dict(bos_token_id=eos, eos_token_id=eos), indent=2) + "\n",
-                                                   encoding="utf-8")
+    source = state.get("source") or {}
+    ids = source.get("ids") or dict(bos_token_id=eos, eos_token_id=eos, pad_token_id=None)
+    generation = source.get("generation") or dict(bos_token_id=ids["bos_token_id"], eos_token_id=ids["eos_token_id"])
+    for name, content in (("config.json", {**hf, **ids}), ("generation_config.json", generation)):
+        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None and tokenizer.kind in ("bpe", "hf"):
-        for file in checkpoint.glob("tokenizer*.json"):
+        for file in tokenizer_files(checkpoint):
             shutil.copyfile(file, target / file.name)
     elif tokenizer is not None:
         print(f"convert.py: the {tokenizer.kind} tokenizer has no form that Hugging Face reads; the folder has none.",

@@ -336,7 +336,8 @@ class Run:
         self.identity = dict(
             config=values, origins=origins, dtype=self.dtype, threads=torch.get_num_threads(), world_size=1,
             model=dict(name=model_config.name, fingerprint=model_config.fingerprint, config=model_config.to_dict()),
-            dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint), versions=versions())
+            dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint), versions=versions(),
+            source=(self.saved or {}).get("source"))
         hardware = hardware_facts(self.device)
         self.logger = TrainingLogger(config.out_dir, resumed_from=dict(
             checkpoint=str(self.origin.path), step=self.progress.step, run=self.saved["run"]) if self.origin else None)
@@ -477,8 +478,9 @@ def find_origin(configuration: Configuration, store, warn) -> Origin | None:
 
 def imported_state(folder: Path) -> dict:
     """What a checkpoint's state would say of a Hugging Face folder: the keys of its model."""
-    from training.huggingface import read_config
-    return {"config": dict(read_config(folder).to_dict(), arch_preset="custom"), "origins": {}, "run": None}
+    from training.huggingface import read_config, special_ids
+    return {"config": dict(read_config(folder).to_dict(), arch_preset="custom"), "origins": {}, "run": None,
+            "source": dict(huggingface=str(folder), **special_ids(folder))}
 
 
 def prepare_out_dir(out_dir: str) -> None:

@@ -357,3 +357,51 @@ def test_a_file_of_prompts_is_continued_in_one_batch_and_two_models_side_by_side
     for place in ("1", "2"):
         assert alone[place][0].split("\n")[0].strip()[:8] in out
     assert sample.main(["somewhere", "--compare", "a", "b"]) == 2
+
+
+@pytest.mark.parametrize("shape, keys", [("gemma2-scaled", {}), ("qwen3-odd", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1))])
+def test_config_json_as_transformers_4_wrote_it_gives_the_same_model(tmp_path, shape, keys):
+    """No layer_types, no tie_word_embeddings where it has its default, RoPE's keys at the top."""
+    model_type, base = SHAPES[shape]
+    config = transformers.AutoConfig.for_model(model_type, **{**base, **keys})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    theirs.save_pretrained(tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    old = {key: value for key, value in new.items() if key not in ("layer_types", "rope_parameters", "tie_word_embeddings")}
+    old["rope_theta"] = new["rope_parameters"]["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    ours, _ = load_model(tmp_path)
+    assert set(ours.config.layer_pattern) == {"sliding", "transformer"}
+    assert (ours(tokens()) - theirs(tokens()).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name, shape", [("model.layers.0.mlp.up_proj.weight", (40, 1)), ("model.norm.weight", (20,)),
+                                         ("model.layers.1.self_attn.q_proj.weight", (1, 48)), ("model.embed_tokens.weight", (80, 48)),
+                                         ("model.layers.0.mlp.down_proj.weight", (40, 48))])
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path, capsys, name, shape):
+    saved("llama-mha", tmp_path / "hf", torch.float32)
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file({**load_file(file), name: torch.ones(shape)}, file, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="has shape"):
+        load_model(tmp_path / "hf")
+    assert convert.main([str(tmp_path / "hf"), str(tmp_path / "x")]) == 1
+    assert name in capsys.readouterr().err and not list((tmp_path / "x" / "checkpoints").iterdir())
+
+
+def test_special_ids_generation_config_and_tokenizer_files_survive_there_and_back(tmp_path):
+    saved("llama-mha", tmp_path / "hf", torch.float32)
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(dict(bos_token_id=1, eos_token_id=[2, 3], temperature=0.6)))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "bos_token_id": 1, "eos_token_id": [2, 3]}))
+    from data.tokenization import HuggingFaceTokenizer
+    HuggingFaceTokenizer.train(["the cat sat on the mat"], 260).save(tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    assert convert.main([str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    assert convert.main([str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "back" / name).read_text().split() == (tmp_path / "hf" / name).read_text().split() or json.loads(
+            (tmp_path / "back" / name).read_text()) == json.loads((tmp_path / "hf" / name).read_text()), name
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (back["bos_token_id"], back["eos_token_id"]) == (1, [2, 3])

@@ -145,7 +145,7 @@ class CheckpointStore:
             else:
                 write_streamed(temporary, tensors, _STREAM_BYTES)
             _write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, "step": step, **state})
-            for file in tokenizer_folder.glob("tokenizer*.json") if tokenizer_folder is not None else ():
+            for file in tokenizer_files(tokenizer_folder) if tokenizer_folder is not None else ():
                 shutil.copyfile(file, temporary / file.name)
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
             _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
@@ -160,8 +160,10 @@ class CheckpointStore:
             if best:
                 self.point("best", name)
             self._prune(keep_last)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise CheckpointError(f"The checkpoint of step {step} could not be written to {self.folder}: "
                                   f"{error.strerror or error}. {self._remaining()}") from error
         return self.folder / name
@@ -289,6 +291,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make up its tokenizer, ours or Hugging Face's, its chat template included."""
+    return sorted(path for pattern in ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
+                  for path in folder.glob(pattern))
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether this is a checkpoint folder, or an out_dir with checkpoints."""
     path = Path(path).expanduser()
@@ -306,6 +314,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", which: str 
     from training import huggingface
 
     if huggingface.is_folder(path):
+        if which == "best":
+            raise CheckpointError(f"{path} is a Hugging Face folder; the best checkpoint can only be asked of an out_dir.")
         folder = Path(path).expanduser()
         model = build_model(huggingface.read_config(folder), device="meta").to_empty(device=device)
         huggingface.load_weights(model, folder)

@@ -196,14 +196,18 @@ def _gpt2_rules(config: ModelConfig) -> Iterator[Rule]:
 
 # ------------------------------------------------------------------------------------------- the families
 
-def _pattern(hf: dict[str, Any]) -> dict[str, Any]:
-    """layer_types and sliding_window of a config.json → layer_pattern and sliding_window."""
+def _pattern(hf: dict[str, Any], usual: Callable[[int], bool]) -> dict[str, Any]:
+    """sliding_window and layer_types of a config.json → sliding_window and layer_pattern.
+
+    `usual(i)`: whether layer i slides where the file (as transformers 4 wrote it) has no layer_types.
+    """
     window = hf.get("sliding_window")
-    kinds = hf.get("layer_types") or []
-    if window is None or (kinds and "sliding_attention" not in kinds):
+    kinds = hf.get("layer_types") or ["sliding_attention" if usual(i) else "full_attention"
+                                      for i in range(hf["num_hidden_layers"])]
+    if window is None or "sliding_attention" not in kinds:
         return {}
-    names = ["sliding" if kind == "sliding_attention" else "transformer" for kind in kinds]
-    return dict(sliding_window=window, layer_pattern=",".join(names) or "sliding")
+    return dict(sliding_window=window, layer_pattern=",".join("sliding" if kind == "sliding_attention" else "transformer"
+                                                              for kind in kinds))
 
 
 def _layer_types(config: ModelConfig) -> list[str]:
@@ -226,7 +230,8 @@ def _write_mistral(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
-    return dict(_read_llama(hf), **(_pattern(hf) if hf.get("use_sliding_window") else {}))
+    first = hf.get("max_window_layers", 28)  # the layers before it see everything
+    return dict(_read_llama(hf), **(_pattern(hf, lambda i: i >= first) if hf.get("use_sliding_window") else {}))
 
 
 def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
@@ -236,7 +241,8 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 def _read_gemma2(hf: dict[str, Any]) -> dict[str, Any]:
     divisor = hf["query_pre_attn_scalar"]
-    return dict(_read_llama(hf), **_pattern(hf), attention_softcap=hf.get("attn_logit_softcapping"),
+    tied = bool(hf.get("tie_word_embeddings", True))
+    return dict({**_read_llama(hf), "weight_tying": tied}, **_pattern(hf, lambda i: i % 2 == 0), attention_softcap=hf.get("attn_logit_softcapping"),
                 logit_softcap=hf.get("final_logit_softcapping"),
                 attention_scale=None if divisor == hf["head_dim"] else divisor ** -0.5)
 
@@ -362,7 +368,7 @@ def read_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tenso
     """
     from safetensors import SafetensorError, safe_open
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    files = _files(folder)
+    files, shapes = _files(folder), _shapes(config)
     prefix = "transformer." if model_type == "gpt2" else "model."
     for rule in tensor_rules(config, model_type):
         # a base model, without its head, is stored without the prefix
@@ -371,9 +377,33 @@ def read_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tenso
             raise ConversionError(f"{folder} has no tensor {rule.theirs!r}, which {model_type} needs.")
         try:
             with safe_open(files[theirs], framework="pt") as file:
-                yield from rule.to_ours(file.get_tensor(theirs)).items()
+                tensor = file.get_tensor(theirs)
+                ours = rule.to_ours(tensor)
+                if tensor.ndim not in (1, 2) or {n: tuple(t.shape) for n, t in ours.items()} != {
+                        n: shapes[n] for n in rule.ours}:
+                    raise ConversionError(f"{files[theirs]}: {theirs} has shape {tuple(tensor.shape)}, but config.json asks "
+                                          f"for {' and '.join(str(shapes[n]) for n in rule.ours)} (rows first).")
+                yield from ours.items()
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{files[theirs]} cannot be read ({error}); fetch it again.") from error
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape, without the rows that only pad the vocabulary."""
+    from model_builder import build_model
+    shapes = {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
+    return {name: (config.vocab_size, *shape[1:]) if name in ("embedding.weight", "head.weight") else shape
+            for name, shape in shapes.items()}
+
+
+def special_ids(folder: Path) -> dict[str, Any]:
+    """What a folder says of its special ids and of generation: for an export to say again."""
+    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        generation = None
+    return dict(ids={key: hf.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}, generation=generation)
 
 
 def _files(folder: Path) -> dict[str, Path]:
