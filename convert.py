@@ -16,16 +16,9 @@ import sys
 from pathlib import Path
 from typing import Iterator
 
-from training.command_line import UsageError, guarded
+from training.command_line import Parser, UsageError, guarded
 
 SHARD_BYTES = 512 << 20     # of the files written; transformers takes any size
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError where it would print and exit."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message}; --help shows what can be given.")
 
 
 def make_parser() -> Parser:

@@ -592,17 +592,7 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
         values["head_dim"] = 2 if uneven else max(1, width // max(1, heads))
     if values.get("attention_scale") == max(1, values["head_dim"]) ** -0.5:
         values["attention_scale"] = None  # what it is anyway
-    ratio, multiple = values.get("ffn_expansion_ratio"), values.get("ffn_multiple")
-    if ratio is not None and not 0 < ratio < math.inf:
-        problems.append(f"ffn_expansion_ratio={ratio} must be positive and finite.")
-    if multiple is not None and multiple < 1:
-        problems.append(f"ffn_multiple={multiple} must be at least 1.")
-    if values.get("d_ff") is not None:
-        problems += [f"{key}={given[key]} has no effect, as d_ff={values['d_ff']} is given; leave one of them out."
-                     for key in ("ffn_expansion_ratio", "ffn_multiple") if key in given]
-    elif not problems:
-        values["d_ff"] = usual_d_ff(values["ffn_type"], max(1, width), ratio, multiple)
-    values["ffn_expansion_ratio"] = values["ffn_multiple"] = None  # d_ff says it all from here on
+    problems += _settle_d_ff(values, given, width, usable=not problems)
     if "sliding_window" in used and values.get("sliding_window") is None:
         problems.append("layer_pattern has the block 'sliding', which needs a width; give --sliding_window=….")
     if not next(c for c in chosen if c.kind == "ffn_type").fixes:
@@ -641,6 +631,26 @@ def _converted(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         elif as_declared is not None:
             converted[key] = as_declared
     return converted, problems
+
+
+def _settle_d_ff(values: dict[str, Any], given: dict[str, Any], width: int, usable: bool) -> list[str]:
+    """Let d_ff follow from ratio and multiple unless it is given; it says it all from here on. Returns the problems.
+
+    `usable`: whether the values are sound so far, so that something can be worked out from them.
+    """
+    ratio, multiple = values.get("ffn_expansion_ratio"), values.get("ffn_multiple")
+    problems = []
+    if ratio is not None and not 0 < ratio < math.inf:
+        problems.append(f"ffn_expansion_ratio={ratio} must be positive and finite.")
+    if multiple is not None and multiple < 1:
+        problems.append(f"ffn_multiple={multiple} must be at least 1.")
+    if values.get("d_ff") is not None:
+        problems += [f"{key}={given[key]} has no effect, as d_ff={values['d_ff']} is given; leave one of them out."
+                     for key in ("ffn_expansion_ratio", "ffn_multiple") if key in given]
+    elif usable and not problems:
+        values["d_ff"] = usual_d_ff(values["ffn_type"], max(1, width), ratio, multiple)
+    values["ffn_expansion_ratio"] = values["ffn_multiple"] = None
+    return problems
 
 
 def _uneven_heads(heads: int, width: int) -> str:

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from model_config import did_you_mean
-from training.command_line import Failure, UsageError, choose_device, guarded
+from training.command_line import Failure, Parser, UsageError, choose_device, guarded
 
 SEPARATOR = "---------------"  # nanoGPT's
 
@@ -45,13 +45,6 @@ VALUES = {
 
 
 # ------------------------------------------------------------------------------------------- command line
-
-class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError where it would print and exit."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message}; --help shows what can be given.")
-
 
 def make_parser() -> Parser:
     """The command line; numbers stay text here, so that all their problems can be told at once."""

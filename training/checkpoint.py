@@ -125,8 +125,8 @@ class CheckpointStore:
 
     # --------------------------------------------------------------------------------------- writing
 
-    def save(self, step: int, tensors: dict[str, Tensor] | Iterator[tuple[str, Tensor]], state: dict[str, Any], *, keep_last: int,
-             tokenizer_folder: Path | None = None, best: bool = False) -> Path:
+    def save(self, step: int, tensors: dict[str, Tensor] | Iterator[tuple[str, Tensor]], state: dict[str, Any], *,
+             keep_last: int, tokenizer_folder: Path | None = None, best: bool = False) -> Path:
         """Write a checkpoint of this step, publish it, point 'latest' (and 'best') at it and drop old ones.
 
         keep_last: how many to keep besides the best; 0 keeps all.

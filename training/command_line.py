@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import Callable
@@ -16,6 +17,13 @@ class UsageError(ValueError):
 
 class Failure(Exception):
     """Something in the world is not as it has to be (a file, a disk, a run); the message says which, why, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError where it would print and exit."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; --help shows what can be given.")
 
 
 def guarded(program: str, argv: list[str], job: Callable[[], int], memory_advice: str = OUT_OF_MEMORY) -> int:
