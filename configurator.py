@@ -15,16 +15,17 @@ import re
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Callable, Literal
 
 from model_config import (COMPONENT_KINDS, NO, OFF_AT_ZERO, PRESETS, ModelConfig, alternatives, as_type, components, did_you_mean,
                           expand_pattern, usual_d_ff)
 from model_config import describe_type as type_in_words
 from training.command_line import UsageError
-from training.train_config import EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
+from training.train_config import ALIASES, EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that is resumed
+OF_THE_MACHINE = ("parallelism", "hsdp_shard_size")  # a resumed run, elsewhere perhaps, is told these anew
 SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
 
 
@@ -96,14 +97,15 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]
             switches.add(key)
             if equals:
                 problems.append(f"--{key} takes no value.")
-        elif key not in KEYS:
+        elif key not in KEYS and key not in ALIASES:
             problems.append(f"--{key} is not a key{did_you_mean(key, KEYS)}. --help lists them all.")
             if not equals and words and not words[0].startswith("--"):
                 words.pop(0)
         elif equals:
             given[key] = text
-        elif bool in alternatives(TYPES[key]):  # a bare flag is True; a value may follow all the same
-            follows = bool(words) and not words[0].startswith("--") and as_type(TYPES[key], words[0]) is not NO
+        elif key in ALIASES or bool in alternatives(TYPES[key]):  # a bare flag is True; a value may follow all the same
+            type_of = bool if key in ALIASES else TYPES[key]
+            follows = bool(words) and not words[0].startswith("--") and as_type(type_of, words[0]) is not NO
             given[key] = words.pop(0) if follows else True
         elif words and not words[0].startswith("--"):
             given[key] = words.pop(0)
@@ -133,6 +135,9 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
     lines = _assignment_lines(source)
     names = {name: value for name, value in namespace.items()
              if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    for alias, (key, _) in ALIASES.items():
+        if alias in lines:
+            lines.setdefault(key, lines[alias])
     values, problems, own = {}, [], {}
     if "base" in names:
         base, where = names.pop("base"), f"{shown(file)}:{lines.get('base', 1)}"
@@ -141,7 +146,7 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
             problems = [p if re.match(r"\S+:\d+: ", p) else f"{where}: {p}" for p in problems]
         else:
             problems = [f"{where}: base={base!r} must be the path of a config file."]
-    for name, value in names.items():
+    for name, value in _without_aliases(names, lambda name: f"{shown(file)}:{lines.get(name, 1)}: ", problems).items():
         where = f"{shown(file)}:{lines.get(name, 1)}"
         if name not in KEYS:
             problems.append(f"{where}: {name!r} is not a key{did_you_mean(name, KEYS)}. "
@@ -251,6 +256,22 @@ def convert(key: str, value: Any) -> Any:
     return converted
 
 
+def _without_aliases(given: dict[str, Any], where: Callable[[str], str], problems: list[str]) -> dict[str, Any]:
+    """use_zero1=True as parallelism='zero1', and so on; two that differ in one source are a problem."""
+    plain = {key: value for key, value in given.items() if key not in ALIASES}
+    for alias in [name for name in given if name in ALIASES]:
+        key, value = ALIASES[alias]
+        meant = as_type(bool, given[alias])
+        if meant is NO:
+            problems.append(f"{where(alias)}{alias}={given[alias]!r} is not True or False.")
+        elif meant and plain.get(key, value) != value:
+            problems.append(f"{where(alias)}{alias}=True means {key}={value!r}, but {key}={plain[key]!r} is given too; give "
+                            "one of them.")
+        elif meant:
+            plain[key] = value
+    return plain
+
+
 def describe_type(key: str) -> str:
     """A key's type in words: 'a whole number', "'cosine' or 'linear'"; for a component, what there is."""
     return type_in_words(Literal[tuple(components(key))] if key in COMPONENT_KINDS else TYPES[key])
@@ -281,7 +302,7 @@ def configure(argv: list[str]) -> Configuration:
         values, of_file = _read_config_file(config_file)
         problems += of_file
     line = {}
-    for key, text in given.items():
+    for key, text in _without_aliases(given, lambda key: "the command line: ", problems).items():
         try:
             line[key] = (convert(key, text), "command line")
         except ConfigError as error:
@@ -331,7 +352,8 @@ def continue_from(now: Configuration, saved: dict[str, Any], where: str, weights
             keep = True
         else:
             keep = not any(now.given(other) for other in exclusive.get(key, (key,))) and (
-                not weights_only or key in MODEL_KEYS) and not (key == "out_dir" and where_it_was)
+                not weights_only or key in MODEL_KEYS) and not (key == "out_dir" and where_it_was) and (
+                key not in OF_THE_MACHINE)
         values[key] = theirs if keep and key in saved else mine
         if keep and key in saved:
             origins[key] = FROM_CHECKPOINT + str((saved_origins or {}).get(key, "given")).removeprefix(FROM_CHECKPOINT)

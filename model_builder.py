@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -188,10 +188,11 @@ def build_model(config: ModelConfig, *, seed: int = 1337, device: torch.device |
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int) -> None:
+def initialize(model: Transformer, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
     """Set every parameter from its own random stream, seeded by (seed, its name): the same under any sharding.
 
-    The numbers are drawn on the CPU, so they do not depend on the device either.
+    The numbers are drawn on the CPU, so they do not depend on the device either. `put(parameter, values)` stores the
+    whole parameter's values, or the part of them that this process keeps.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
@@ -203,6 +204,6 @@ def initialize(model: Transformer, seed: int) -> None:
             if isinstance(how, Normal):
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * how.std)
+                put(parameter, torch.randn(parameter.shape, generator=generator, device="cpu") * how.std)
             else:
                 parameter.fill_(how.value)

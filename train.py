@@ -4,6 +4,7 @@
     python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
     python train.py config/quickstart.py --init_from=resume
     python train.py --help | config/x.py --print_config
+    torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 """
 
 from __future__ import annotations
@@ -14,25 +15,27 @@ import os
 import shlex
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import (ConfigError, Configuration, configure, continue_from, print_config, print_help,
                           switches_in)
 from training.command_line import Failure, choose_device, guarded
+from training.processes import World, first_to_say, join, launched, leave, rank
 
 
 class Run:
-    """One training run: made from a configuration, trained by `train()`.
+    """One training run: made from a configuration, trained by `train()`; the same in each of the processes of `world`.
 
     What it holds on to (the lock on its out_dir, the data reader) is given back by `resources`.
     """
 
-    def __init__(self, configuration: Configuration, resources: ExitStack):
+    def __init__(self, configuration: Configuration, world: World, resources: ExitStack):
         from training.report import Display
-        self.display, self.resources = Display(), resources
+        self.world, self.display, self.resources = world, Display(enabled=world.is_main), resources
         self.notes = [configuration.train.notice] if configuration.train.notice else []
+        world.agree("command and config file", dataclasses.asdict(configuration.train))
         self.find_start(configuration)
         self.prepare_machine()
         self.open_data()
@@ -54,17 +57,18 @@ class Run:
         sequences, block_size = self.sequences, self.model_config.block_size
         model.train()
         meter.restart()
-        while progress.step < self.length and not stop.name and not progress.out_of_patience(config.patience):
+        while progress.step < self.length and not progress.out_of_patience(config.patience) and not stop.agree():
             meter.lap("start")
-            batch = self.loader.batch(progress.sequences, sequences)             # (sequences, block_size + 1)
+            batch = self.loader.batch(progress.sequences, sequences)             # this process's rows, block_size + 1
             meter.lap("data")
 
             loss = torch.zeros((), device=self.device)
-            for micro_batch in batch.split(config.batch_size):
+            for micro_batch in self.parallel.accumulate(batch.split(config.batch_size)):
                 inputs, targets = self.to_device(micro_batch[:, :-1]), self.to_device(micro_batch[:, 1:])
                 micro_loss = next_token_loss(model, inputs, targets) / (sequences * block_size)
                 (micro_loss * self.loss_scale.scale).backward()
                 loss += micro_loss.detach()
+            self.world.sum(loss)
             meter.lap("compute")
 
             lr = learning_rate(progress.step, config, self.length)
@@ -83,10 +87,12 @@ class Run:
                 self.log(loss, lr, grad_norm)
             if last or (config.eval_interval and progress.step % config.eval_interval == 0):
                 self.evaluate()
-            if self.save_is_due():
+            if self.save_is_due() or (stop.save and progress.saved_step != progress.step):
                 self.save()
+            self.saver.poll()
         if self.save_interval >= 0 and progress.saved_step != progress.step > self.first_step:
             self.save()
+        self.saver.wait()
         if progress.step >= self.length:
             return "finished"
         return "stopped" if stop.name else "out of patience"
@@ -107,10 +113,11 @@ class Run:
         config, split = self.config, self.val_split
         started = time.perf_counter()
         with self.meter.excluded():
-            loss, tokens = mean_loss(self.model, validation_batches(
+            batches = validation_batches(
                 split, self.model_config.block_size, config.eval_iters * self.sequences, config.batch_size,
-                vocab_size=self.model_config.vocab_size),
-                self.device)
+                self.world.rank, self.world.size, vocab_size=self.model_config.vocab_size)
+            loss, tokens = mean_loss(self.model, map(self.watched, batches), self.device, self.world.sum)
+            self.parallel.settle()
         seconds = time.perf_counter() - started
         perplexity = math.inf if loss > 700 else math.exp(loss)
         bits_per_byte = loss / math.log(2) * len(split) / split.bytes if split.bytes else None
@@ -121,6 +128,11 @@ class Run:
                                best=self.progress.is_best)
         self.display.line(evaluation_line(self.progress.step, loss, perplexity, bits_per_byte, seconds,
                                           self.progress.is_best))
+
+    def watched(self, batch):
+        """The batch, after noting that this process is evaluating."""
+        self.world.at(self.progress.step, "evaluating")
+        return batch
 
     def save_is_due(self) -> bool:
         """Whether this step ends with a checkpoint: at its interval, or as the best so far; not while updates fail."""
@@ -134,18 +146,17 @@ class Run:
 
         The first one of a run that did not start here moves what another run left in out_dir aside.
         """
-        progress, started = self.progress, time.perf_counter()
-        with self.meter.excluded():
-            if not self.started_here and (aside := self.store.set_aside()):
+        progress = self.progress
+        with self.meter.excluded(), self.world.taking_its_time():
+            if not self.started_here and (aside := self.world.from_main(self.store.set_aside)):
                 self.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
             self.started_here = True
             progress.skipped, progress.skipped_in_a_row = self.skips.read()
-            progress.saved_step = progress.step
+            step, best, progress.saved_step = progress.step, progress.is_best, progress.step
             state = dict(self.identity, progress=dataclasses.asdict(progress), run=str(self.logger.path))
             keep_last = 0 if progress.skipped_in_a_row else self.config.keep_last  # drop nothing for a doubtful one
-            path = self.store.save(progress.step, self.tensors(), state, keep_last=keep_last,
-                                   tokenizer_folder=self.dataset.folder, best=progress.is_best)
-        self.logger.checkpoint(progress.step, str(path), time.perf_counter() - started, progress.is_best)
+            self.saver.save(step, self.tensors(), state, keep_last=keep_last, tokenizer_folder=self.dataset.folder,
+                            best=best, done=lambda path, seconds: self.logger.checkpoint(step, str(path), seconds, best))
 
     def log(self, loss, lr: float, grad_norm) -> None:
         """One step line, on the terminal and in the run log. Raises Diverged after too many skipped updates."""
@@ -197,8 +208,11 @@ class Run:
     def find_start(self, configuration: Configuration) -> None:
         """Nothing, this run's last checkpoint, or somebody's weights; with the configuration that follows from it."""
         from training.checkpoint import CheckpointError, CheckpointStore, read_state
+        from training.saving import BackgroundSaver, Saver
+        world = self.world
         store = CheckpointStore(configuration.train.out_dir)
-        self.origin = find_origin(configuration, store, lambda message: self.display.line(f"warning: {message}"))
+        self.origin = world.from_main(
+            lambda: find_origin(configuration, store, lambda message: self.display.line(f"warning: {message}")))
         self.saved, self.progress = None, Progress()
         if self.origin:
             self.saved = (imported_state(self.origin.path) if self.origin.huggingface else
@@ -214,6 +228,8 @@ class Run:
         if Path(self.config.out_dir) != Path(store.folder.parent):
             store = CheckpointStore(self.config.out_dir)
         self.store = store
+        store.world = world.beside() if self.config.async_checkpoint else world
+        self.saver = BackgroundSaver(store) if self.config.async_checkpoint else Saver(store)
         self.started_here = self.origin is not None and self.origin.path.resolve().is_relative_to(store.folder.resolve())
         if self.started_here and self.origin.weights_only:
             raise CheckpointError(f"The new run would put aside {self.origin.path}, which it starts from. Choose another "
@@ -223,12 +239,12 @@ class Run:
         self.first_step = self.progress.step
         self.save_interval = (self.config.eval_interval if self.config.save_interval is None else
                               self.config.save_interval)
-        prepare_out_dir(self.config.out_dir)
+        prepare_out_dir(self.config.out_dir, world)
         if self.config.eval_only:
             self.save_interval = -1
         else:
-            self.resources.enter_context(store.lock())
-            store.clean()
+            world.from_main(lambda: self.resources.enter_context(store.lock()))
+            world.from_main(store.clean)
 
     @property
     def resumes(self) -> bool:
@@ -240,16 +256,26 @@ class Run:
         import torch
 
         from flops_parameter_counting.hardware import best_dtype, device_peak
-        self.device = choose_device(self.config.device)
+        from training.parallelism import choose
+        world = self.world
+        self.device = choose_device(self.config.device, world.local_rank, world.local_size)
         if self.config.attention_backend == "flex" and self.device.type == "cpu":
             raise ConfigError("attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use "
                               "--attention_backend=sdpa.")
-        self.dtype = best_dtype(self.device) if self.config.dtype == "auto" else self.config.dtype
-        threads = self.config.threads or (self.saved["threads"] if self.resumes else None)
+        self.dtype = self.config.dtype
+        if self.dtype == "auto":
+            self.dtype = world.from_main(lambda: best_dtype(self.device))
+        as_before = self.resumes and self.saved["world_size"] == world.size
+        threads = self.config.threads or (self.saved["threads"] if as_before else None)
         if threads:
             torch.set_num_threads(threads)
-        torch.manual_seed(self.config.seed)
-        self.peak = device_peak(self.device, self.dtype)
+        torch.manual_seed(self.config.seed + world.rank)  # dropout; the weights have seeds of their own
+        peaks = world.everywhere(lambda: device_peak(self.device, self.dtype))
+        self.peak = None if None in peaks else dataclasses.replace(peaks[0], flops=sum(peak.flops for peak in peaks))
+        self.parallelism = self.config.parallelism
+        if self.parallelism == "auto":
+            self.parallelism, why = world.from_main(lambda: choose(self.config, self.config.model_config(), world, self.device, self.dtype))
+            self.notes += [why] if why else []
 
     def open_data(self) -> None:
         """The dataset and its reader: what is read next depends on (data_seed, sequences read) and nothing else."""
@@ -258,8 +284,10 @@ class Run:
         from training.data_loader import DataLoader
         from training.schedules import run_length
         config = self.config
-        ensure_prepared(config.dataset)
+        world = self.world
+        world.everywhere(lambda: ensure_prepared(config.dataset) if world.local_rank == 0 else None)
         self.dataset = TokenDataset.open(config.dataset, vocab_size=config.vocab_size)
+        world.agree("dataset", dict(dataset=self.dataset.fingerprint))
         if self.resumes and self.saved["dataset"]["fingerprint"] != self.dataset.fingerprint:
             raise DatasetChanged(f"Dataset {config.dataset!r} is not the one this run was trained on (its fingerprint "
                                  f"is {self.dataset.fingerprint}, the checkpoint has "
@@ -268,12 +296,15 @@ class Run:
         self.model_config = config.model_config(self.dataset.vocab_size)
         block_size = self.model_config.block_size
         self.sequences = config.sequences_per_iteration(block_size)
+        if self.sequences % world.size:
+            raise ConfigError(f"{self.sequences} sequences an iteration (batch_size × gradient_accumulation_steps) cannot be "
+                              f"shared equally by {world.size} processes. Use a multiple of {world.size}.")
         self.train_split, self.val_split = self.dataset.split("train"), self.dataset.split("val")
         if len(self.val_split) < 2:
             raise DatasetError(f"The validation split of {self.dataset.folder} has {len(self.val_split)} tokens, too few to "
                                "validate on; prepare the dataset with a larger --val_fraction or more text.")
         self.loader = DataLoader(self.train_split, block_size, config.data_seed,
-                                 vocab_size=self.model_config.vocab_size)
+                                 vocab_size=self.model_config.vocab_size, rank=world.rank, world_size=world.size)
         self.resources.callback(self.loader.close)
         self.length = run_length(config, block_size, self.loader.order.windows_per_epoch, self.progress.step,
                                  self.progress.sequences)
@@ -282,18 +313,23 @@ class Run:
 
     def build_model(self) -> None:
         """The model with its initial weights, its precision, its optimizer."""
-        from model_builder import build_model
+        from model_builder import build_model, initialize
         from training.activation_checkpointing import apply_activation_checkpointing
         from training.meter import StepMeter
         from training.optimizers import Optimizer
+        from training.parallelism import parallelize
         from training.precision import DTYPES, LossScale, SkipCounter, set_compute_dtype
-        self.model = build_model(self.model_config, seed=self.config.seed, device=self.device)
-        set_compute_dtype(self.model, DTYPES[self.dtype])
-        apply_activation_checkpointing(self.model, self.config.activation_checkpointing)
+        config, dtype = self.config, DTYPES[self.dtype]
+        self.model = build_model(self.model_config, device="meta")
+        set_compute_dtype(self.model, dtype)
+        apply_activation_checkpointing(self.model, config.activation_checkpointing)
+        self.parallel = parallelize(self.model, self.parallelism, self.world, self.device, dtype, config.hsdp_shard_size)
+        self.model.to_empty(device=self.device)
+        initialize(self.model, config.seed, self.parallel.put)
         self.optimizer = Optimizer(self.model, self.config)
         self.loss_scale = LossScale(DTYPES[self.dtype], self.device)
         self.skips = SkipCounter(self.device, self.progress.skipped, self.progress.skipped_in_a_row)
-        self.meter = StepMeter(self.device)
+        self.meter = StepMeter(self.device, on_lap=lambda lap: self.world.at(self.progress.step, f"after {lap}"))
 
     def tensors(self) -> dict:
         """Every tensor that a checkpoint holds, by name: model, optimizer, loss scale, random state."""
@@ -301,24 +337,26 @@ class Run:
         return {**model_tensors(self.model),
                 **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
                 **{f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state().items()},
-                **random_state(self.device)}
+                **random_state(self.device, self.world.rank)}
 
     def restore(self) -> None:
         """Load what the run starts from, then compile (which changes no name and no result)."""
+        import torch
+
         from training.checkpoint import load_tensors, model_tensors, set_random_state
         from training.huggingface import load_weights
         if self.resumes:
             tensors = self.tensors()
             load_tensors(self.origin.path, tensors, optional=("rng.",))
             self.loss_scale.load({name: tensors[f"loss_scale.{name}"] for name in self.loss_scale.state()})
-            set_random_state(tensors, self.device)
+            set_random_state(tensors, self.device, self.world.rank)
         elif self.origin and self.origin.huggingface:
-            load_weights(self.model, self.origin.path)
+            load_weights(self.model, self.origin.path, self.parallel.put)
         elif self.origin:
             load_tensors(self.origin.path, model_tensors(self.model))
         if self.config.compile is True or (self.config.compile == "auto" and self.device.type == "cuda"):
             for block in self.model.blocks:
-                block.compile()
+                block.forward = torch.compile(block.forward)
 
     def open_log(self) -> None:
         """The folder, the run log, and the start print-out."""
@@ -334,21 +372,23 @@ class Run:
         values, origins = self.configuration.resolved(model_config)
         values["dataset"] = self.dataset_name  # a path from wherever the run is resumed
         self.identity = dict(
-            config=values, origins=origins, dtype=self.dtype, threads=torch.get_num_threads(), world_size=1,
+            config=values, origins=origins, dtype=self.dtype, threads=torch.get_num_threads(),
+            world_size=self.world.size, parallelism=self.parallelism,
             model=dict(name=model_config.name, fingerprint=model_config.fingerprint, config=model_config.to_dict()),
             dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint), versions=versions(),
             source=(self.saved or {}).get("source"))
         hardware = hardware_facts(self.device)
-        self.logger = TrainingLogger(config.out_dir, resumed_from=dict(
+        self.logger = TrainingLogger(config.out_dir, enabled=self.world.is_main, resumed_from=dict(
             checkpoint=str(self.origin.path), step=self.progress.step, run=self.saved["run"]) if self.origin else None)
-        self.logger.start(**{**self.identity, "model": dict(
+        self.world.from_main(lambda: self.logger.start(**{**self.identity, "model": dict(
             self.identity["model"], parameters=self.model.num_parameters(), flops_per_token=dataclasses.asdict(flops))},
             hardware=hardware, peak=dataclasses.asdict(self.peak) if self.peak else None, length=self.length,
-            tokens_per_iteration=self.sequences * model_config.block_size)
+            tokens_per_iteration=self.sequences * model_config.block_size))
         self.display.line(start_report(
             model_config, flops, dataset=dataset, sequences=self.sequences, length=self.length, config=config,
             windows_per_epoch=self.loader.order.windows_per_epoch, progress=self.progress, peak=self.peak,
-            hardware=f"{hardware['device_name']}, threads: {torch.get_num_threads()}, {self.dtype}", notes=self.notes,
+            hardware=f"{hardware['device_name']}, threads: {torch.get_num_threads()}, {self.dtype}"
+                     + (f", {self.world.size} processes, {self.parallelism}" if self.world.grouped else ""), notes=self.notes,
             log=str(self.logger.path)))
         if self.peak is None:
             self.warn(f"no dense peak is known for {hardware['device_name']} in {self.dtype}, so mfu is null")
@@ -357,11 +397,15 @@ class Run:
 def train(configuration: Configuration, resume_command: str) -> int:
     """Make the run, train (or only evaluate) it, close its log whatever happens. Returns the exit code."""
     from training.signals import StopRequest
+    config = configuration.train
+    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with ExitStack() as resources:
-        run = Run(configuration, resources)
+        world = resources.enter_context(join(device, timeout=config.collective_timeout,
+                                             alone=config.parallelism not in ("auto", "none")))
+        run = Run(configuration, world, resources)
         outcome = "failed"
         try:
-            with StopRequest() as stop:
+            with StopRequest(world) as stop:
                 if run.config.eval_only:
                     run.evaluate()
                     outcome = "evaluated"
@@ -483,15 +527,27 @@ def imported_state(folder: Path) -> dict:
             "source": dict(huggingface=str(folder), **special_ids(folder))}
 
 
-def prepare_out_dir(out_dir: str) -> None:
-    """Make the folder and see that it can be written. Raises OSError with a sentence."""
+def prepare_out_dir(out_dir: str, world: World) -> None:
+    """Make the folder and see that every process can write there. Raises OSError or ConfigError with a sentence."""
+    mine = Path(out_dir) / f".probe_{world.rank}"
+
+    def write() -> None:
+        try:
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            mine.write_text("")
+        except OSError as error:
+            raise OSError(f"out_dir={out_dir!r} cannot be written: {error.strerror}. Choose another --out_dir.") from error
+
+    def see_all() -> None:
+        if not all((Path(out_dir) / f".probe_{rank}").exists() for rank in range(world.size)):
+            raise ConfigError(f"out_dir={out_dir!r} is not the same folder on every machine: checkpoints are written by all "
+                              "processes together. Put it on a file system that all of them share.")
     try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        probe = Path(out_dir) / f".probe_{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"out_dir={out_dir!r} cannot be written: {error.strerror}. Choose another --out_dir.") from error
+        world.everywhere(write)
+        world.everywhere(see_all)
+    finally:
+        with suppress(OSError):
+            mine.unlink()
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -507,10 +563,8 @@ def main(argv: list[str]) -> int:
         if "print_config" in switches:
             print_config(configuration)
             return 0
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ConfigError("torchrun started several processes, but parallelism is 'none'; start one process.")
         return train(configuration, resume_command(argv))
-    return guarded("train.py", argv, job)
+    return guarded("train.py", argv, job, may_say=first_to_say, rank=rank() if launched() else None)
 
 
 def resume_command(argv: list[str]) -> str:
@@ -522,8 +576,11 @@ def resume_command(argv: list[str]) -> str:
             next(words, None)
         elif not word.startswith("--init_from="):
             kept.append(word)
-    return shlex.join(["python", "train.py", *kept, "--init_from=resume"])
+    launcher = ["python"]
+    if launched():
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+    return shlex.join([*launcher, "train.py", *kept, "--init_from=resume"])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(leave(main(sys.argv[1:])))

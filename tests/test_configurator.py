@@ -443,6 +443,38 @@ def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer(
     assert not free & set(FIXED_ON_RESUME)
 
 
+def test_a_resumed_run_is_told_its_parallelism_anew():
+    saved = saved_values("--parallelism=hsdp", "--hsdp_shard_size=2")
+    train = continue_from(configure([]), saved, "here")[0].train
+    assert (train.parallelism, train.hsdp_shard_size) == ("auto", None)
+
+
+@pytest.mark.parametrize("words, meant", [
+    (["--use_zero1=True"], "zero1"), (["--use_zero1"], "zero1"), (["--use_fsdp", "True"], "fsdp"),
+    (["--use_fsdp=True", "--parallelism=fsdp"], "fsdp"), (["--use_zero1=False"], "auto"),
+    (["--use_zero1=False", "--parallelism=ddp"], "ddp")])
+def test_aliases_of_parallelism_on_the_command_line(words, meant):
+    assert configure(words).train.parallelism == meant
+
+
+def test_aliases_of_parallelism_in_a_file_and_over_it(tmp_path):
+    file = tmp_path / "sharded.py"
+    file.write_text("n_layer = 2\nuse_fsdp = True\n")
+    found = configure([str(file)])
+    assert found.train.parallelism == "fsdp" and found.origins["parallelism"].endswith("sharded.py:2")
+    assert configure([str(file), "--parallelism=none"]).train.parallelism == "none"
+    assert configure([str(file), "--use_zero1"]).train.parallelism == "zero1"
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["--use_zero1=True", "--use_fsdp=True"], "use_fsdp=True means parallelism='fsdp'"),
+    (["--use_zero1=True", "--parallelism=ddp"], "use_zero1=True means parallelism='zero1'"),
+    (["--use_zero1=perhaps"], "not True or False")])
+def test_aliases_that_contradict_are_refused(words, reason):
+    with pytest.raises(ConfigError, match=reason):
+        configure(words)
+
+
 def test_all_fixed_keys_that_differ_are_refused_together():
     now = configure(["--n_layer=3", "--seed=9", "--beta1=0.5"])
     with pytest.raises(ConfigError) as error:

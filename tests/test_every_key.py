@@ -153,7 +153,9 @@ def test_block_size_is_architecture_only_where_positions_are_a_table(preset):
 EXECUTION_VALUES = dict(
     attention_backend=list(components("attention_backend")), device=["cpu", "cuda"],
     dtype=["float32", "bfloat16", "float16", "auto"], compile=[True, False, "auto"],
-    activation_checkpointing=["none", "full", "selective"], parallelism=["none"], threads=[1, 2])
+    activation_checkpointing=["none", "full", "selective"], threads=[1, 2],
+    parallelism=["auto", "none", "ddp", "zero1", "zero2", "fsdp", "hsdp"], hsdp_shard_size=[2, 4],
+    async_checkpoint=[False, True], collective_timeout=[5, 600])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -482,8 +482,8 @@ def test_resuming_from_nothing_is_a_sentence_and_auto_starts_afresh(tmp_path, ti
     assert [s["step"] for s in events(tmp_path, "step")] == [1, 2, 3, 4]
 
 
-def flip_byte(checkpoint: Path) -> None:
-    file = next(checkpoint.glob("*.safetensors"))
+def flip_byte(checkpoint: Path, number: int = 0) -> None:
+    file = sorted(checkpoint.glob("*.safetensors"))[number]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 0x10
     file.write_bytes(data)
@@ -496,6 +496,20 @@ def test_a_flipped_byte_in_the_only_checkpoint_is_found(tmp_path, tiny_dataset, 
     refused(capsys, 1, "damaged", "checksum")
     with pytest.raises(CheckpointError, match="checksum"):
         load_model(tmp_path)
+
+
+def test_a_damaged_optimizer_stops_a_resume_but_not_the_use_of_the_model(tmp_path, tiny_dataset, capsys):
+    assert run(tiny_dataset, tmp_path, "--max_iters=3") == 0
+    before, _ = load_model(tmp_path)
+    latest = CheckpointStore(tmp_path).pointed("latest")
+    holds = {name: entry.get("holds") for name, entry in json.loads((latest / "manifest.json").read_text())["files"].items()}
+    files = sorted(name for name in holds if name.endswith(".safetensors"))
+    assert [holds[name] for name in files] == [["model"], ["optimizer"], ["other"]]
+    flip_byte(latest, 1)
+    after, _ = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert run(tiny_dataset, tmp_path, "--init_from=resume", "--max_iters=5") == 1
+    refused(capsys, 1, "damaged", "checksum")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, tiny_dataset, capsys):
@@ -606,7 +620,7 @@ def test_going_on_from_elsewhere_puts_the_runs_of_out_dir_aside(tmp_path, tiny_d
 def test_a_run_that_is_stopped_before_its_first_step_touches_nothing(tmp_path, tiny_dataset, capsys, monkeypatch):
     assert run(tiny_dataset, tmp_path, "--max_iters=2") == 0
     from training import signals
-    monkeypatch.setattr(signals.StopRequest, "__init__", lambda self: self.__dict__.update(name="SIGTERM", _former={}))
+    monkeypatch.setattr(signals.StopRequest, "agree", lambda self: bool(self.__dict__.update(name="SIGTERM") or True))
     assert run(tiny_dataset, tmp_path, "--max_iters=9", "--seed=3") == 0
     out = capsys.readouterr().out
     assert "Nothing was saved" in out and "To go on" not in out

@@ -1,14 +1,18 @@
 """Checkpoints: written aside, checked, published by a rename; loaded without ever unpickling.
 
     out_dir/checkpoints/step_000001000/
-        shard-*.safetensors   model, optimizer, loss scale, random state of every rank (torch.distributed.checkpoint)
+        shard-*.safetensors   model, optimizer, loss scale, random state of every rank (torch.distributed.checkpoint);
+                              each process writes its part, files of the model hold nothing else
         state.json            step, resolved config with origins, model, dataset, counters, versions
         tokenizer.json        the tokenizer, so that the folder can be sampled from anywhere
-        manifest.json         size and sha256 of every file; written last
+        manifest.json         size and sha256 of every file, and what tensors it holds; written last
     out_dir/checkpoints/latest, best      the name of a folder
 
 A folder under its final name is complete: it was written under a temporary name, fsynced and then renamed. What a
-killed save leaves behind is removed at the next start.
+killed save leaves behind is removed at the next start. It can be loaded by any number of processes under any strategy.
+
+    python -m training.checkpoint inspect DIR            what is in a checkpoint (or in an out_dir's latest)
+    python -m training.checkpoint consolidate DIR OUT    its model alone, in one file, for sample.py and convert.py
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import os
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -28,6 +33,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.command_line import Failure
+from training.parallelism import local
+from training.processes import World
 
 FORMAT_VERSION = 1
 _STEP, _TEMPORARY, _REPLACED = "step_", ".writing_", ".replaced_"
@@ -42,10 +49,10 @@ class CheckpointError(Failure):
 # ------------------------------------------------------------------------------------------- finding
 
 class CheckpointStore:
-    """The checkpoints of one run, below out_dir/checkpoints."""
+    """The checkpoints of one run, below out_dir/checkpoints. `world`: the processes that write one together."""
 
-    def __init__(self, out_dir: str | Path):
-        self.folder = Path(out_dir) / "checkpoints"
+    def __init__(self, out_dir: str | Path, world: World | None = None):
+        self.folder, self.world = Path(out_dir) / "checkpoints", world or World()
         self.damaged: set[Path] = set()  # found so by newest_intact; out of the way from the next save on
 
     @contextmanager
@@ -80,7 +87,7 @@ class CheckpointStore:
             return None
         return target if target.name.startswith(_STEP) and (target / "manifest.json").is_file() else None
 
-    def newest_intact(self, warn: Callable[[str], None]) -> Path | None:
+    def newest_intact(self, warn: Callable[[str], None], holding: str | None = None) -> Path | None:
         """The latest checkpoint, or the one before it where that is damaged (warned about); None if there is none.
 
         Raises CheckpointError if there are checkpoints and every one is damaged.
@@ -94,7 +101,7 @@ class CheckpointStore:
         reasons = []
         for candidate in candidates:
             try:
-                verify(candidate)
+                verify(candidate, holding)
                 return candidate
             except CheckpointError as error:
                 reasons.append(str(error))
@@ -129,28 +136,39 @@ class CheckpointStore:
              keep_last: int, tokenizer_folder: Path | None = None, best: bool = False) -> Path:
         """Write a checkpoint of this step, publish it, point 'latest' (and 'best') at it and drop old ones.
 
-        keep_last: how many to keep besides the best; 0 keeps all.
+        keep_last: how many to keep besides the best; 0 keeps all. Every process of `world` calls this; each writes and
+        checks its own part, rank 0 publishes.
 
         `tensors`: flat names → tensors (sharded ones are written by the ranks that hold them), or (name, tensor) pairs
         that are written as they come, without ever being in memory together. `state`: JSON-ready.
-        Raises CheckpointError if it cannot be written; the former checkpoints are then as before.
+        Raises CheckpointError, in every process, if it cannot be written; the former checkpoints are then as before.
         """
-        name = f"{_STEP}{step:09d}"
+        name, world = f"{_STEP}{step:09d}", self.world
         temporary = self.folder / f"{_TEMPORARY}{name}"
-        try:
+
+        def begin() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            if isinstance(tensors, dict):
-                _write_tensors(temporary, tensors)
-            else:
-                write_streamed(temporary, tensors, _STREAM_BYTES)
+
+        def describe() -> None:
             _write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, "step": step, **state})
             for file in tokenizer_files(tokenizer_folder) if tokenizer_folder is not None else ():
                 shutil.copyfile(file, temporary / file.name)
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-            _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
-            for path in temporary.iterdir():
+
+        def own_files() -> dict[str, dict[str, Any]]:
+            """What the manifest says of the files that this process wrote, when they are on the disk for good."""
+            own = sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*"))
+            if world.is_main:
+                own += [path for path in sorted(temporary.iterdir()) if not path.name.startswith("shard-")]
+            for path in own:
                 _fsync(path)
+            return {path.name: _entry(path) for path in own}
+
+        def publish() -> None:
+            listed = {name: entry for part in parts for name, entry in part.items()}
+            _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION,
+                                                      "files": dict(sorted(listed.items()))})
+            _fsync(temporary / "manifest.json")
             _fsync(temporary)
             for damaged in [folder for folder in self.damaged if folder.exists()]:
                 damaged.rename(self.folder / f"damaged_{damaged.name}")
@@ -160,12 +178,24 @@ class CheckpointStore:
             if best:
                 self.point("best", name)
             self._prune(keep_last)
+
+        try:
+            world.from_main(begin)
+            if isinstance(tensors, dict):
+                _write_tensors(temporary, tensors, world)
+            else:
+                write_streamed(temporary, tensors, _STREAM_BYTES)
+            world.from_main(describe)
+            parts = world.everywhere(own_files)
+            world.from_main(publish)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not isinstance(error, OSError):
-                raise
-            raise CheckpointError(f"The checkpoint of step {step} could not be written to {self.folder}: "
-                                  f"{error.strerror or error}. {self._remaining()}") from error
+            if world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) or type(error) is Failure:  # here, or in another process
+                reason = error.strerror or error if isinstance(error, OSError) else error
+                raise CheckpointError(f"The checkpoint of step {step} could not be written to {self.folder}: "
+                                      f"{reason}. {self._remaining()}") from error
+            raise
         return self.folder / name
 
     def point(self, pointer: str, name: str) -> None:
@@ -202,16 +232,17 @@ class CheckpointStore:
 
 # ------------------------------------------------------------------------------------------- reading
 
-def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None, which: str = "latest") -> Path:
+def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None, which: str = "latest",
+                    holding: str | None = None) -> Path:
     """A checkpoint folder, or an out_dir (its latest intact one, or its best) → a verified checkpoint.
 
-    Raises CheckpointError.
+    holding: verify only what this kind of tensors ('model') needs. Raises CheckpointError.
     """
     path = Path(os.path.abspath(Path(path).expanduser()))
     if (path / "manifest.json").is_file():
         if which == "best":
             raise CheckpointError(f"{path} is one checkpoint; the best one can only be asked of an out_dir.")
-        verify(path)
+        verify(path, holding)
         return path
     store = CheckpointStore(path.parent if path.name == "checkpoints" else path)
     if which == "best" and store.all():
@@ -219,9 +250,9 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None,
         if best is None:
             raise CheckpointError(f"{store.folder} has no best checkpoint, as none was saved right after an "
                                   "evaluation; use the latest one.")
-        verify(best)
+        verify(best, holding)
         return best
-    found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)))
+    found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)), holding)
     if found is None:
         what = "has no checkpoint in it" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; give an out_dir or a checkpoint folder (…/checkpoints/step_000001000), "
@@ -241,22 +272,30 @@ def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[st
     return state
 
 
-def verify(checkpoint: Path) -> None:
-    """Check every file of a checkpoint against its manifest. Raises CheckpointError at the first that differs."""
+def verify(checkpoint: Path, holding: str | None = None) -> None:
+    """Check every file of a checkpoint against its manifest. Raises CheckpointError at the first that differs.
+
+    holding: only the tensor files with this kind of tensors ('model'), and what is not a tensor file.
+    """
     files = _read_json(checkpoint / "manifest.json").get("files")
     if not isinstance(files, dict) or not files or not all(
             isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values()):
         raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
-    for name, expected in files.items():
-        path = checkpoint / name
+    wanted = {name: entry for name, entry in files.items()
+              if holding is None or holding in entry.get("holds", [holding])}
+
+    def check(name: str) -> str | None:
+        path, expected = checkpoint / name, wanted[name]
         if not path.is_file():
-            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {name} is missing.")
+            return f"{name} is missing."
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {name} has {size} bytes instead of "
-                                  f"{expected['bytes']}.")
-        if _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: the checksum of {name} does not match.")
+            return f"{name} has {size} bytes instead of {expected['bytes']}."
+        return None if _sha256(path) == expected["sha256"] else f"the checksum of {name} does not match."
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for problem in pool.map(check, wanted):
+            if problem:
+                raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {problem}")
 
 
 def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
@@ -320,7 +359,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", which: str 
         model = build_model(huggingface.read_config(folder), device="meta").to_empty(device=device)
         huggingface.load_weights(model, folder)
         return model.eval(), load_tokenizer(folder)
-    checkpoint = find_checkpoint(path, which=which)
+    checkpoint = find_checkpoint(path, which=which, holding="model")
     config = ModelConfig.from_dict(read_state(checkpoint)["model"]["config"])
     model = build_model(config, device="meta").to_empty(device=device)
     load_tensors(checkpoint, model_tensors(model))
@@ -346,26 +385,45 @@ def set_random_state(state: dict[str, Tensor], device: torch.device, rank: int =
 
 # ------------------------------------------------------------------------------------------- files
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Every process writes its part of the tensors, and those that it alone has, through torch.distributed.checkpoint."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    file_of, number, filled = {}, 1, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if filled and filled + size > _FILE_BYTES:
+    sizes: dict[str, int] = {}  # of all processes' tensors: the file numbers are given out by one of them
+    for part in world.everywhere(lambda: {name: local(t).numel() * t.element_size() for name, t in tensors.items()}):
+        sizes = {**part, **sizes}
+    file_of, number, filled, before = {}, 1, 0, None
+    for name, size in sizes.items():
+        if filled and (filled + size > _FILE_BYTES or kind_of(name) != before):
             number, filled = number + 1, 0
-        file_of[name] = number
+        file_of[name], before = number, kind_of(name)
         filled += size
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+            save(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=not world.grouped)
     except CheckpointException as error:  # derives from BaseException; carries each rank's exception
         causes = [cause[0] for cause in error.failures.values()]
         raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
+
+
+def kind_of(name: str) -> str:
+    """What kind of tensor this is by its name: 'model', 'optimizer', or 'other' (loss scale, random states)."""
+    kind = name.split(".")[0]
+    return kind if kind in ("model", "optimizer") else "other"
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """A file as the manifest lists it."""
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+        with safe_open(path, framework="pt") as file:
+            entry["holds"] = sorted({kind_of(name) for name in file.keys()})
+    return entry
 
 
 def write_streamed(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int,
@@ -421,3 +479,8 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+if __name__ == "__main__":
+    from training.checkpoint_commands import main
+    sys.exit(main(sys.argv[1:]))

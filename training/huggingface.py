@@ -428,9 +428,16 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Fill a model with a folder's weights, tensor by tensor. Raises ConversionError."""
+def load_weights(model: torch.nn.Module, folder: Path,
+                 put: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_) -> None:
+    """Fill a model with a folder's weights, tensor by tensor. Raises ConversionError.
+
+    `put(parameter, values)` stores the whole parameter's values, or the part of them that this process keeps.
+    """
     parameters = dict(model.named_parameters())
     for name, tensor in read_tensors(folder, model.config):
-        rows = tensor.size(0)  # a padded vocabulary has more rows here
-        parameters[name][:rows].copy_(tensor)
+        parameter = parameters[name]
+        if tensor.size(0) < parameter.size(0):  # a padded vocabulary has more rows here, which stay as they are
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.clone()
+            tensor = torch.cat((tensor.to(whole), whole[tensor.size(0):]))
+        put(parameter, tensor.to(parameter.dtype))

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from contextlib import contextmanager
+from typing import Callable
 
 import torch
 
@@ -18,8 +19,8 @@ class StepMeter:
 
     LAPS = ("data", "compute", "optimizer")
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, on_lap: Callable[[str], None] = lambda name: None):
+        self.device, self.on_lap = device, on_lap  # on_lap(name) is told of every lap as it ends
         self.on_gpu = device.type == "cuda"
         self.restart()
 
@@ -39,6 +40,7 @@ class StepMeter:
         else:
             mark = time.perf_counter()
         self.marks.append((name, mark))
+        self.on_lap(name)
 
     def step_done(self, tokens: int) -> None:
         """One step over this many tokens (of the global batch) is through."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,14 +62,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches, device: torch.device) -> tuple[float, int]:
-    """Loss per token in nats over (inputs, targets) batches, in eval mode, and the number of tokens it is over."""
+def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device,
+              over_all: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[float, int]:
+    """Loss per token in nats over (inputs, targets) batches, in eval mode, and the number of tokens it is over.
+
+    `over_all` adds up the (loss, tokens) sums of all processes that evaluate together.
+    """
     was_training = model.training
     model.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    sums, tokens = torch.zeros(2, dtype=torch.float64, device=device), 0
     for inputs, targets in batches:
         tokens += int((targets != IGNORE).sum())
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        total += next_token_loss(model, inputs, targets).double()
+        sums[0] += next_token_loss(model, inputs, targets).double()
+    sums[1] = tokens
     model.train(was_training)
-    return float(total) / max(1, tokens), tokens
+    total, tokens = over_all(sums).tolist()
+    return total / max(1, tokens), int(tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from training.parallelism import local
 from training.train_config import TrainConfig
 
 
@@ -75,9 +76,12 @@ def clip_and_check(model: nn.Module, loss: Tensor, max_norm: float, scale: Tenso
     Returns (norm before clipping, skip); skip is 1.0 if the norm or the loss is not finite, else 0.0 (fp32 scalars).
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients) / scale
+    norm = nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # of shards: over all processes
+        norm = norm.full_tensor()
+    norm = norm / scale
     factor = 1.0 / scale
     if max_norm:
         factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_(gradients, factor)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
     return norm, (~torch.isfinite(norm + loss)).float()

@@ -84,7 +84,15 @@ class TrainConfig(_ModelKeys):
     compile: Literal["auto"] | bool = _key("auto", "torch.compile each block; auto: on a GPU", "execution")
     activation_checkpointing: Literal["none", "full", "selective"] = _key(
         "none", "recompute activations in backward: whole blocks, or all but their matrix products", "execution")
-    parallelism: Literal["none"] = _key("none", "how processes share the work", "execution")
+    parallelism: Literal["auto", "none", "ddp", "zero1", "zero2", "fsdp", "hsdp"] = _key(
+        "auto", "how processes share the work; auto: the first of ddp, zero1, zero2, fsdp that fits into memory; "
+                "--use_zero1=True and --use_fsdp=True mean zero1 and fsdp", "execution")
+    hsdp_shard_size: int | None = _key(None, "processes that share one copy under hsdp [those of a node; half on one node]",
+                                       "execution")
+    async_checkpoint: bool = _key(False, "write checkpoints in the background; training waits only for the copy",
+                                  "execution")
+    collective_timeout: int = _key(600, "seconds without progress after which several processes give up and say who hangs",
+                                   "execution")
     threads: int | None = _key(None, "CPU threads [PyTorch's choice; a resumed run: as before]", "execution")
 
     def model_config(self, dataset_vocab_size: int | None = None) -> ModelConfig:
@@ -138,7 +146,7 @@ class TrainConfig(_ModelKeys):
 _AT_LEAST = dict(batch_size=1, gradient_accumulation_steps=1, total_batch_tokens=1, weight_decay=0, grad_clip=0,
                  warmup_iters=0, lr_decay_iters=1, max_iters=0, max_tokens=1, epochs=0, eval_interval=0, eval_iters=0,
                  patience=0, log_interval=1, save_interval=-1, keep_last=1, nonfinite_limit=1, threads=1, min_lr=0,
-                 seed=0, data_seed=0)
+                 seed=0, data_seed=0, hsdp_shard_size=2, collective_timeout=1)
 
 _BELOW = dict(seed=2 ** 63, data_seed=2 ** 63, threads=1025)
 
@@ -150,6 +158,9 @@ GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "e
 # Of each pair or triple at most one may be set at a time; a stronger source clears what a weaker one set.
 EXCLUSIVE = (("max_iters", "max_tokens", "epochs"), ("gradient_accumulation_steps", "total_batch_tokens"),
              ("d_ff", "ffn_expansion_ratio"))
+
+# Other names of keys' values: {alias: (key, value)}; alias=True says key=value, alias=False nothing.
+ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "fsdp")}
 
 # What a resumed run takes from its checkpoint; a different value on the command line is refused.
 MODEL_KEYS = ("arch_preset", *ARCHITECTURE_KEYS, "block_size")

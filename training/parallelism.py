@@ -1,0 +1,194 @@
+"""How processes share the work: data parallelism by one mechanism, `fully_shard`, applied to the model from outside.
+
+A *unit* is what is gathered and reduced together: each block, and what is around them. Every strategy gives the same
+losses; they differ in what each process keeps and in how often the units travel:
+
+    strategy  weights, optimizer state   gathered                       gradients summed
+    ddp       whole in every process     never                          once a step
+    zero1     1/W in each                once a step                    once a step
+    zero2     1/W in each                once a step                    every micro-batch, into shards
+    fsdp      1/W in each                twice a micro-batch, a unit    every micro-batch, into shards
+                                         at a time
+    hsdp      1/S in each of S           as fsdp, within the S          as fsdp within the S; between the
+                                                                        W/S groups once a step
+
+(Rajbhandari et al. 2020, ZeRO; Zhao et al. 2023, PyTorch FSDP.) Weights and optimizer state are fp32 shards; under bf16 the
+gathered copy is bf16 and gradients are reduced in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Iterable, Iterator, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from training.command_line import UsageError
+from training.processes import World
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """When the units of a model travel. `summary` is what `--parallelism=auto` says of it."""
+
+    summary: str
+    sharded: bool = True               # weights and optimizer state 1/W each; else whole in every process
+    keeps_gathered: bool = True        # from the first use in a step to the last; else a unit at a time
+    reduces_once: bool = False         # gradients summed after the last micro-batch only
+    replicas: bool = False             # groups that shard among themselves, and sum between them
+
+
+STRATEGIES = {
+    "ddp": Strategy("whole in every process", sharded=False, reduces_once=True),
+    "zero1": Strategy("weights and optimizer state sharded", reduces_once=True),
+    "zero2": Strategy("weights, optimizer state and gradients sharded"),
+    "fsdp": Strategy("all sharded, a unit gathered at a time", keeps_gathered=False),
+    "hsdp": Strategy("all sharded within a group of processes", keeps_gathered=False, replicas=True),
+}
+
+
+class Alone:
+    """One process, nothing to share."""
+
+    def accumulate(self, micro_batches: Iterable[T]) -> Iterator[T]:
+        """The micro-batches of one step."""
+        yield from micro_batches
+
+    def settle(self) -> None:
+        """After a forward pass without a backward."""
+
+    @staticmethod
+    def put(parameter: Tensor, values: Tensor) -> None:
+        """Give a parameter its values."""
+        parameter.copy_(values)
+
+
+class Sharded(Alone):
+    """A model whose units are shared by a world of processes. The model is changed in place.
+
+    Apply it to a model on the meta device, then materialise: no process ever holds all of the weights in fp32.
+    """
+
+    def __init__(self, model: nn.Module, name: str, world: World, device: torch.device, dtype: torch.dtype,
+                 shard_size: int | None = None):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        self.model, self.strategy, self.world = model, STRATEGIES[name], world
+        if not self.strategy.sharded:
+            mesh = init_device_mesh(device.type, (world.size, 1), mesh_dim_names=("replicate", "shard"))
+        elif self.strategy.replicas:
+            shards = shard_size or usual_shard_size(world)
+            check_shard_size(shards, world)
+            mesh = init_device_mesh(device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
+        else:
+            mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+        policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+        for unit in units(model):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=not self.strategy.keeps_gathered, mp_policy=policy)
+        self.units = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+        for unit in self.units:  # the loss is divided by all tokens of the global batch already: gradients only add up
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+
+    def accumulate(self, micro_batches: Iterable[T]) -> Iterator[T]:
+        """The micro-batches of one step, the model told before each what to do with its gradients."""
+        micro_batches = list(micro_batches)
+        strategy, model = self.strategy, self.model
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            if strategy.reduces_once:
+                model.set_requires_gradient_sync(last)
+            if strategy.keeps_gathered:
+                model.set_reshard_after_backward(last)
+                model.set_is_last_backward(last)
+            if strategy.replicas:
+                model.set_requires_all_reduce(last)
+            yield micro_batch
+
+    def settle(self) -> None:
+        """Let go of what a forward pass without a backward has gathered."""
+        for unit in self.units:
+            unit.reshard()
+
+    @staticmethod
+    def put(parameter: Tensor, values: Tensor) -> None:
+        """Give a sharded parameter this process's part of its values, which every process has whole."""
+        from torch.distributed.tensor import distribute_tensor
+        mesh = parameter.device_mesh
+        parameter.copy_(distribute_tensor(values.to(parameter.device), mesh, parameter.placements, src_data_rank=None))
+
+
+def units(model: nn.Module) -> Iterator[nn.Module | list[nn.Module]]:
+    """What travels together, innermost first: each block; the embedding and the head apart unless they are tied; the rest."""
+    if not model.config.weight_tying:
+        yield model.embedding
+    yield from model.blocks
+    if not model.config.weight_tying:
+        yield [model.norm, model.head]
+    yield model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, which is all of it where nothing is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def usual_shard_size(world: World) -> int:
+    """Processes that share one copy under hsdp: those of a node, or half of them where there is one node."""
+    return world.local_size if world.local_size < world.size else world.size // 2
+
+
+def check_shard_size(shards: int, world: World) -> None:
+    """Raise UsageError unless `shards` processes can share a copy and there are at least two copies."""
+    if world.size < 4 or shards < 2 or world.size % shards or world.size // shards < 2:
+        raise UsageError(f"parallelism='hsdp' needs at least 2 groups of at least 2 processes each; {world.size} processes do "
+                         f"not split into groups of {shards}. Use fsdp, or set --hsdp_shard_size.")
+
+
+# ------------------------------------------------------------------------------------------- choosing
+
+def parallelize(model: nn.Module, name: str, world: World, device: torch.device, dtype: torch.dtype,
+                shard_size: int | None = None) -> Alone:
+    """Apply a strategy to a model on the meta device. 'none' changes nothing. Raises UsageError where it cannot be."""
+    if name == "none":
+        if world.size > 1:
+            raise UsageError(f"parallelism='none' is for one process, but {world.size} were started. Leave it out (auto), or "
+                             f"use one of {', '.join(STRATEGIES)}.")
+        return Alone()
+    return Sharded(model, name, world, device, dtype, shard_size)
+
+
+def choose(config, model_config, world: World, device: torch.device, dtype: str) -> tuple[str, str]:
+    """The strategy that parallelism='auto' means here, and why, in one sentence.
+
+    The first of ddp, zero1, zero2, fsdp whose predicted peak fits into nine tenths of a process's memory.
+    """
+    if world.size == 1:
+        return "none", ""
+    from flops_parameter_counting.memory import estimate_memory
+    available = memory_of(device, world)
+    for name in ("ddp", "zero1", "zero2", "fsdp"):
+        needed = estimate_memory(
+            model_config, batch_size=config.batch_size, dtype=dtype, checkpointing=config.activation_checkpointing,
+            optimizer=config.optimizer, parallelism=name, world_size=world.size, device=device.type,
+            gradient_accumulation_steps=config.gradient_accumulation_steps).total
+        if needed <= 0.9 * available:
+            return name, (f"parallelism={name} (auto): {STRATEGIES[name].summary}; about {needed / 1e9:.1f} of "
+                          f"{available / 1e9:.1f} GB a process")
+    return "fsdp", (f"parallelism=fsdp (auto): even so about {needed / 1e9:.1f} GB a process are needed, and there are "
+                    f"{available / 1e9:.1f}; a smaller --batch_size or --activation_checkpointing=full needs less")
+
+
+def memory_of(device: torch.device, world: World) -> float:
+    """Bytes that one process may use: its GPU's memory, or its share of what this machine has free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world.local_size
+    except (ValueError, OSError):  # not Linux
+        return float("inf")

@@ -1,0 +1,306 @@
+"""The processes that train together: how they meet, agree, and go down together when one of them fails.
+
+torchrun starts them and tells each who it is (RANK, WORLD_SIZE, LOCAL_RANK …); nothing here starts a process. A single
+process is a `World` of size 1, whose methods do the same without anybody to talk to.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.command_line import Failure, UsageError
+
+T = TypeVar("T")
+LOOK_INTERVAL = 0.5   # seconds between two looks at the others
+GRACE = 5.0           # seconds that a process which lost contact waits for the reason to become known
+_CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL", "Gloo",
+                 "Socket", "gloo")
+
+
+class LostContact(Failure):
+    """Another process of the run is gone, or does not answer."""
+
+
+def launched() -> bool:
+    """Whether torchrun (or somebody who sets the same variables) started this process as one of a group."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """This process's rank, before any group exists; 0 for a process alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+# ------------------------------------------------------------------------------------------- the world
+
+class World:
+    """All processes of one run, seen from one of them.
+
+    Every method that the others take part in is called by all of them, in the same order. What they send each other while
+    training goes through the default group (gloo between CPUs, nccl between GPUs); `beside()` has a group of its own.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1, *,
+                 group: dist.ProcessGroup | None = None, watch: Watch | None = None):
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.group, self._watch = group, watch
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there is a process group (of one process or more)."""
+        return self.group is not None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor, in place, added up over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true if it is true in at least one process: what all of them may act on. Host memory only."""
+        if self.size == 1:
+            return tuple(map(bool, flags))
+        votes = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
+        return tuple(vote > 0 for vote in votes.tolist())
+
+    def everywhere(self, function: Callable[[], T]) -> list[T]:
+        """Run the function in every process; the results by rank. If one fails, all fail with its message."""
+        if self.size == 1:
+            return [function()]
+        value, error = None, None
+        try:
+            value = function()
+        except Exception as raised:
+            error = raised
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, (value, _sendable(error)), group=self.group)
+        if error is not None:
+            raise error
+        for number, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                raise _received(failure, number)
+        return [value for value, _ in outcomes]
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """Run the function in rank 0 alone; its result, or its failure, in every process."""
+        return self.everywhere(lambda: function() if self.is_main else None)[0]
+
+    def agree(self, what: str, facts: dict[str, Any]) -> None:
+        """Raise UsageError in every process unless all of them have the same facts; it names the first that differs."""
+        everyone = self.everywhere(lambda: facts)
+        first = everyone[0]
+        for number, theirs in enumerate(everyone):
+            for key in first:
+                if theirs.get(key) != first[key]:
+                    raise UsageError(f"rank {number} has {key}={theirs.get(key)!r}, rank 0 has {first[key]!r}: every process "
+                                     f"needs the same {what}.")
+
+    def beside(self) -> World:
+        """The same processes with a gloo group of their own, for another thread to talk over."""
+        group = dist.new_group(backend="gloo") if self.size > 1 else self.group
+        return World(self.rank, self.size, self.local_rank, self.local_size, group=group)
+
+    def at(self, step: int, doing: str) -> None:
+        """Note where this process is, for the message if it gets no further; restarts the clock of its silence."""
+        if self._watch is not None:
+            self._watch.at(step, doing)
+
+    @contextmanager
+    def taking_its_time(self) -> Iterator[None]:
+        """Silence inside is not a hang: disks may be slow."""
+        if self._watch is None:
+            yield
+            return
+        self._watch.patient = True
+        try:
+            yield
+        finally:
+            self._watch.patient = False
+            self._watch.at(self._watch.step, self._watch.doing)
+
+
+def _sendable(error: Exception | None) -> tuple[str, str] | None:
+    """An exception as the others learn of it: (kind, sentence)."""
+    if error is None:
+        return None
+    kind = "usage" if isinstance(error, UsageError) else "failure"
+    if isinstance(error, OSError):
+        return kind, error.strerror or str(error)
+    known = isinstance(error, (UsageError, Failure, ValueError))
+    return kind, str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def _received(failure: tuple[str, str], rank: int) -> Exception:
+    kind, text = failure
+    error = UsageError(text) if kind == "usage" else Failure(text)
+    error.rank = rank
+    return error
+
+
+# ------------------------------------------------------------------------------------------- meeting
+
+@contextmanager
+def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterator[World]:
+    """Meet the other processes that torchrun started; yields the World. Without torchrun there is nobody to meet.
+
+    device: this process's; GPUs talk over nccl (and gloo for what is in host memory), CPUs over gloo. timeout: seconds
+    without progress after which the run ends with a message that says who hangs. alone: make a group of one process even
+    so (a sharded strategy needs one). A group that exists already is used and left as it is.
+    """
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD)
+        return
+    if not launched() and not alone:
+        yield World()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    me, size = (rank(), int(os.environ["WORLD_SIZE"])) if launched() else (0, 1)
+    store = _store() if launched() else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=me, world_size=size,
+                            timeout=datetime.timedelta(seconds=timeout + 60))  # the watch speaks first
+    watch = Watch(store, me, size, timeout) if size > 1 else None
+    try:
+        yield World(me, size, _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD, watch=watch)
+    except RuntimeError as error:
+        if watch is not None and any(sign in str(error) for sign in _CONTACT_LOST):
+            raise watch.explain(error) from error
+        raise
+    else:
+        votes = torch.zeros(1)
+        dist.all_reduce(votes)  # nobody leaves while another still talks
+        if watch is not None:
+            watch.close()
+        dist.destroy_process_group()
+
+
+def _local(name: str, default: int = 0) -> int:
+    return int(os.environ.get(f"LOCAL_{name}", default))
+
+
+@functools.cache
+def _store() -> dist.Store:
+    """The key-value store through which the processes of a group find each other."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=300)))
+    return store
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no process of this group has said this yet: what concerns all of them is printed once."""
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        return True
+    try:
+        return _store().add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1) == 1
+    except RuntimeError:  # nobody there to ask
+        return True
+
+
+def leave(code: int) -> int:
+    """The exit code, after telling the others that this process fails, if it does. A failed one of a group ends here."""
+    if code == 0 or not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        return code
+    try:
+        _store().compare_set("failed", "", str(rank()))
+    except RuntimeError:
+        pass
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a group that is torn cannot be taken down in order
+
+
+# ------------------------------------------------------------------------------------------- watching
+
+class Watch(threading.Thread):
+    """Ends this process when another one has failed, or when nothing moves any more: with a message, whatever hangs.
+
+    A collective that waits for a dead or stuck process cannot be interrupted from Python; this thread can still speak.
+    Each process publishes where it is, so that the message names who is behind.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float):
+        super().__init__(name="watch", daemon=True)
+        self.store = store.clone() if hasattr(store, "clone") else store
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.step, self.doing, self.since, self.patient = 0, "starting", time.monotonic(), True  # until the first step
+        self._closed = threading.Event()
+        self.start()
+
+    def at(self, step: int, doing: str) -> None:
+        """This process is alive and here."""
+        self.step, self.doing, self.since, self.patient = step, doing, time.monotonic(), False
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look, until closed."""
+        while not self._closed.wait(LOOK_INTERVAL):
+            silent = time.monotonic() - self.since
+            try:
+                self.store.set(f"at/{self.rank}", f"{self.step}\t{self.doing}\t{silent:.0f}")
+                failed = self._failed()
+            except RuntimeError:  # the store went down with its host: the collectives will say so
+                continue
+            if failed is not None and failed != self.rank:
+                self._end(f"rank {self.rank} stops at step {self.step}, because rank {failed} failed.")
+            if not self.patient and silent > self.timeout:
+                self.store.compare_set("failed", "", str(self.rank))
+                self._end(self.stuck(silent))
+
+    def _failed(self) -> int | None:
+        return int(self.store.get("failed")) if self.store.check(["failed"]) else None
+
+    def stuck(self, silent: float) -> str:
+        """What to say after so many seconds without progress."""
+        where = {}
+        for other in range(self.size):
+            if self.store.check([f"at/{other}"]):
+                step, doing, _ = self.store.get(f"at/{other}").decode().split("\t")
+                where[other] = (int(step), doing)
+        behind = [other for other in where if where[other] < where[self.rank] and other != self.rank] or [
+            other for other in where if where[other][0] == min(step for step, _ in where.values())]
+        theirs = ", ".join(f"rank {other} at step {where[other][0]} ({where[other][1]})" for other in behind)
+        return (f"rank {self.rank} has waited {silent:.0f} s for the other processes at step {self.step} ({self.doing}). "
+                f"Behind the others: {theirs}. Look what hangs there (py-spy dump --pid …); if it only needs longer, raise "
+                "--collective_timeout.")
+
+    def explain(self, error: RuntimeError) -> Failure:
+        """Why a collective failed, once the others have had time to say."""
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline:
+            try:
+                failed = self._failed()
+            except RuntimeError:
+                break
+            if failed is not None and failed != self.rank:
+                return LostContact(f"rank {self.rank} stops at step {self.step}, because rank {failed} failed.")
+            time.sleep(0.1)
+        reason = str(error).strip().split("\n")[0]
+        return LostContact(f"rank {self.rank} lost contact with another process at step {self.step} ({self.doing}): it was "
+                           f"killed, or its machine is gone ({reason}). Start again with --init_from=auto; torchrun "
+                           "--max-restarts=3 does so by itself.")
+
+    def _end(self, text: str) -> None:
+        print(f"train.py: {text}", file=sys.stderr, flush=True)
+        os._exit(1)
