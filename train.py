@@ -81,6 +81,7 @@ class Run:
 
             meter.step_done(sequences * block_size)
             progress.advance(sequences, block_size)
+            self.profiler.step()
             self.display.advance()
             last = progress.step == self.length
             if last or progress.step % config.log_interval == 0:
@@ -365,7 +366,9 @@ class Run:
         from flops_parameter_counting.flops import flops_per_token
         from training.report import start_report
         from training_logger import TrainingLogger, hardware_facts, versions
+        from training.profiling import NoProfiler
         config, model_config, dataset = self.config, self.model_config, self.dataset
+        self.started, self.profiler = time.perf_counter(), NoProfiler()
         self.notes += [dataset.note] if dataset.note else []
         flops = flops_per_token(model_config, checkpointing=config.activation_checkpointing)
         self.flops_by_figure = {"mfu": flops.full, "mfu_causal": flops.causal, "hfu": flops.hardware}
@@ -380,6 +383,7 @@ class Run:
         hardware = hardware_facts(self.device)
         self.logger = TrainingLogger(config.out_dir, enabled=self.world.is_main, resumed_from=dict(
             checkpoint=str(self.origin.path), step=self.progress.step, run=self.saved["run"]) if self.origin else None)
+        self.world.from_main(self.open_trackers)
         self.world.from_main(lambda: self.logger.start(**{**self.identity, "model": dict(
             self.identity["model"], parameters=self.model.num_parameters(), flops_per_token=dataclasses.asdict(flops))},
             hardware=hardware, peak=dataclasses.asdict(self.peak) if self.peak else None, length=self.length,
@@ -392,6 +396,22 @@ class Run:
             log=str(self.logger.path)))
         if self.peak is None:
             self.warn(f"no dense peak is known for {hardware['device_name']} in {self.dtype}, so mfu is null")
+
+
+    def open_trackers(self) -> None:
+        """What takes the log's events besides the log, and the profiler if it is asked for."""
+        from training.profiling import Profiler
+        from training.trackers import open_trackers
+        self.logger.trackers = open_trackers(self.config, self.logger.path.stem)
+        if self.config.profile:
+            self.profiler = Profiler(self.config.out_dir, self.device, self.world.rank, self.display.line,
+                                     self.meter.excluded)
+
+    def cost(self) -> dict[str, float | None]:
+        """What the run has taken since its log was opened: seconds, device-hours, and their price."""
+        seconds = time.perf_counter() - self.started
+        hours, price = self.world.size * seconds / 3600, self.config.price_per_gpu_hour
+        return dict(seconds=seconds, device_hours=hours, estimated_cost=None if price is None else hours * price)
 
 
 def train(configuration: Configuration, resume_command: str) -> int:
@@ -416,12 +436,17 @@ def train(configuration: Configuration, resume_command: str) -> int:
             outcome = "diverged"
             raise
         finally:
-            progress = run.progress
+            progress, cost = run.progress, run.cost()
             run.display.close()
+            run.profiler.close()
             run.logger.end(outcome, step=progress.step, tokens=progress.tokens, val_loss=progress.val_loss,
-                           best_val_loss=progress.best_val_loss, best_step=progress.best_step, skipped=progress.skipped)
+                           best_val_loss=progress.best_val_loss, best_step=progress.best_step, skipped=progress.skipped,
+                           **cost)
         run.display.line(f"{outcome} after step {progress.step}"
                          + (f" ({stop.name})" if stop.name else "") + f"; log: {run.logger.path}")
+        if cost["estimated_cost"] is not None:
+            run.display.line(f"estimated cost {cost['estimated_cost']:,.2f}: {cost['device_hours']:.3f} device-hours at "
+                             f"{run.config.price_per_gpu_hour:,.2f}")
         if outcome == "stopped":
             run.display.line(f"To go on: {resume_command}" if progress.saved_step == progress.step else
                              "Nothing was saved: " + ("save_interval is -1." if run.save_interval < 0 else

@@ -17,11 +17,12 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 SCHEMA_VERSION = 1
 CURVE_POINTS = 2000     # most points the document keeps of a curve
@@ -55,8 +56,8 @@ class RunDocument:
         self._facts: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": run, "outcome": "running", "started": None,
                                        "updated": None}
         self._stride = 1
-        self._steps: dict[int, dict] = {}  # step // stride -> its last step event
-        self._last_step: dict | None = None
+        self._steps: dict[int, tuple[int, dict | bytes]] = {}  # step // stride -> (step, its last event or line)
+        self._last_step: dict | bytes | None = None
         self._evals: dict[int, dict] = {}
         self._checkpoints: dict[int, dict] = {}
         self._warnings: list[dict] = []
@@ -72,7 +73,7 @@ class RunDocument:
                 fields["started"] = fields.pop("time")
                 self._facts.update(fields)
             case "step":
-                self._add_step(fields)
+                self._add_step(fields["step"], fields)
             case "eval":
                 self._evals[fields["step"]] = fields
             case "checkpoint":
@@ -86,19 +87,21 @@ class RunDocument:
                 self._facts["outcome"] = fields.pop("outcome")
                 self._summary = fields
 
-    def _add_step(self, fields: dict[str, Any]) -> None:
+    def add_step_line(self, step: int, time: str, line: bytes) -> None:
+        """Take in a step event by its line, unparsed: of a long run most are thinned out before anybody needs them."""
+        self._facts["updated"] = time
+        self._add_step(step, line)
+
+    def _add_step(self, step: int, fields: dict[str, Any] | bytes) -> None:
         self._last_step = fields
-        self._steps[fields["step"] // self._stride] = fields
+        self._steps[step // self._stride] = step, fields
         while len(self._steps) > CURVE_POINTS:
             self._stride *= 2
-            thinned: dict[int, dict] = {}
-            for point in sorted(self._steps.values(), key=lambda point: point["step"]):
-                thinned[point["step"] // self._stride] = point
-            self._steps = thinned
+            self._steps = {point[0] // self._stride: point for _, point in sorted(self._steps.items())}
 
     def as_dict(self) -> dict[str, Any]:
         """The document. `curves` has one column a number of the step events (`step_ms.total` for nested ones)."""
-        points = [dict(_flat(point)) for _, point in sorted(self._steps.items())]
+        points = [dict(_flat(_parsed(point))) for _, (_, point) in sorted(self._steps.items())]
         columns = dict.fromkeys(key for point in points for key, value in point.items()
                                 if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)))
         return {
@@ -108,7 +111,7 @@ class RunDocument:
             "warnings": self._warnings,
             "warning_count": self._warning_count,
             "curves": {"stride": self._stride, **{key: [point.get(key) for point in points] for key in columns}},
-            "last_step": self._last_step,
+            "last_step": _parsed(self._last_step),
             "summary": self._summary,
         }
 
@@ -122,29 +125,51 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
+def _parsed(step: dict[str, Any] | bytes | None) -> dict[str, Any] | None:
+    """A step event's fields, from its line where it is one."""
+    if isinstance(step, bytes):
+        return {key: value for key, value in json.loads(step).items() if key != "event"}
+    return step
+
+
+_STEP_LINE = re.compile(rb'\{"event": "step", "time": "([^"\\]*)", "step": (\d+), [^\n]*\}\n')
+
+
 def rebuild(jsonl_path: str | os.PathLike) -> dict[str, Any]:
     """The document of a run from its `.jsonl` alone. A last line cut short by a kill is left out.
 
-    ValueError if the file has no run_start, is damaged elsewhere, or was written by a later version.
+    Of the step lines that the document's curves leave out, only the outer form is looked at: a million are read in
+    seconds. ValueError if the file has no run_start, is damaged elsewhere, or was written by a later version.
     """
-    path = Path(jsonl_path)
+    try:
+        return _reduced(Path(jsonl_path), skim=True)
+    except json.JSONDecodeError:  # in a line that looked sound: find out which
+        return _reduced(Path(jsonl_path), skim=False)
+
+
+def _reduced(path: Path, skim: bool) -> dict[str, Any]:
+    """What `rebuild` returns. `skim`: leave step lines unparsed until they are needed."""
     document = RunDocument(path.stem)
     started = False
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            event = json.loads(line)
-            if event["event"] == "run_start":
-                _check_schema(event, path)
-                started = True
-            document.add(event)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break  # every whole line ends in a newline: this one was cut
-            raise ValueError(f"{path}, line {number}, is not an event of a run log ({error}). The file is damaged; "
-                             "remove that line to read the rest.") from None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            step = _STEP_LINE.fullmatch(line) if skim else None
+            if step and line.count(b"{") == line.count(b"}"):
+                document.add_step_line(int(step[2]), step[1].decode(), line)
+                continue
+            if not line.strip():
+                continue
+            try:
+                event = json.loads(line)
+                if event["event"] == "run_start":
+                    _check_schema(event, path)
+                    started = True
+                document.add(event)
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                if not line.endswith(b"\n"):
+                    break  # every whole line ends in a newline: this one was cut
+                raise ValueError(f"{path}, line {number}, is not an event of a run log ({error}). The file is damaged; "
+                                 "remove that line to read the rest.") from None
     if not started:
         raise ValueError(f"{path} has no run_start event: it is not a run log, or its run ended before it began.")
     return document.as_dict()
@@ -187,6 +212,7 @@ class TrainingLogger:
     """
 
     def __init__(self, out_dir: str | os.PathLike, *, enabled: bool = True, resumed_from: dict[str, Any] | None = None):
+        self.trackers: list[Any] = []           # take every event too; one that fails is left out from then on
         self.path: Path | None = None           # the .jsonl
         self.document_path: Path | None = None  # the .json
         self._resumed_from = resumed_from
@@ -235,8 +261,18 @@ class TrainingLogger:
             print(f"warning: the last {len(self._pending)} events of {self.path} are lost.", file=sys.stderr)
         os.close(self._file)
         self._file = None
+        for tracker in list(self.trackers):
+            self._or_without(tracker, tracker.close)
 
     # How it is written.
+
+    def _or_without(self, tracker: Any, call: Callable[[], None]) -> None:
+        """Do something with a tracker; if it fails, training goes on without it."""
+        try:
+            call()
+        except Exception as error:
+            self.trackers.remove(tracker)
+            print(f"warning: {type(tracker).__name__} fails ({str(error).strip()}); the run goes on without it.", file=sys.stderr)
 
     def _create(self, out_dir: Path) -> None:
         """Reserve a name that no other run has."""
@@ -263,6 +299,8 @@ class TrainingLogger:
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
         event = _jsonable({"event": event_name, "time": now, **fields})
         self._document.add(event)
+        for tracker in list(self.trackers):
+            self._or_without(tracker, lambda: tracker.add(event))
         self._pending.append(json.dumps(event, allow_nan=False).encode() + b"\n")
         try:
             while self._pending:

@@ -78,6 +78,16 @@ class TrainConfig(_ModelKeys):
     keep_last: int = _key(2, "checkpoints to keep, besides the best", "watching")
     nonfinite_limit: int = _key(20, "skipped updates in a row (non-finite gradients) that stop the run", "watching")
 
+    tensorboard: bool = _key(False, "also write event files to out_dir/tensorboard", "watching")
+    wandb_log: bool = _key(False, "also log to Weights & Biases", "watching")
+    wandb_project: str = _key("kitbash", "the project there", "watching")
+    wandb_run_name: str | None = _key(None, "the run's name there [the run log's]", "watching")
+    wandb_mode: Literal["online", "offline"] | None = _key(None, "offline: kept in out_dir/wandb until 'wandb sync' [wandb's "
+                                                                 "own setting, WANDB_MODE]", "watching")
+    profile: bool = _key(False, "write a PyTorch trace of a few steps to out_dir and print the top of it", "watching")
+    price_per_gpu_hour: float | None = _key(None, "for the estimated cost in the summary: a process's price an hour, in any "
+                                                  "currency", "watching")
+
     device: str = _key("auto", "auto | cpu | cuda | cuda:N", "execution")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
         "auto", "compute dtype; auto: bfloat16 where the hardware has it", "execution")
@@ -146,7 +156,8 @@ class TrainConfig(_ModelKeys):
 _AT_LEAST = dict(batch_size=1, gradient_accumulation_steps=1, total_batch_tokens=1, weight_decay=0, grad_clip=0,
                  warmup_iters=0, lr_decay_iters=1, max_iters=0, max_tokens=1, epochs=0, eval_interval=0, eval_iters=0,
                  patience=0, log_interval=1, save_interval=-1, keep_last=1, nonfinite_limit=1, threads=1, min_lr=0,
-                 seed=0, data_seed=0, hsdp_shard_size=2, collective_timeout=1)
+                 seed=0, data_seed=0, hsdp_shard_size=2, collective_timeout=1,
+                 price_per_gpu_hour=0)
 
 _BELOW = dict(seed=2 ** 63, data_seed=2 ** 63, threads=1025)
 
