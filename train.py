@@ -93,7 +93,8 @@ class Run:
             self.saver.poll()
         if self.save_interval >= 0 and progress.saved_step != progress.step > self.first_step:
             self.save()
-        self.saver.wait()
+        with self.world.taking_its_time():
+            self.saver.wait()
         if progress.step >= self.length:
             return "finished"
         return "stopped" if stop.name else "out of patience"
@@ -118,6 +119,7 @@ class Run:
                 split, self.model_config.block_size, config.eval_iters * self.sequences, config.batch_size,
                 self.world.rank, self.world.size, vocab_size=self.model_config.vocab_size)
             loss, tokens = mean_loss(self.model, map(self.watched, batches), self.device, self.world.sum)
+            loss = self.world.from_main(lambda: loss)  # what is decided by it is decided alike everywhere
             self.parallel.settle()
         seconds = time.perf_counter() - started
         perplexity = math.inf if loss > 700 else math.exp(loss)
@@ -191,7 +193,8 @@ class Run:
         from flops_parameter_counting.hardware import measure_cpu_peak
         most = tokens_per_s * max(self.flops_by_figure.values())
         if self.peak and self.peak.measured and most > self.peak.flops:
-            self.peak = measure_cpu_peak(self.dtype, again=True)
+            again = measure_cpu_peak(self.dtype, again=True)
+            self.peak = dataclasses.replace(again, flops=again.flops * self.world.size)
             if most > self.peak.flops:
                 self.warn("the measured peak of this CPU is below what the run reaches (other work disturbs the "
                           "measurement), so mfu is null", measured=self.peak.flops)
