@@ -24,6 +24,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
     import sample
     import train
     from data.preparation import ensure_prepared, prepare_embedded, prepare_textfile
+    from training import checkpoint_commands
     ensure_prepared("pydocs")
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
@@ -45,8 +46,17 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
                                     input=shlex.split(text)[1])
                 assert result.returncode == 0 and result.stdout.startswith(shlex.split(text)[1]), result.stderr
                 continue
+            if words[0] == "torchrun":
+                iterations += 1
+                at = words.index("train.py")
+                result = run_python("-m", "torch.distributed.run", *words[1:at], ROOT / "train.py", *words[at + 1:], *TINY,
+                                    f"--max_iters={iterations}", cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+                assert result.returncode == 0, (line, result.stderr)
+                continue
             assert words[0] == "python"
-            if program == "train.py":
+            if words[1:3] == ["-m", "training.checkpoint"]:
+                code = checkpoint_commands.main(words[3:])
+            elif program == "train.py":
                 iterations += 1
                 if any(word.startswith("--init_from=hf:") for word in arguments):  # the model is given
                     code = train.main([*arguments, "--max_iters=2", "--eval_iters=1"])
