@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.parallelism import local
@@ -28,8 +29,11 @@ class Optimizer:
                   for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if group]
         self.adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                                        eps=config.adam_eps, fused=True)
-        self.muon = torch.optim.Muon(muon, lr=config.learning_rate, weight_decay=config.weight_decay,
-                                     momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw") if muon else None
+        self.muon = None
+        if muon:
+            kind = ShardedMuon if is_sharded(muon[0]) else torch.optim.Muon
+            self.muon = kind(muon, lr=config.learning_rate, weight_decay=config.weight_decay,
+                             momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw")
         self.all = [self.adamw] + ([self.muon] if self.muon else [])
 
     def step(self, learning_rate: float, skip: Tensor) -> None:
@@ -68,6 +72,72 @@ class Optimizer:
                         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {f"{self.names[parameter]}.{kind}": tensor for optimizer in self.all
                 for parameter, state in optimizer.state.items() for kind, tensor in state.items()}
+
+
+class ShardedMuon(torch.optim.Muon):
+    """Muon for matrices whose rows are shared by S processes: momentum in shards, S matrices at a time made whole.
+
+    Orthogonalising needs the whole matrix. Each of the S processes does it for one of the S, and tells the others; the
+    numbers are those of torch.optim.Muon on whole matrices.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every matrix."""
+        for group in self.param_groups:
+            mesh = group["params"][0].device_mesh
+            shards = mesh.get_group("shard")
+            me, size = dist.get_rank(shards), dist.get_world_size(shards)
+            for first in range(0, len(group["params"]), size):
+                some = group["params"][first:first + size]
+                whole = [whole_matrix(self._direction(parameter, group), len(parameter), shards) for parameter in some]
+                if me < len(some):
+                    whole[me] = orthogonalized(whole[me], group["ns_coefficients"], group["ns_steps"], group["eps"])
+                sent = [dist.broadcast(matrix, dist.get_global_rank(shards, owner), group=shards, async_op=True)
+                        for owner, matrix in enumerate(whole)]
+                for parameter, matrix, arrival in zip(some, whole, sent):
+                    arrival.wait()
+                    mine = local(parameter)
+                    start = me * -(-matrix.size(0) // size)  # rows are dealt out as torch.chunk does
+                    ratio = 0.2 * max(matrix.shape) ** 0.5   # AdamW's RMS (Liu et al. 2025)
+                    mine.mul_(1 - group["lr"] * group["weight_decay"])
+                    mine.add_(matrix[start:start + mine.size(0)], alpha=-group["lr"] * ratio)
+
+    def _direction(self, parameter: Tensor, group: dict) -> Tensor:
+        """This process's rows of where to go: Nesterov's momentum, in bf16."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        gradient, momentum = local(parameter.grad), local(state["momentum_buffer"])
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        return direction.bfloat16()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether other processes hold rows of this parameter."""
+    return hasattr(parameter, "to_local") and parameter.device_mesh["shard"].size() > 1
+
+
+def whole_matrix(rows: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    """All `count` rows, of which each process of the group has some, dealt out as torch.chunk does."""
+    size = dist.get_world_size(group)
+    padded = rows.new_zeros(-(-count // size), rows.size(1))
+    padded[:rows.size(0)] = rows
+    everyones = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(everyones, padded, group=group)
+    return torch.cat(everyones)[:count]
+
+
+def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Newton–Schulz: a matrix with about the singular vectors of this bf16 one, and singular values near 1 (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if matrix.size(0) > matrix.size(1) else x).contiguous()
 
 
 def clip_and_check(model: nn.Module, loss: Tensor, max_norm: float, scale: Tensor) -> tuple[Tensor, Tensor]:
