@@ -381,7 +381,7 @@ class Run:
             config=values, origins=origins, dtype=self.dtype, threads=torch.get_num_threads(),
             world_size=self.world.size, parallelism=self.parallelism,
             model=dict(name=model_config.name, fingerprint=model_config.fingerprint, config=model_config.to_dict()),
-            dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint), versions=versions(),
+            dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint, **dataset.facts()), versions=versions(),
             source=(self.saved or {}).get("source"))
         hardware = hardware_facts(self.device)
         self.logger = TrainingLogger(config.out_dir, enabled=self.world.is_main, resumed_from=dict(

@@ -328,6 +328,15 @@ class TokenDataset:
                                        f"without a meta.json it would be read as uint16. {_how_to_prepare(folder)}")
         return cls(folder, None, splits)
 
+    def facts(self) -> dict:
+        """What a run's log keeps of it, so that runs on another tokenization of the same text are recognised: the tokenizer,
+        and of each split tokens, bytes of text and documents; empty without meta.json."""
+        if self.meta is None:
+            return {}
+        kept = ("tokens", "bytes", "documents")
+        return {"tokenizer": self.meta.get("tokenizer"),
+                "splits": {name: {key: split.get(key) for key in kept} for name, split in self.meta["splits"].items()}}
+
     def _check_ids(self, model_vocab: int | None) -> None:
         """Compare ids and vocabularies; without meta.json, write the note that says how the files were read."""
         if model_vocab is not None and self.vocab_size is not None and self.vocab_size > model_vocab:

@@ -1,0 +1,373 @@
+"""Repeated seeds as groups, which runs may be compared, and the comparison itself."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any, Iterable, Sequence
+
+from comparison.inference import Estimate, Verdict, adjust, difference, estimate
+from comparison.runs import RunSummary
+from model_config import ModelConfig, did_you_mean
+from training.command_line import Failure, UsageError
+from training.train_config import KEYS
+
+METRICS = {"val_loss": "validation loss", "best_val_loss": "best validation loss", "bits_per_byte": "bits per byte",
+           "train_loss": "training loss"}   # all: less is better
+
+# Configuration keys that make no two experiments: what is only watched or executed otherwise, what the seeds decide,
+# and what enters by its effect (the model's fingerprint, the dataset's, steps, tokens a step, the compute dtype).
+_BY_EFFECT = {"dataset", "batch_size", "gradient_accumulation_steps", "total_batch_tokens", "max_iters", "max_tokens",
+              "epochs", "arch_preset", "data_seed"} | set(ModelConfig.__dataclass_fields__)
+_NO_EXPERIMENT = _BY_EFFECT | {name for name, key in KEYS.items() if name != "patience" and
+                               key.metadata.get("group") in ("run", "watching", "execution")}
+
+
+class NotComparable(Failure):
+    """Runs that cannot be set side by side; a sentence a line, each naming two runs."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a run cannot be compared with the others, in a sentence that names one of them."""
+
+    run: str
+    reason: str     # in a word or two
+    sentence: str
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but seeds and what changes no result: repetitions of one experiment.
+
+    `name` may be replaced (dataclasses.replace) by one that says what was varied; names must differ.
+    """
+
+    name: str
+    runs: tuple[RunSummary, ...]
+
+    def values(self, metric: str) -> dict[tuple, float]:
+        """A figure of the runs by (seed, data_seed); unknown ones are left out.
+
+        The same seeds twice are one experiment done again, no repetition: the run that started last counts.
+        """
+        found = {run.seeds: getattr(run, metric) for run in sorted(self.runs, key=lambda run: run.started)}
+        return {seeds: value for seeds, value in found.items() if value is not None}
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """Mean, scatter and interval of a figure over the seeds; None where no run has it."""
+        values = list(self.values(metric).values())
+        return estimate(values) if values else None
+
+    def mean(self, metric: str) -> float | None:
+        """The mean of a figure over the seeds; None where no run has it."""
+        found = self.estimate(metric)
+        return found.mean if found else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two groups compared: `b` against `a`."""
+
+    a: str
+    b: str
+    test: Verdict
+    problems: tuple[str, ...] = ()    # why the two are not comparable, where that was forced
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Groups side by side, best first; made by `compare`."""
+
+    groups: tuple[Group, ...]
+    metric: str
+    baseline: str | None
+    differences: tuple[Difference, ...]
+    problems: tuple[Problem, ...]         # only where they were forced
+    notes: tuple[str, ...]                # what differs besides the model, and what a reader must know
+    component_rows: tuple[tuple, ...]     # (key, value of each group …): what differs in the models
+    config_rows: tuple[tuple, ...]        # the same of everything else in the configuration
+
+    @property
+    def runs(self) -> list[RunSummary]:
+        """All runs, group by group."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Group name → what is particular to it, for sentences and plots; the whole name if nothing less is unique."""
+        names = [group.name for group in self.groups]
+        if any(group.name.partition(" (")[0] != group.runs[0].architecture for group in self.groups):
+            return dict(zip(names, names))
+        heads, tails = zip(*[name.partition(" (")[::2] for name in names])
+        words = [head.split("-") for head in heads]
+        common = set.intersection(*map(set, words))
+        own = ["-".join(word for word in one if word not in common) for one in words]
+        short = [head + (f" ({tail}" if tail and head else tail.removesuffix(")")) for head, tail in zip(own, tails)]
+        usable = all(short) and len(set(short)) == len(names) > 1
+        return dict(zip(names, short if usable else names))
+
+    @property
+    def flagged(self) -> dict[str, str]:
+        """run or group name → why it is not comparable, in a few words."""
+        reasons: dict[str, list[str]] = collections.defaultdict(list)
+        for problem in self.problems:
+            for name in [problem.run] + [g.name for g in self.groups if any(run.name == problem.run for run in g.runs)]:
+                if problem.reason not in reasons[name]:
+                    reasons[name].append(problem.reason)
+        return {name: ", ".join(found) for name, found in reasons.items()}
+
+    @property
+    def best(self) -> Group | None:
+        """The group with the lowest mean of the metric among those that can be compared."""
+        eligible = [g for g in self.groups if g.name not in self.flagged and g.mean(self.metric) is not None]
+        return min(eligible, key=lambda group: group.mean(self.metric)) if len(eligible) > 1 else None
+
+
+# ------------------------------------------------------------------------------------------- grouping
+
+def group_runs(runs: Iterable[RunSummary], by: Iterable[str] = ()) -> list[Group]:
+    """Repetitions together, in the order in which their first runs started.
+
+    One group: the same model fingerprint, dataset, compute dtype, length and configuration but for seeds, out_dir, and
+    the keys of logging and execution. `by`: configuration keys that separate groups all the same (what an ablation
+    varies). A group is named after its model; where several have the same, by what else is different in them.
+    """
+    by = tuple(by)
+    if unknown := [key for key in by if key not in KEYS]:
+        raise UsageError(f"{unknown[0]!r} is not a configuration key{did_you_mean(unknown[0], KEYS)}; runs can only be "
+                         "grouped by those.")
+    members: dict[str, list[RunSummary]] = collections.defaultdict(list)
+    traits: dict[str, dict] = {}
+    for run in runs:
+        found = _traits(run, by)
+        key = json.dumps(found, sort_keys=True, default=str)
+        members[key].append(run)
+        traits[key] = found
+    architectures = {key: found[0].architecture for key, found in members.items()}
+    names = dict(architectures)
+    for architecture, same in itertools.groupby(sorted(members, key=architectures.get), key=architectures.get):
+        same = list(same)
+        if len(same) > 1:
+            different = _different(traits[key] for key in same)
+            for number, key in enumerate(same, start=1):
+                said = ", ".join(f"{trait}={traits[key].get(trait)}" for trait in different)
+                names[key] = f"{architecture} ({said or number})"
+    return [Group(names[key], tuple(members[key])) for key in members]
+
+
+def _traits(run: RunSummary, by: tuple[str, ...]) -> dict[str, Any]:
+    """What makes this run's experiment: runs in which all of this is equal are repetitions of each other."""
+    config = run.config
+    origin = str(config.get("init_from", "scratch"))
+    return {"model": run.fingerprint, "dataset": run.dataset.get("fingerprint"), "dtype": run.dtype,
+            "length": run.length, "tokens_per_step": run.tokens_per_step, "block_size": config.get("block_size"),
+            "init_from": origin if origin.startswith(("weights:", "hf:")) else "scratch",
+            **{key: value for key, value in config.items() if key not in _NO_EXPERIMENT},
+            **{key: config.get(key) for key in by}}
+
+
+def _different(dicts: Iterable[dict]) -> list[str]:
+    """The keys in whose values dicts differ, in their order."""
+    dicts = list(dicts)
+    keys = dict.fromkeys(key for one in dicts for key in one)
+    return [key for key in keys if any(one.get(key) != dicts[0].get(key) for one in dicts)]
+
+
+# ------------------------------------------------------------------------------------------- what is comparable
+
+def problems_between(run: RunSummary, other: RunSummary) -> list[Problem]:
+    """Why the loss of `run` cannot be set against that of `other`, which is taken to be sound."""
+    def problem(reason: str, sentence: str) -> Problem:
+        return Problem(run.name, reason, sentence)
+
+    found = []
+    if not run.finished:
+        found.append(problem("unfinished", f"{run.name} is unfinished ({run.state}), so its loss does not compare with "
+                                           f"that of {other.name} ({other.state})."))
+    elif run.tokens != other.tokens:
+        found.append(problem("other tokens", f"{run.name} was trained on {run.tokens:,} tokens, {other.name} on "
+                                             f"{other.tokens:,}; a longer run has the lower loss whatever the model."))
+    if run.val_loss is None:
+        found.append(problem("no validation loss", f"{run.name} has no finite validation loss to compare with that of "
+                                                   f"{other.name}."))
+    if run.dataset.get("fingerprint") != other.dataset.get("fingerprint"):
+        found += _data_problems(run, other, problem)
+    elif run.val_tokens != other.val_tokens:
+        found.append(problem("other validation set",
+                             f"{run.name} was validated on {_count(run.val_tokens)} tokens, {other.name} on "
+                             f"{_count(other.val_tokens)}; the same --eval_iters (and batch) makes the sets equal."))
+    return found
+
+
+def _data_problems(run: RunSummary, other: RunSummary, problem) -> list[Problem]:
+    """The same for runs whose datasets differ: comparable in bits per byte if only the tokenizer does."""
+    mine, its = (f"{r.dataset.get('name')} ({r.dataset.get('fingerprint')})" for r in (run, other))
+    if not _same_text(run, other):
+        return [problem("other data", f"{run.name} was trained on the dataset {mine}, {other.name} on {its}: losses on "
+                                      "different data do not compare.")]
+    found = []
+    lacking = [r.name for r in (run, other) if r.bits_per_byte is None]
+    if lacking:
+        found.append(problem("other tokenizer",
+                             f"{run.name} and {other.name} have different tokenizers, so only bits per byte compare, "
+                             f"and {' and '.join(lacking)} has none."))
+    partial = [r.name for r in (run, other) if r.val_tokens != r.dataset["splits"]["val"]["tokens"] - 1]
+    if partial:
+        found.append(problem("other validation set",
+                             f"{run.name} and {other.name} have different tokenizers and validated on a part of the "
+                             f"text ({' and '.join(partial)}), which is another part for each; --eval_iters=0 "
+                             "validates on all of it."))
+    return found
+
+
+def _same_text(run: RunSummary, other: RunSummary) -> bool:
+    """Whether two datasets are one text in two tokenizers: as many bytes and documents in each split."""
+    sizes = []
+    for dataset in (run.dataset, other.dataset):
+        splits = dataset.get("splits") or {}
+        sizes.append({name: (split.get("bytes"), split.get("documents")) for name, split in splits.items()})
+    tokenizers = [(r.dataset.get("tokenizer") or {}).get("fingerprint") for r in (run, other)]
+    return bool(sizes[0]) and sizes[0] == sizes[1] and None not in tokenizers and tokenizers[0] != tokenizers[1]
+
+
+def find_problems(runs: Sequence[RunSummary], reference: Sequence[RunSummary] = ()) -> list[Problem]:
+    """What keeps these runs from being compared, each against one that most others agree with.
+
+    reference: the runs among which that one is looked for (a baseline's).
+    """
+    if len(runs) < 2:
+        return []
+    candidates = {}
+    for run in reference or runs:   # one of each kind is enough
+        kind = (run.finished, run.tokens, run.dataset.get("fingerprint"), run.val_tokens, run.val_loss is None)
+        candidates.setdefault(kind, run)
+    found = [[problem for run in runs if run is not sound for problem in problems_between(run, sound)] +
+             [problem for problem in problems_between(sound, next(run for run in runs if run is not sound))
+              if problem.reason in ("unfinished", "no validation loss")]
+             for sound in candidates.values()]
+    return min(found, key=lambda problems: len({problem.run for problem in problems}))
+
+
+def _count(number: int | None) -> str:
+    return "an unknown number of" if number is None else f"{number:,}"
+
+
+# ------------------------------------------------------------------------------------------- comparing
+
+def compare(groups: Sequence[Group], baseline: str | None = None, *, metric: str | None = None,
+            force: bool = False) -> Comparison:
+    """Groups set side by side: differences with error bars, best first.
+
+    baseline: a group's name (or a part of one that no other has, its preset, the out_dir of one of its runs): every
+    other group is compared with it; without one, each with each. metric: 'val_loss' (default), 'best_val_loss',
+    'bits_per_byte' (default where tokenizers differ), 'train_loss'. Raises NotComparable, unless `force`: then those
+    runs are flagged. UsageError for a baseline or metric that is not there.
+    """
+    if not groups:
+        raise Failure("There are no runs to compare; train some with train.py, or name their folders.")
+    base = _find_baseline(groups, baseline) if baseline is not None else None
+    runs = [run for group in groups for run in group.runs]
+    problems = find_problems(runs, base.runs if base else ())
+    if problems and not force:
+        raise NotComparable("\n".join(_refusal(runs, problems)))
+    tokenized_otherwise = len({run.dataset.get("fingerprint") for run in runs}) > 1 and all(
+        run.bits_per_byte is not None for run in runs)
+    metric = metric or ("bits_per_byte" if tokenized_otherwise else "val_loss")
+    if metric not in METRICS:
+        raise UsageError(f"metric={metric!r} is not one of {', '.join(METRICS)}.")
+    values = {group.name: group.values(metric) for group in groups}
+    ordered = sorted(groups, key=lambda group: (group.mean(metric) is None, group.mean(metric)))
+    pairs = [(base, group) for group in ordered if group is not base] if base else itertools.combinations(ordered, 2)
+    pairs = [(a, b) for a, b in pairs if values[a.name] and values[b.name]]
+    tests = adjust([difference(values[a.name], values[b.name]) for a, b in pairs])
+    sentences = {run.name: [p.sentence for p in problems if p.run == run.name] for run in runs}
+    differences = tuple(Difference(a.name, b.name, test,
+                                   tuple(s for group in (a, b) for run in group.runs for s in sentences[run.name]))
+                        for (a, b), test in zip(pairs, tests))
+    components, others = _rows(ordered)
+    return Comparison(tuple(ordered), metric, base.name if base else None, differences, tuple(problems),
+                      tuple(_notes(ordered, others)), components, others)
+
+
+def _find_baseline(groups: Sequence[Group], wanted: str) -> Group:
+    """The group of this name. Raises UsageError where none or several could be meant."""
+    def places(run: RunSummary) -> set[str]:
+        return {run.name, str(run.paths[-1].parent), run.paths[-1].parent.name, str(run.config.get("out_dir"))}
+
+    for fits in (lambda group: group.name == wanted,
+                 lambda group: any(wanted.rstrip("/") in places(run) for run in group.runs),
+                 lambda group: any(run.config.get("arch_preset") == wanted for run in group.runs),
+                 lambda group: wanted in group.name):
+        found = [group for group in groups if fits(group)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
+    names = ", ".join(group.name for group in found or groups)
+    raise UsageError(f"--baseline={wanted!r} could mean several groups: {names}. Give a whole name." if found else
+                     f"--baseline={wanted!r} is none of the groups: {names}.")
+
+
+def _refusal(runs: Sequence[RunSummary], problems: Sequence[Problem], shown: int = 20) -> list[str]:
+    """The sentences, and what to do."""
+    lines = [problem.sentence for problem in problems[:shown]]
+    if len(problems) > shown:
+        lines.append(f"… and {len(problems) - shown} more of that kind.")
+    bad = {problem.run for problem in problems}
+    good = [run.name for run in runs if run.name not in bad]
+    advice = "--force compares all the same, with these runs flagged"
+    if len(good) > 1:
+        advice += f"; comparable are: {' '.join(good[:shown])}{' …' if len(good) > shown else ''}"
+    return [*lines, advice + "."]
+
+
+def _rows(groups: Sequence[Group]) -> tuple[tuple[tuple, ...], tuple[tuple, ...]]:
+    """What differs between groups: (rows of the models, rows of everything else), each (key, value of each group …)."""
+    def values(group: Group, get) -> Any:
+        seen = list(dict.fromkeys(json.dumps(get(run), default=str) for run in group.runs))
+        return json.loads(seen[0]) if len(seen) == 1 else " | ".join(str(json.loads(text)) for text in seen)
+
+    def differing(getters: dict[str, Any]) -> tuple[tuple, ...]:
+        rows = [(key, *[values(group, get) for group in groups]) for key, get in getters.items()]
+        return tuple(row for row in rows if any(value != row[1] for value in row[1:]))
+
+    def of(attribute: str, key: str):
+        return lambda run: getattr(run, attribute).get(key)
+
+    runs = [run for group in groups for run in group.runs]
+    models = {key: of("model", key) for key in dict.fromkeys(key for run in runs for key in run.model)}
+    models |= {"N": lambda run: run.parameters, "FLOPs/token": lambda run: run.flops_per_token}
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    others = {key: of("config", key) for key in keys
+              if key not in models and key not in ("seed", "data_seed", "out_dir", "notice", "eval_only")}
+    others |= {"dataset fingerprint": of("dataset", "fingerprint"), "compute dtype": lambda run: run.dtype,
+               "hardware": lambda run: run.hardware}
+    return differing(models), differing(others)
+
+
+def _notes(groups: Sequence[Group], config_rows: Sequence[tuple]) -> list[str]:
+    """What a reader must know about the comparison, a sentence each."""
+    notes = []
+    runs = [run for group in groups for run in group.runs]
+    important = [row[0] for row in config_rows if row[0] in KEYS and row[0] not in _NO_EXPERIMENT]
+    important += [row[0] for row in config_rows if row[0] in ("compute dtype", "init_from")]
+    if important and len({group.runs[0].fingerprint for group in groups}) > 1:
+        notes.append(f"The groups differ in more than the model: {', '.join(important)}.")
+    if len({run.config.get("block_size") for run in runs}) > 1:
+        notes.append("Context lengths differ, so the validation windows do too.")
+    if len({run.hardware for run in runs}) > 1:
+        notes.append("tok/s, MFU, memory and time are of different hardware.")
+    for group in groups:
+        again = len(group.runs) - len({run.seeds for run in group.runs})
+        if again:
+            notes.append(f"{group.name}: {again} run{'s' * (again > 1)} with seeds that another has too; of equal "
+                         "seeds the last run counts.")
+    said: dict[str, list[str]] = collections.defaultdict(list)
+    for run in runs:
+        for note in run.notes:
+            said[note].append(run.name)
+    return notes + [f"{names[0] if len(names) == 1 else f'{len(names)} runs, {names[0]} first'}: {note}."
+                    for note, names in said.items()]
