@@ -4,7 +4,7 @@ A *unit* is what is gathered and reduced together: each block, and what is aroun
 losses; they differ in what each process keeps and in how often the units travel:
 
     strategy  weights, optimizer state   gathered                       gradients summed
-    ddp       whole in every process     never                          once a step
+    ddp       whole in every process     (not sent; a copy once a step) once a step
     zero1     1/W in each                once a step                    once a step
     zero2     1/W in each                once a step                    every micro-batch, into shards
     fsdp      1/W in each                twice a micro-batch, a unit    every micro-batch, into shards
@@ -172,11 +172,13 @@ def choose(config, model_config, world: World, device: torch.device, dtype: str)
         return "none", ""
     from flops_parameter_counting.memory import estimate_memory
     available = memory_of(device, world)
+    sequences = config.sequences_per_iteration(model_config.block_size)
+    micro_batches = -(-sequences // (world.size * config.batch_size))  # of one process
     for name in ("ddp", "zero1", "zero2", "fsdp"):
         needed = estimate_memory(
             model_config, batch_size=config.batch_size, dtype=dtype, checkpointing=config.activation_checkpointing,
             optimizer=config.optimizer, parallelism=name, world_size=world.size, device=device.type,
-            gradient_accumulation_steps=config.gradient_accumulation_steps).total
+            gradient_accumulation_steps=micro_batches).total
         if needed <= 0.9 * available:
             return name, (f"parallelism={name} (auto): {STRATEGIES[name].summary}; about {needed / 1e9:.1f} of "
                           f"{available / 1e9:.1f} GB a process")
