@@ -1,4 +1,5 @@
-"""Parameters, FLOPs, memory, time and hardware peaks: the only place where any of them is computed.
+"""Parameters, FLOPs, memory, time, scaling laws and hardware peaks: the only place where any of them is computed.
 
-Everyone may ask this package; it knows `ModelConfig` and nothing of training.
+Everyone may ask these modules; they know `ModelConfig` and nothing of training. `detailed_cost_analysis.py` (with its
+tables in `cost_report.py`) is a command, and like every command may read recipes and other configurations.
 """

@@ -34,7 +34,8 @@ class _Device:
     """One row: `name` is a regular expression for the whole device name; peaks are dense TFLOP/s, None if not published.
 
     Vendors print tensor-core figures with 2:4 sparsity, which training cannot use: twice what stands here.
-    fp16 and fp8 are with fp32 accumulation, as PyTorch uses them (GeForce cards are slower so).
+    fp16 and fp8 are with fp32 accumulation, as PyTorch uses them (GeForce cards are slower so). `compared`: what the
+    row was held against; one that says "not verified" there wants its datasheet looked up.
     """
 
     name: str
@@ -44,11 +45,19 @@ class _Device:
     tf32: float | None = None
     fp32: float | None = None
     fp8: float | None = None
+    compared: str = "the vendor's table as quoted elsewhere"
+
+    @property
+    def cited(self) -> str:
+        """The source, with a warning where the row was never compared with it."""
+        return self.source + (" (not verified)" if "not verified" in self.compared else "")
 
 
-_AMPERE_WHITEPAPER = "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix"
+_GA102_WHITEPAPER = "NVIDIA Ampere GA102 GPU Architecture whitepaper v2"
+_ADA_WHITEPAPER = "NVIDIA Ada GPU Architecture whitepaper, appendix A"
 _H100_DATASHEET = "NVIDIA H100 Tensor Core GPU datasheet"
 _H200_DATASHEET = "NVIDIA H200 Tensor Core GPU datasheet"
+_V100_DATASHEET = "NVIDIA V100 Tensor Core GPU datasheet"
 _BLACKWELL_DATASHEET = "NVIDIA Blackwell datasheet, individual GPU specifications"
 
 # Matched whole, so that a Laptop, Ti or "D" variant, a vGPU or a MIG slice is unknown rather than wrong.
@@ -57,9 +66,11 @@ _DEVICES = (
     _Device(r"GB200", _BLACKWELL_DATASHEET, bf16=2500, fp16=2500, tf32=1250, fp32=80, fp8=5000),
     _Device(r"B200", _BLACKWELL_DATASHEET, bf16=2250, fp16=2250, tf32=1100, fp32=75, fp8=4500),
     _Device(r"GH200 (480GB|120GB|144G HBM3e)", "NVIDIA GH200 Grace Hopper Superchip datasheet",
-            bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
+            bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979,
+            compared="not verified: the figures of the H100 SXM, whose GH100 chip it carries"),
     _Device(r"H200", _H200_DATASHEET, bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
-    _Device(r"H200 NVL", _H200_DATASHEET, bf16=835, fp16=835, tf32=417, fp32=60, fp8=1670),
+    _Device(r"H200 NVL", _H200_DATASHEET, bf16=835, fp16=835, tf32=417, fp32=60, fp8=1670,
+            compared="bf16 as quoted elsewhere; the other columns, of the H100 NVL with the same chip: not verified"),
     _Device(r"H100 80GB HBM3", _H100_DATASHEET + " (SXM)", bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
     _Device(r"H100 NVL", _H100_DATASHEET + " (NVL)", bf16=835, fp16=835, tf32=417, fp32=60, fp8=1670),
     _Device(r"H100 PCIe", _H100_DATASHEET + " (PCIe)", bf16=756, fp16=756, tf32=378, fp32=51, fp8=1513),
@@ -68,18 +79,17 @@ _DEVICES = (
             bf16=312, fp16=312, tf32=156, fp32=19.5),
     _Device(r"A40", "NVIDIA A40 datasheet", bf16=149.7, fp16=149.7, tf32=74.8, fp32=37.4),
     _Device(r"A10", "NVIDIA A10 Tensor Core GPU datasheet", bf16=125, fp16=125, tf32=62.5, fp32=31.2),
-    _Device(r"RTX A6000", _AMPERE_WHITEPAPER, bf16=154.8, fp16=154.8, tf32=77.4, fp32=38.7),
-    _Device(r"GeForce RTX 3090", _AMPERE_WHITEPAPER, bf16=71, fp16=71, tf32=35.6, fp32=35.6),
-    _Device(r"GeForce RTX 4090", "NVIDIA Ada GPU Architecture whitepaper, appendix",
-            bf16=165.2, fp16=165.2, tf32=82.6, fp32=82.6, fp8=330.3),
+    _Device(r"RTX A6000", _GA102_WHITEPAPER + ", table 3", bf16=154.8, fp16=154.8, tf32=77.4, fp32=38.7),
+    _Device(r"GeForce RTX 3090", _GA102_WHITEPAPER + ", appendix A", bf16=71, fp16=71, tf32=35.6, fp32=35.6),
+    _Device(r"GeForce RTX 4090", _ADA_WHITEPAPER, bf16=165.2, fp16=165.2, tf32=82.6, fp32=82.6, fp8=330.3),
     _Device(r"L40S", "NVIDIA L40S datasheet", bf16=362.05, fp16=362.05, tf32=183, fp32=91.6, fp8=733),
     _Device(r"L40", "NVIDIA L40 datasheet", bf16=181.05, fp16=181.05, tf32=90.5, fp32=90.5, fp8=362),
     _Device(r"L4", "NVIDIA L4 Tensor Core GPU datasheet", bf16=121, fp16=121, tf32=60, fp32=30.3, fp8=242.5),
     _Device(r"T4", "NVIDIA T4 Tensor Core GPU datasheet", fp16=65, fp32=8.1),
-    _Device(r"V100-SXM2-(16|32)GB", "NVIDIA V100 Tensor Core GPU datasheet (NVLink)", fp16=125, fp32=15.7),
-    _Device(r"V100-PCIE-(16|32)GB", "NVIDIA V100 Tensor Core GPU datasheet (PCIe)", fp16=112, fp32=14),
-    _Device(r"V100S-PCIE-32GB", "NVIDIA V100 Tensor Core GPU datasheet (V100S)", fp16=130, fp32=16.4),
-    _Device(r"Instinct MI300X( VF| OAM)?", "AMD Instinct MI300X data sheet",
+    _Device(r"V100-SXM2-(16|32)GB", _V100_DATASHEET + " (NVLink)", fp16=125, fp32=15.7),
+    _Device(r"V100-PCIE-(16|32)GB", _V100_DATASHEET + " (PCIe)", fp16=112, fp32=14),
+    _Device(r"V100S-PCIE-32GB", _V100_DATASHEET + " (V100S)", fp16=130, fp32=16.4),
+    _Device(r"Instinct MI300X( VF| OAM)?", "AMD Instinct MI300X data sheet (AMD footnote MI300-18)",
             bf16=1307.4, fp16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9),
 )
 
@@ -96,8 +106,75 @@ def peak_flops(device_name: str, dtype_name: str) -> Peak | None:
     for device in _DEVICES:
         if column and re.fullmatch(rf"((NVIDIA|Tesla|AMD) )*({device.name})", device_name.strip(), re.IGNORECASE):
             tflops = getattr(device, column)
-            return None if tflops is None else Peak(tflops * 1e12, device.source)
+            return None if tflops is None else Peak(tflops * 1e12, device.cited)
     return None
+
+
+# ---------------------------------------------------------------------------------------- names people use
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU one can buy: the name people use, the name CUDA or ROCm reports, and its memory in GB as sold."""
+
+    name: str
+    reported: str
+    memory_gb: int
+
+    def peak(self, dtype_name: str) -> Peak | None:
+        """Its dense peak in a dtype, None where none is published."""
+        return peak_flops(self.reported, dtype_name)
+
+
+# Of several that fit a short name, the first is meant: what a data centre most likely has.
+GPUS = tuple(Gpu(*row) for row in (
+    ("H100 SXM", "NVIDIA H100 80GB HBM3", 80), ("H100 PCIe", "NVIDIA H100 PCIe", 80),
+    ("H100 NVL", "NVIDIA H100 NVL", 94),
+    ("H200 SXM", "NVIDIA H200", 141), ("H200 NVL", "NVIDIA H200 NVL", 141),
+    ("B200", "NVIDIA B200", 180), ("GB200", "NVIDIA GB200", 186), ("GH200", "NVIDIA GH200 480GB", 96),
+    ("H20", "NVIDIA H20", 96), ("H20-3e", "NVIDIA H20-3e", 141),
+    ("A100 SXM 80GB", "NVIDIA A100-SXM4-80GB", 80), ("A100 SXM 40GB", "NVIDIA A100-SXM4-40GB", 40),
+    ("A100 PCIe 80GB", "NVIDIA A100 80GB PCIe", 80), ("A100 PCIe 40GB", "NVIDIA A100-PCIE-40GB", 40),
+    ("A40", "NVIDIA A40", 48), ("A10", "NVIDIA A10", 24), ("RTX A6000", "NVIDIA RTX A6000", 48),
+    ("L40S", "NVIDIA L40S", 48), ("L40", "NVIDIA L40", 48), ("L4", "NVIDIA L4", 24), ("T4", "Tesla T4", 16),
+    ("RTX 4090", "NVIDIA GeForce RTX 4090", 24), ("RTX 3090", "NVIDIA GeForce RTX 3090", 24),
+    ("V100 SXM2 32GB", "Tesla V100-SXM2-32GB", 32), ("V100 SXM2 16GB", "Tesla V100-SXM2-16GB", 16),
+    ("V100 PCIe 32GB", "Tesla V100-PCIE-32GB", 32), ("V100 PCIe 16GB", "Tesla V100-PCIE-16GB", 16),
+    ("V100S PCIe 32GB", "Tesla V100S-PCIE-32GB", 32), ("MI300X", "AMD Instinct MI300X", 192),
+))
+
+_BRANDS = {"nvidia", "amd", "tesla", "geforce", "instinct", "gpu"}
+_VARIANT = re.compile(r"(\d+gb|sxm|pcie|nvl|rtx)$")  # words that name no GPU by themselves
+
+
+def find_gpu(name: str) -> tuple[Gpu, list[str]]:
+    """A name as people write it ('H100', 'a100-80gb', '4090', or the one CUDA reports) → the GPU, and the names of
+    others that it fits too. Raises ValueError with the nearest names where it fits none.
+    """
+    for gpu in GPUS:
+        if name.strip().lower() in (gpu.reported.lower(), gpu.name.lower()):
+            return gpu, []
+    words = _words(name)
+    named = any(not _VARIANT.match(word) for word in words)
+    fitting = [gpu for gpu in GPUS if named and (words <= _words(gpu.name) | _words(gpu.reported)
+                                                 or _squeezed(name) == _squeezed(gpu.name))]
+    if not fitting:
+        import difflib
+        short = {gpu.name.lower(): gpu.name for gpu in GPUS}
+        near = difflib.get_close_matches(name.lower(), short, n=3, cutoff=0.4)
+        hint = f"nearest: {', '.join(short[key] for key in near)}; " if near else ""
+        raise ValueError(f"{name!r} is no GPU whose figures are known here ({hint}known: "
+                         f"{', '.join(gpu.name for gpu in GPUS)}).")
+    return fitting[0], [gpu.name for gpu in fitting[1:]]
+
+
+def _squeezed(name: str) -> str:
+    return "".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def _words(name: str) -> set[str]:
+    """'A100-SXM4-80GB' → {'a100', 'sxm', '80gb'}: what tells GPUs apart, brands and socket generations left out."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"(?i)(?<=\d) gb\b", "gb", name).lower())
+    return {re.sub(r"^sxm\d$", "sxm", word) for word in words} - _BRANDS
 
 
 # ---------------------------------------------------------------------------------------- measured peak

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flops_parameter_counting import hardware
-from flops_parameter_counting.hardware import best_dtype, cpu_flags, device_peak, measure_cpu_peak, peak_flops
+from flops_parameter_counting.hardware import (GPUS, best_dtype, cpu_flags, device_peak, find_gpu, measure_cpu_peak,
+                                               peak_flops)
 
 # Names as torch.cuda.get_device_name gives them, and dense TFLOP/s of bfloat16 (float16 where there is no bfloat16) to the
 # precision they are usually quoted in, apart from the table.
@@ -57,6 +58,53 @@ def test_the_peaks_of_a_device_stand_in_the_ratios_of_its_tensor_cores(device):
     if device.fp8:
         assert device.fp8 == pytest.approx(2 * device.bf16, rel=0.02)
     assert device.fp32 <= (device.tf32 or device.fp16)
+
+
+@pytest.mark.parametrize("device", hardware._DEVICES, ids=lambda device: device.name)
+def test_every_row_names_its_source_and_says_where_it_was_not_compared_with_it(device):
+    assert device.source and device.compared
+    assert ("(not verified)" in device.cited) == ("not verified" in device.compared)
+
+
+@pytest.mark.parametrize("name, tflops", [("B200", 4500), ("H100 SXM", 1979), ("H200 SXM", 1979), ("H100 NVL", 1671),
+                                          ("H100 PCIe", 1513), ("L4", 242), ("GB200", 5000), ("A100", 624)])
+def test_peaks_are_dense_half_of_what_the_datasheets_print_with_sparsity(name, tflops):
+    assert find_gpu(name)[0].peak("bfloat16").flops / 1e12 == pytest.approx(tflops / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_every_gpu_that_can_be_named_has_a_peak_and_is_found_by_its_names(gpu):
+    assert gpu.peak("bfloat16") or gpu.peak("float16")
+    for name in (gpu.name, gpu.reported, gpu.name.lower(), f" {gpu.name} "):
+        assert find_gpu(name) == (gpu, [])
+
+
+@pytest.mark.parametrize("name, taken, others", [
+    ("H100", "H100 SXM", {"H100 PCIe", "H100 NVL"}), ("H200", "H200 SXM", {"H200 NVL"}), ("4090", "RTX 4090", set()),
+    ("A100", "A100 SXM 80GB", {"A100 SXM 40GB", "A100 PCIe 80GB", "A100 PCIe 40GB"}), ("a100-40gb", "A100 SXM 40GB",
+                                                                                       {"A100 PCIe 40GB"}),
+    ("A100 80 GB PCIe", "A100 PCIe 80GB", set()), ("h100-sxm5", "H100 SXM", set()), ("RTX4090", "RTX 4090", set()),
+    ("NVIDIA GeForce RTX 3090", "RTX 3090", set()), ("A6000", "RTX A6000", set()), ("L40", "L40", set()),
+    ("H20", "H20", set()),
+    ("B200", "B200", set()), ("T4", "T4", set()), ("mi300x", "MI300X", set()), ("Nvidia H100 NVL", "H100 NVL", set())])
+def test_a_short_name_finds_the_gpu_and_says_what_else_it_fits(name, taken, others):
+    gpu, also = find_gpu(name)
+    assert gpu.name == taken and set(also) == others
+
+
+@pytest.mark.parametrize("name, nearest", [("H1000", "H100 SXM"), ("RTX 5090", "RTX 4090"), ("A1000", "A10"), ("", "known"),
+                                           ("80GB", "known"), ("SXM", "known"), ("NVIDIA", "known"), ("RTX", "known"),
+                                           ("H100 80GB PCIe MIG 1g.10gb", "known")])
+def test_a_name_that_fits_none_is_refused_with_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=rf"is no GPU whose figures are known here.*{nearest}"):
+        find_gpu(name)
+
+
+def test_fp8_and_tf32_have_columns_of_their_own():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "fp8").flops == 1979e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float8_e4m3fn") == peak_flops("NVIDIA H100 80GB HBM3", "fp8")
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "tf32").flops == 156e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp8") is None  # Ampere has none
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
