@@ -165,7 +165,7 @@ class _Plan:
 
     'none' casts parameters inside the blocks (the pieces show it). All others are FSDP2's `fully_shard` over units:
     each block, embedding and head (together where they are tied). A unit's parameters are gathered in the compute
-    dtype, of `size` bytes a number; its gradients come out in it and are reduced in fp32. 'fsdp' and 'hsdp' gather a
+    dtype, of `size` bytes a number, but the embedding's unit in fp32; its gradients come out so and are reduced in fp32. 'fsdp' and 'hsdp' gather a
     unit when it is at work, and the next one meanwhile; the others keep what they gathered until the last backward is
     through with it. 'ddp' and 'zero1' reduce after the last micro-batch only, and add the others up whole, in fp32.
     """
@@ -188,6 +188,10 @@ class _Plan:
         ends = (0, len(self.chain) - 1)
         return 0 if not 0 <= place < len(self.chain) or (self.tied and place in ends) else self.chain[place].parameters
 
+    def gathered(self, place: int) -> int:
+        """Bytes of that unit when it is gathered."""
+        return (4 if place == 0 else self.size) * self.unit(place)
+
     @property
     def root(self) -> int:
         """Numbers of the unit that embedding and head make where they are tied; there from the first to the last."""
@@ -205,31 +209,31 @@ class _Plan:
         if self.strategy == "none":
             return old
         kept = self.strategy in ("ddp", "zero1", "zero2")
-        here = sum(map(self.unit, range(0 if kept else place, place + 2)))
-        return old + Counter({"weights (compute dtype)": self.size * (self.root + here)})
+        here = sum(map(self.gathered, range(0 if kept else place, place + 2)))
+        return old + Counter({"weights (compute dtype)": 4 * self.root + here})
 
     def in_backward(self, place: int) -> Counter:
         """Gathered parameters; gradients of the micro-batches before or of the pieces behind, and those in transit.
 
         The head's gradient of a tied table waits for the embedding's. Their sum is a third tensor, unless the first was
-        cast ('none' in half precision) and may be written into.
+        cast (in half precision) and may be written into.
         """
         behind = sum(piece.parameters for piece in self.chain[place + 1:])
-        adding = self.size * self.tied if place == 0 else 0
+        adding = self.tied * 4 if place == 0 and self.size == 4 else 0
         if self.strategy == "none":
             waiting = self.tied if behind else 0
             return Counter({"gradients": 4 * (self.parameters + waiting if self.accumulates else behind),
-                            "temporaries": adding if self.size == 4 else 0})
+                            "temporaries": adding})
         head = self.chain[-1].parameters if self.tied and behind else 0
         held = self.gradients(self.parameters if self.accumulates else behind - head)
-        held += Counter({"gradients": self.size * head})
+        held += Counter({"gradients": 4 * head})
         if self.strategy in ("fsdp", "hsdp"):
-            here = self.unit(place) + self.unit(place - 1)
+            here = self.gathered(place) + self.gathered(place - 1)
         else:
-            here = sum(map(self.unit, range(len(self.chain) if self.accumulates else place + 1)))
+            here = sum(map(self.gathered, range(len(self.chain) if self.accumulates else place + 1)))
         once = self.strategy in ("ddp", "zero1") and self.accumulates
         leaving = 0 if once else 4 * (self.root if place == 0 and self.tied else self.unit(place + 1))
-        return held + Counter({"weights (compute dtype)": self.size * (self.root + here), "communication": leaving,
+        return held + Counter({"weights (compute dtype)": 4 * self.root + here, "communication": leaving,
                                "temporaries": adding})
 
     def in_update(self) -> Counter:

@@ -65,11 +65,12 @@ def measured_pieces(config: ModelConfig, batch_size: int, context: int, dtype: s
                     cast: bool) -> tuple[list[Piece], int]:
     """Embedding, every block, head with loss, each measured; and the bytes of the position tables they share.
 
-    `cast`: parameters are in the compute dtype already, as a sharding strategy gathers them.
+    `cast`: parameters are in the compute dtype already, as a sharding strategy gathers them; but for the embedding's, and
+    the head's if it is tied to it, which are gathered as they are stored.
     """
     compute_dtype = DTYPES[dtype]
 
-    def made(module: nn.Module) -> nn.Module:
+    def made(module: nn.Module, cast: bool = cast) -> nn.Module:
         if cast:
             for child in module.modules():
                 for name, parameter in child.named_parameters(recurse=False):
@@ -79,7 +80,7 @@ def measured_pieces(config: ModelConfig, batch_size: int, context: int, dtype: s
         return module
 
     with FakeTensorMode(), torch.device("cpu"), torch.enable_grad():  # whatever the caller has set
-        front = made(_Front(config, compute_dtype))
+        front = made(_Front(config, compute_dtype), cast=False)
         ids = torch.zeros(batch_size, context, dtype=torch.int64)
         x = torch.empty(batch_size, context, config.n_embd, dtype=compute_dtype, requires_grad=True)
         tables = front.position.tables(torch.arange(context))
@@ -90,7 +91,7 @@ def measured_pieces(config: ModelConfig, batch_size: int, context: int, dtype: s
                 _as_flash(block)
             run = _checkpointed(block, checkpointing)
             measured[name] = _measure(block, lambda x: _Incoming.apply(run(x, tables, None)), x, "residual stream")
-        tail = made(_Tail(config, CHUNK_BYTES[device]))
+        tail = made(_Tail(config, CHUNK_BYTES[device]), cast and not config.weight_tying)
         measured["tail"] = _measure(tail, tail, x, "residual stream", (config.vocab_size, config.padded_vocab_size))
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
                 for t in (tables if isinstance(tables, tuple) else (tables,)) if isinstance(t, Tensor)}

@@ -13,13 +13,14 @@ losses; they differ in what each process keeps and in how often the units travel
                                                                         W/S groups once a step
 
 (Rajbhandari et al. 2020, ZeRO; Zhao et al. 2023, PyTorch FSDP.) Weights and optimizer state are fp32 shards; under bf16 the
-gathered copy is bf16 and gradients are reduced in fp32.
+gathered copy is bf16, but for the unit with the embedding's table, which is gathered as it is stored. Gradients are
+reduced in fp32.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterable, Iterator, TypeVar
 
 import torch
@@ -86,10 +87,12 @@ class Sharded(Alone):
             mesh = init_device_mesh(device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
         else:
             mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
-        policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
+        as_stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = as_stored if dtype == torch.float32 else replace(as_stored, param_dtype=dtype)
         for unit in units(model):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=not self.strategy.keeps_gathered, mp_policy=policy)
+            looked_up = unit is model.embedding or (unit is model and model.config.weight_tying)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=not self.strategy.keeps_gathered,
+                        mp_policy=as_stored if looked_up else policy)  # a frequent token's gradients add up in fp32
         self.units = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
         for unit in self.units:  # the loss is divided by all tokens of the global batch already: gradients only add up
             unit.set_gradient_divide_factor(1.0)
@@ -105,7 +108,6 @@ class Sharded(Alone):
                 model.set_requires_gradient_sync(last)
             if strategy.keeps_gathered:
                 model.set_reshard_after_backward(last)
-                model.set_is_last_backward(last)
             if strategy.replicas:
                 model.set_requires_all_reduce(last)
             yield micro_batch
