@@ -16,14 +16,14 @@ from training.train_config import KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
-SMALL = {"shakespeare_char_cpu.py", "quickstart.py"}  # whose vocabulary is their dataset's
+SMALL = {"shakespeare_char_cpu.py", "quickstart.py", "ablation_small.py"}  # whose vocabulary is their dataset's
 
 KNOWN_N = {"full_gpt2_124m.py": 124_439_808, "full_llama_124m.py": 162_220_800, "full_llama_1.36b.py": 1_294_159_104,
            "full_gpt2_1.36b.py": 1_405_452_800, "full_llama3_8b.py": 8_030_261_248, "full_qwen3_1.7b.py": 1_720_574_976}
 TOKENS_PER_ITERATION = {"full_gpt2_124m.py": 12 * 40 * 1024, "full_llama_124m.py": 12 * 40 * 1024,
                         "full_llama_1.36b.py": 8 * 16 * 2048, "full_gpt2_1.36b.py": 8 * 16 * 2048,
                         "full_llama3_8b.py": 512 * 8192, "full_qwen3_1.7b.py": 8 * 16 * 2048,
-                        "quickstart.py": 16 * 128, "shakespeare_char_cpu.py": 12 * 64}
+                        "quickstart.py": 16 * 128, "shakespeare_char_cpu.py": 12 * 64, "ablation_small.py": 16 * 128}
 
 
 def config(name: str):

@@ -20,10 +20,13 @@ def commands(language: str) -> list[str]:
 
 
 def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, capsys):
+    import ablate
+    import compare_architectures
     import convert
     import sample
     import train
     from data.preparation import ensure_prepared, prepare_embedded, prepare_textfile
+    from flops_parameter_counting import detailed_cost_analysis
     from training import checkpoint_commands
     ensure_prepared("pydocs")
     monkeypatch.chdir(tmp_path)
@@ -68,6 +71,12 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
                 code = convert.main(arguments)
             elif program == "sample.py":
                 code = sample.main([*arguments, "--max_new_tokens=5"])
+            elif program == "flops_parameter_counting/detailed_cost_analysis.py":
+                code = detailed_cost_analysis.main(arguments)
+            elif program == "ablate.py":
+                code = ablate.main([*arguments, *TINY, "--max_iters=2", "--block_size=32", "--batch_size=2"])
+            elif program == "compare_architectures.py":
+                code = compare_architectures.main([*arguments, "--force"])
             elif program == "data/pydocs/prepare.py":
                 code = prepare_embedded("pydocs", [*arguments, f"--out={tmp_path / 'pydocs'}"])
             elif program == "data/textfile/prepare.py":
