@@ -57,7 +57,8 @@ class Run:
         sequences, block_size = self.sequences, self.model_config.block_size
         model.train()
         meter.restart()
-        while progress.step < self.length and not progress.out_of_patience(config.patience) and not stop.agree():
+        while (progress.step < self.length and not progress.out_of_patience(config.patience)
+               and not stop.agree(self.saver.failed)):
             meter.lap("start")
             batch = self.loader.batch(progress.sequences, sequences)             # this process's rows, block_size + 1
             meter.lap("data")
@@ -213,6 +214,7 @@ class Run:
         """Nothing, this run's last checkpoint, or somebody's weights; with the configuration that follows from it."""
         from training.checkpoint import CheckpointError, CheckpointStore, read_state
         from training.saving import BackgroundSaver, Saver
+        from training_logger import remove_leftovers
         world = self.world
         store = CheckpointStore(configuration.train.out_dir)
         self.origin = world.from_main(
@@ -249,6 +251,7 @@ class Run:
         else:
             world.from_main(lambda: self.resources.enter_context(store.lock()))
             world.from_main(store.clean)
+            world.from_main(lambda: remove_leftovers(self.config.out_dir))
 
     @property
     def resumes(self) -> bool:

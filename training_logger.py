@@ -193,6 +193,21 @@ def read_run(path: str | os.PathLike) -> dict[str, Any]:
     return rebuild(events) if outcome == "running" and events.exists() else document
 
 
+def remove_leftovers(out_dir: str | os.PathLike) -> None:
+    """Remove what killed training runs left of a document. Only for who holds the out_dir's lock: then they are dead.
+
+    An evaluation needs no lock, and may be writing its own at this moment.
+    """
+    for aside in Path(out_dir).glob(".run_*.json.tmp"):
+        try:
+            log = aside.with_name(aside.name.removeprefix(".").removesuffix(".json.tmp") + ".jsonl")
+            with open(log, encoding="utf-8") as events:
+                if not json.loads(events.readline())["config"]["eval_only"]:
+                    aside.unlink()
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+
+
 def _check_schema(facts: dict[str, Any], path: Path) -> None:
     if facts["schema_version"] > SCHEMA_VERSION:
         raise ValueError(f"{path} has schema version {facts['schema_version']}, this code reads up to {SCHEMA_VERSION}. "

@@ -620,7 +620,7 @@ def test_going_on_from_elsewhere_puts_the_runs_of_out_dir_aside(tmp_path, tiny_d
 def test_a_run_that_is_stopped_before_its_first_step_touches_nothing(tmp_path, tiny_dataset, capsys, monkeypatch):
     assert run(tiny_dataset, tmp_path, "--max_iters=2") == 0
     from training import signals
-    monkeypatch.setattr(signals.StopRequest, "agree", lambda self: bool(self.__dict__.update(name="SIGTERM") or True))
+    monkeypatch.setattr(signals.StopRequest, "agree", lambda self, failed: bool(self.__dict__.update(name="SIGTERM") or True))
     assert run(tiny_dataset, tmp_path, "--max_iters=9", "--seed=3") == 0
     out = capsys.readouterr().out
     assert "Nothing was saved" in out and "To go on" not in out

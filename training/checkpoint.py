@@ -129,6 +129,8 @@ class CheckpointStore:
             shutil.rmtree(moved, ignore_errors=True) if original.exists() else moved.rename(original)
         for leftover in self.folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.folder.glob(".*.new"):
+            leftover.unlink(missing_ok=True)
 
     # --------------------------------------------------------------------------------------- writing
 
@@ -272,15 +274,21 @@ def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[st
     return state
 
 
+def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's files: name → {bytes, sha256, holds}. Raises CheckpointError."""
+    files = _read_json(checkpoint / "manifest.json").get("files")
+    if not isinstance(files, dict) or not files or not all(
+            isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values()):
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
+    return files
+
+
 def verify(checkpoint: Path, holding: str | None = None) -> None:
     """Check every file of a checkpoint against its manifest. Raises CheckpointError at the first that differs.
 
     holding: only the tensor files with this kind of tensors ('model'), and what is not a tensor file.
     """
-    files = _read_json(checkpoint / "manifest.json").get("files")
-    if not isinstance(files, dict) or not files or not all(
-            isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values()):
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
+    files = listed_files(checkpoint)
     wanted = {name: entry for name, entry in files.items()
               if holding is None or holding in entry.get("holds", [holding])}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from training.checkpoint import (FORMAT_VERSION, CheckpointError, CheckpointStore, _entry, _write_json, find_checkpoint,
-                                 kind_of, load_tensors, read_state, tokenizer_files, verify)
+                                 kind_of, listed_files, load_tensors, read_state, tokenizer_files, verify)
 from training.command_line import Parser, UsageError, guarded
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors says
@@ -45,16 +45,16 @@ def inspect(path: str, list_tensors: bool = False) -> int:
         if found is None:
             find_checkpoint(folder)  # says why there is none
         folder = found
-    state, files = read_state(folder), json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-    tensors = read_headers(folder)
-    kinds: dict[str, list[int]] = {}
-    for name, (_, shape, parts) in tensors.items():
-        kinds.setdefault(kind_of(name), []).append(sum(parts))
+    state, files = read_state(folder), listed_files(folder)
     try:
         verify(folder)
         damage = None
     except CheckpointError as error:
         damage = str(error)
+    tensors = read_headers(folder) if damage is None else {}
+    kinds: dict[str, list[int]] = {}
+    for name, (_, shape, parts) in tensors.items():
+        kinds.setdefault(kind_of(name), []).append(sum(parts))
     config, model, progress = state.get("config", {}), state["model"], state.get("progress") or {}
     rows = [("checkpoint", folder), ("intact", damage or "yes, every file has its size and checksum"),
             ("model", f"{model['name']}   (fingerprint {model['fingerprint']})"),

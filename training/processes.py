@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, TypeVar
 
@@ -24,6 +25,7 @@ from training.command_line import Failure, UsageError
 
 T = TypeVar("T")
 LOOK_INTERVAL = 0.5   # seconds between two looks at the others
+MEETING = 300         # seconds that processes wait for each other at the start
 GRACE = 5.0           # seconds that a process which lost contact waits for the reason to become known
 _CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL", "Gloo",
                  "Socket", "gloo")
@@ -176,9 +178,9 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     me, size = (rank(), int(os.environ["WORLD_SIZE"])) if launched() else (0, 1)
     store = _store() if launched() else dist.HashStore()
+    watch = Watch(store, me, size, timeout) if size > 1 else None  # one that fails before it meets us is noticed too
     dist.init_process_group(backend, store=store, rank=me, world_size=size,
                             timeout=datetime.timedelta(seconds=timeout + 60))  # the watch speaks first
-    watch = Watch(store, me, size, timeout) if size > 1 else None
     try:
         yield World(me, size, _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD, watch=watch)
     except RuntimeError as error:
@@ -197,11 +199,53 @@ def _local(name: str, default: int = 0) -> int:
     return int(os.environ.get(f"LOCAL_{name}", default))
 
 
-@functools.cache
 def _store() -> dist.Store:
-    """The key-value store through which the processes of a group find each other."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=300)))
-    return store
+    """The key-value store through which the processes of a group find each other. Raises LostContact."""
+    found = _meeting()
+    if isinstance(found, LostContact):
+        raise found
+    return found
+
+
+@functools.cache
+def _meeting() -> dist.Store | LostContact:
+    """The part of torchrun's store that is these processes' own; or why there is none, found out once."""
+    try:
+        store, me, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING)))
+        return dist.PrefixStore(_name_of_meeting(store, me, size), store)
+    except LostContact as error:
+        return error
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).split(". ")[0]
+        return LostContact(f"rank {rank()} cannot reach the store of its group at {where} ({reason}).")
+
+
+def _name_of_meeting(store: dist.Store, me: int, size: int) -> str:
+    """A name that these processes, and none before them, have for their part of the store.
+
+    torchrun's store outlives the processes that it restarts, with the addresses that they left there; nor are its counts of
+    restarts the same on all machines (pytorch issue 135712). So each says hello with a word of its own, rank 0 writes all
+    words down, and the list stands when every process has found its own word in it.
+    """
+    mine, words, seen, deadline = uuid.uuid4().hex, [], set(), time.monotonic() + MEETING
+    store.set(f"hello/{me}", mine)
+    while time.monotonic() < deadline:
+        if me == 0:
+            here = [other for other in range(size) if store.check([f"hello/{other}"])]
+            words = [store.get(f"hello/{other}").decode() for other in here] if len(here) == size else []
+            store.set("words", " ".join(words))
+        elif store.check(["words"]):
+            words = store.get("words").decode().split()
+        if mine in words:
+            name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+            if store.add(f"{name}/seen", name not in seen) == size:
+                return name
+            seen.add(name)
+        time.sleep(0.01 + size / 1000)
+    absent = [other for other in range(size) if not store.check([f"hello/{other}"])]
+    raise LostContact(f"rank {me} has waited {MEETING} s for the other {size - 1} processes"
+                      + (f"; not here: rank {', '.join(map(str, absent))}." if absent else ", some of which did not answer."))
 
 
 def first_to_say(text: str) -> bool:
@@ -210,7 +254,7 @@ def first_to_say(text: str) -> bool:
         return True
     try:
         return _store().add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1) == 1
-    except RuntimeError:  # nobody there to ask
+    except (RuntimeError, LostContact):  # nobody there to ask
         return True
 
 
@@ -219,8 +263,8 @@ def leave(code: int) -> int:
     if code == 0 or not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return code
     try:
-        _store().compare_set("failed", "", str(rank()))
-    except RuntimeError:
+        _store().compare_set("failed", "", f"{rank()} failed")
+    except (RuntimeError, LostContact):
         pass
     sys.stdout.flush()
     sys.stderr.flush()
@@ -258,31 +302,35 @@ class Watch(threading.Thread):
         while not self._closed.wait(LOOK_INTERVAL):
             silent = time.monotonic() - self.since
             try:
-                self.store.set(f"at/{self.rank}", f"{self.step}\t{self.doing}\t{silent:.0f}")
+                self.store.set(f"at/{self.rank}", f"{self.step}\t{self.doing}\t{_place()}\t{time.time()}")
                 failed = self._failed()
+                if failed is None and not self.patient and silent > self.timeout:
+                    first = self.store.compare_set("failed", "", f"{self.rank} gave up waiting").decode()
+                    if first.startswith(f"{self.rank} "):
+                        self._end(self.stuck(silent))
             except RuntimeError:  # the store went down with its host: the collectives will say so
-                continue
-            if failed is not None and failed != self.rank:
-                self._end(f"rank {self.rank} stops at step {self.step}, because rank {failed} failed.")
-            if not self.patient and silent > self.timeout:
-                self.store.compare_set("failed", "", str(self.rank))
-                self._end(self.stuck(silent))
+                return
+            if failed is not None and not failed.startswith(f"{self.rank} "):
+                self._end(f"rank {self.rank} stops at step {self.step}, because rank {failed}.")
 
-    def _failed(self) -> int | None:
-        return int(self.store.get("failed")) if self.store.check(["failed"]) else None
+    def _failed(self) -> str | None:
+        """'1 failed' or '1 gave up waiting', or None while all is well."""
+        return self.store.get("failed").decode() if self.store.check(["failed"]) else None
 
     def stuck(self, silent: float) -> str:
-        """What to say after so many seconds without progress."""
-        where = {}
+        """What to say after so many seconds without progress: where everybody is, the odd ones out first."""
+        ranks_at: dict[str, list[int]] = {}
         for other in range(self.size):
+            where = "not known"
             if self.store.check([f"at/{other}"]):
-                step, doing, _ = self.store.get(f"at/{other}").decode().split("\t")
-                where[other] = (int(step), doing)
-        behind = [other for other in where if where[other] < where[self.rank] and other != self.rank] or [
-            other for other in where if where[other][0] == min(step for step, _ in where.values())]
-        theirs = ", ".join(f"rank {other} at step {where[other][0]} ({where[other][1]})" for other in behind)
+                step, doing, place, when = self.store.get(f"at/{other}").decode().split("\t")
+                age = time.time() - float(when)
+                where = f"step {step}, {doing}, in {place}" + (f", last heard of {age:.0f} s ago" if age > GRACE else "")
+            ranks_at.setdefault(where, []).append(other)
+        places = "; ".join(f"rank {', '.join(map(str, ranks))}: {where}"
+                           for where, ranks in sorted(ranks_at.items(), key=lambda item: len(item[1])))
         return (f"rank {self.rank} has waited {silent:.0f} s for the other processes at step {self.step} ({self.doing}). "
-                f"Behind the others: {theirs}. Look what hangs there (py-spy dump --pid …); if it only needs longer, raise "
+                f"One of them hangs: {places}. Look there (py-spy dump --pid …); if it only needs longer, raise "
                 "--collective_timeout.")
 
     def explain(self, error: RuntimeError) -> Failure:
@@ -293,10 +341,10 @@ class Watch(threading.Thread):
                 failed = self._failed()
             except RuntimeError:
                 break
-            if failed is not None and failed != self.rank:
-                return LostContact(f"rank {self.rank} stops at step {self.step}, because rank {failed} failed.")
+            if failed is not None and not failed.startswith(f"{self.rank} "):
+                return LostContact(f"rank {self.rank} stops at step {self.step}, because rank {failed}.")
             time.sleep(0.1)
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].split(". ")[0]  # the first sentence
         return LostContact(f"rank {self.rank} lost contact with another process at step {self.step} ({self.doing}): it was "
                            f"killed, or its machine is gone ({reason}). Start again with --init_from=auto; torchrun "
                            "--max-restarts=3 does so by itself.")
@@ -304,3 +352,15 @@ class Watch(threading.Thread):
     def _end(self, text: str) -> None:
         print(f"train.py: {text}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _place() -> str:
+    """Where this process's main thread is: the innermost line outside PyTorch, and the function inside it."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    innermost = frame
+    while frame is not None and "/torch/" in frame.f_code.co_filename.replace(os.sep, "/"):
+        frame = frame.f_back
+    if frame is None:
+        return "PyTorch"
+    called = "" if frame is innermost else f" > {innermost.f_code.co_name}"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}{called}"

@@ -38,13 +38,16 @@ class StopRequest:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def agree(self) -> bool:
-        """Learn what any process was asked, `name` and `save`; every process calls this. Whether to stop."""
+    def agree(self, failed: bool = False) -> bool:
+        """Learn what any process was asked, `name` and `save`; every process calls this. Whether to stop.
+
+        failed: this process has something to raise once all have left the loop (a save in the background came to nothing).
+        """
         save, self._asked_to_save = self._asked_to_save, False
-        stop, self.save = self.world.any(self._asked is not None, save)
+        stop, self.save, failed = self.world.any(self._asked is not None, save, failed)
         if stop:
             self.name = self._asked or "a signal to another process"
-        return stop
+        return stop or failed
 
     def _received(self, number, frame):
         if number == signal.SIGUSR1:
