@@ -80,5 +80,10 @@ def peak_memory_gb(device: torch.device) -> float:
     """Most memory this process has used, in GB (10^9 bytes): allocated on the GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:  # Linux; its ru_maxrss is not less
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e9  # than the parent's
+    except (OSError, StopIteration, ValueError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

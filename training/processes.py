@@ -26,6 +26,7 @@ from training.command_line import Failure, UsageError
 T = TypeVar("T")
 LOOK_INTERVAL = 0.5   # seconds between two looks at the others
 MEETING = 300         # seconds that processes wait for each other at the start
+OWN_WORDS = 2.0       # seconds that a process may go on after another one has failed
 GRACE = 5.0           # seconds that a process which lost contact waits for the reason to become known
 _CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL", "Gloo",
                  "Socket", "gloo")
@@ -277,7 +278,7 @@ class Watch(threading.Thread):
     """Ends this process when another one has failed, or when nothing moves any more: with a message, whatever hangs.
 
     A collective that waits for a dead or stuck process cannot be interrupted from Python; this thread can still speak.
-    Each process publishes where it is, so that the message names who is behind.
+    Each process publishes where it is, so that the message can tell.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float):
@@ -299,6 +300,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look, until closed."""
+        failed_since = None
         while not self._closed.wait(LOOK_INTERVAL):
             silent = time.monotonic() - self.since
             try:
@@ -311,6 +313,9 @@ class Watch(threading.Thread):
             except RuntimeError:  # the store went down with its host: the collectives will say so
                 return
             if failed is not None and not failed.startswith(f"{self.rank} "):
+                failed_since = failed_since or time.monotonic()
+                if time.monotonic() - failed_since < OWN_WORDS:
+                    continue  # it may be about to fail for the same reason, with the exit code that belongs to it
                 self._end(f"rank {self.rank} stops at step {self.step}, because rank {failed}.")
 
     def _failed(self) -> str | None:
