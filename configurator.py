@@ -25,7 +25,7 @@ from training.train_config import ALIASES, EXCLUSIVE, FIXED_ON_RESUME, GROUPS, K
 
 REPOSITORY = Path(__file__).resolve().parent
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that is resumed
-OF_THE_MACHINE = ("parallelism", "hsdp_shard_size")  # a resumed run, elsewhere perhaps, is told these anew
+OF_THE_MACHINE = ("parallelism", "hsdp_shard_size", "collective_timeout")  # a resumed run, elsewhere perhaps, is told these anew
 SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
 
 

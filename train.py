@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+import uuid
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +251,7 @@ class Run:
             self.save_interval = -1
         else:
             world.from_main(lambda: self.resources.enter_context(store.lock()))
+            self.resources.callback(self.saver.leave)
             world.from_main(store.clean)
             world.from_main(lambda: remove_leftovers(self.config.out_dir))
 
@@ -281,7 +283,10 @@ class Run:
         self.peak = None if None in peaks else dataclasses.replace(peaks[0], flops=sum(peak.flops for peak in peaks))
         self.parallelism = self.config.parallelism
         if self.parallelism == "auto":
-            self.parallelism, why = world.from_main(lambda: choose(self.config, self.config.model_config(), world, self.device, self.dtype))
+            self.parallelism, why = world.from_main(lambda: choose(self.config, self.config.model_config(), world, self.device,
+                                                                   self.dtype))
+            if as_before and world.size > 1:  # whatever is free at this moment: a restart changes nothing
+                self.parallelism, why = self.saved.get("parallelism", self.parallelism), ""
             self.notes += [why] if why else []
 
     def open_data(self) -> None:
@@ -429,14 +434,14 @@ def train(configuration: Configuration, resume_command: str) -> int:
         world = resources.enter_context(join(device, timeout=config.collective_timeout,
                                              alone=config.parallelism not in ("auto", "none")))
         run = Run(configuration, world, resources)
-        outcome = "failed"
+        outcome, stop = "failed", StopRequest(world)
         try:
-            with StopRequest(world) as stop:
-                if run.config.eval_only:
-                    run.evaluate()
-                    outcome = "evaluated"
-                else:
-                    run.display.start_bar(run.progress.step, run.length)
+            if run.config.eval_only:
+                run.evaluate()
+                outcome = "evaluated"
+            else:
+                run.display.start_bar(run.progress.step, run.length)
+                with stop:
                     outcome = run.train(stop)
         except Diverged:
             outcome = "diverged"
@@ -560,7 +565,9 @@ def imported_state(folder: Path) -> dict:
 
 def prepare_out_dir(out_dir: str, world: World) -> None:
     """Make the folder and see that every process can write there. Raises OSError or ConfigError with a sentence."""
-    mine = Path(out_dir) / f".probe_{world.rank}"
+    word = world.from_main(lambda: uuid.uuid4().hex)  # another run may be looking at the same folder
+    probes = [Path(out_dir) / f".probe_{word}_{rank}" for rank in range(world.size)]
+    mine = probes[world.rank]
 
     def write() -> None:
         try:
@@ -570,7 +577,7 @@ def prepare_out_dir(out_dir: str, world: World) -> None:
             raise OSError(f"out_dir={out_dir!r} cannot be written: {error.strerror}. Choose another --out_dir.") from error
 
     def see_all() -> None:
-        if not all((Path(out_dir) / f".probe_{rank}").exists() for rank in range(world.size)):
+        if not all(probe.exists() for probe in probes):
             raise ConfigError(f"out_dir={out_dir!r} is not the same folder on every machine: checkpoints are written by all "
                               "processes together. Put it on a file system that all of them share.")
     try:
@@ -609,7 +616,9 @@ def resume_command(argv: list[str]) -> str:
             kept.append(word)
     launcher = ["python"]
     if launched():
-        launcher = ["torchrun", "--standalone", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+        here, nodes = os.environ.get("LOCAL_WORLD_SIZE", "1"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        launcher = ["torchrun", "--standalone" if nodes == 1 else f"--nnodes={nodes}", f"--nproc_per_node={here}"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=HOST:PORT"] if nodes > 1 else []  # on each of them, as before
     return shlex.join([*launcher, "train.py", *kept, "--init_from=resume"])
 
 

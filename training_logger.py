@@ -11,6 +11,7 @@ diverged loss differs from one that was not measured. Inside a list it becomes n
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import functools
 import json
@@ -20,6 +21,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -198,6 +200,10 @@ def remove_leftovers(out_dir: str | os.PathLike) -> None:
 
     An evaluation needs no lock, and may be writing its own at this moment.
     """
+    for probe in Path(out_dir).glob(".probe_*"):  # of a start that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - probe.stat().st_mtime > 5:
+                probe.unlink()
     for aside in Path(out_dir).glob(".run_*.json.tmp"):
         try:
             log = aside.with_name(aside.name.removeprefix(".").removesuffix(".json.tmp") + ".jsonl")

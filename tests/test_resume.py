@@ -75,6 +75,17 @@ def test_resume_from_fp16_continues_the_loss_scale(tmp_path, tiny_dataset):
     assert float(weights(tmp_path / "whole")["loss_scale.scale"]) > 1
 
 
+def test_a_run_that_changes_to_fp16_begins_with_a_loss_scale_and_one_that_leaves_it_has_none(tmp_path, tiny_dataset):
+    short = ("--max_iters=2", "--lr_decay_iters=40")
+    assert run(tmp_path / "fresh", tiny_dataset, "--dtype=float16", *short) == 0
+    assert run(tmp_path / "to", tiny_dataset, "--dtype=float32", *short) == 0
+    assert run(tmp_path / "to", tiny_dataset, "--dtype=float16", "--max_iters=4", "--init_from=resume") == 0
+    expected = float(weights(tmp_path / "fresh")["loss_scale.scale"])
+    assert float(weights(tmp_path / "to")["loss_scale.scale"]) == expected > 1
+    assert run(tmp_path / "to", tiny_dataset, "--dtype=bfloat16", "--max_iters=6", "--init_from=resume") == 0
+    assert float(weights(tmp_path / "to")["loss_scale.scale"]) == 1
+
+
 def test_resume_without_a_config_and_from_a_named_checkpoint(tmp_path, tiny_dataset):
     assert run(tmp_path / "whole", tiny_dataset, "--max_iters=40") == 0
     assert run(tmp_path / "parts", tiny_dataset, "--max_iters=15") == 0

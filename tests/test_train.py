@@ -498,6 +498,39 @@ def test_a_flipped_byte_in_the_only_checkpoint_is_found(tmp_path, tiny_dataset, 
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("environment, launcher", [
+    ({}, "python train.py"),
+    (dict(RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", GROUP_WORLD_SIZE="1"), "torchrun --standalone --nproc_per_node=4 train.py"),
+    (dict(RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", GROUP_WORLD_SIZE="2"),
+     "torchrun --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py")])
+def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch, environment, launcher):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.resume_command(["config/x.py", "--init_from=auto", "--seed=2"]) == (
+        f"{launcher} config/x.py --seed=2 --init_from=resume")
+
+
+def test_two_starts_in_one_folder_do_not_take_it_for_two(tmp_path):
+    """Each looks whether all of its processes see the same folder, and removes what it looked at."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from training.processes import World
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: train.prepare_out_dir(str(tmp_path / "out"), World()), range(300)))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
+    import errno
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="without locks"), CheckpointStore(tmp_path).lock():
+        pass
+
+
 def test_a_damaged_optimizer_stops_a_resume_but_not_the_use_of_the_model(tmp_path, tiny_dataset, capsys):
     assert run(tiny_dataset, tmp_path, "--max_iters=3") == 0
     before, _ = load_model(tmp_path)

@@ -17,6 +17,7 @@ killed save leaves behind is removed at the next start. It can be loaded by any 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -66,6 +67,11 @@ class CheckpointStore:
             except ImportError:  # not a POSIX system: nothing to lock with
                 pass
             except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks (Lustre, some NFS)
+                    warnings.warn(f"{file.parent} is on a file system without locks ({error.strerror}): see to it yourself that "
+                                  "one run at a time writes there.")
+                    yield
+                    return
                 handle.seek(0)
                 raise CheckpointError(f"Another run (process {handle.read().strip() or 'unknown'}) is writing to "
                                       f"{file.parent}. Wait for it, or choose another --out_dir.") from error

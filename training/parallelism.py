@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Iterable, Iterator, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.command_line import UsageError
@@ -87,6 +88,9 @@ class Sharded(Alone):
             mesh = init_device_mesh(device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
         else:
             mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+        if world.timeout is not None:  # the mesh's own groups have PyTorch's otherwise: 10 minutes on nccl
+            for dimension in range(mesh.ndim):
+                dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(dimension))
         as_stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = as_stored if dtype == torch.float32 else replace(as_stored, param_dtype=dtype)
         for unit in units(model):

@@ -38,8 +38,8 @@ class LossScale:
         self.good_steps = torch.where(grow, 0.0, self.good_steps)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors a checkpoint keeps."""
-        return {"scale": self.scale, "good_steps": self.good_steps}
+        """What a checkpoint keeps: copies, so that loading into them leaves it to `load` what to take over."""
+        return {"scale": self.scale.clone(), "good_steps": self.good_steps.clone()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Continue from a checkpoint's tensors (ignored where this run does not scale)."""

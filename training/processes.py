@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.command_line import Failure, UsageError
+from training.command_line import Failure, UsageError, is_expected
 
 T = TypeVar("T")
 LOOK_INTERVAL = 0.5   # seconds between two looks at the others
@@ -56,7 +56,9 @@ class World:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1, *,
-                 group: dist.ProcessGroup | None = None, watch: Watch | None = None):
+                 group: dist.ProcessGroup | None = None, watch: Watch | None = None,
+                 timeout: datetime.timedelta | None = None):
+        self.timeout = timeout  # of a collective; None: as the default group's backend has it
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.group, self._watch = group, watch
 
@@ -118,7 +120,7 @@ class World:
 
     def beside(self) -> World:
         """The same processes with a gloo group of their own, for another thread to talk over."""
-        group = dist.new_group(backend="gloo") if self.size > 1 else self.group
+        group = dist.new_group(backend="gloo", timeout=self.timeout) if self.size > 1 else self.group
         return World(self.rank, self.size, self.local_rank, self.local_size, group=group)
 
     def at(self, step: int, doing: str) -> None:
@@ -147,8 +149,7 @@ def _sendable(error: Exception | None) -> tuple[str, str] | None:
     kind = "usage" if isinstance(error, UsageError) else "failure"
     if isinstance(error, OSError):
         return kind, error.strerror or str(error)
-    known = isinstance(error, (UsageError, Failure, ValueError))
-    return kind, str(error) if known else f"{type(error).__name__}: {error}"
+    return kind, str(error) if is_expected(error) or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _received(failure: tuple[str, str], rank: int) -> Exception:
@@ -180,10 +181,11 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
     me, size = (rank(), int(os.environ["WORLD_SIZE"])) if launched() else (0, 1)
     store = _store() if launched() else dist.HashStore()
     watch = Watch(store, me, size, timeout) if size > 1 else None  # one that fails before it meets us is noticed too
-    dist.init_process_group(backend, store=store, rank=me, world_size=size,
-                            timeout=datetime.timedelta(seconds=timeout + 60))  # the watch speaks first
+    patience = datetime.timedelta(seconds=timeout + 60)  # the watch speaks first
+    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=patience)
     try:
-        yield World(me, size, _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD, watch=watch)
+        yield World(me, size, _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD, watch=watch,
+                    timeout=patience)
     except RuntimeError as error:
         if watch is not None and any(sign in str(error) for sign in _CONTACT_LOST):
             raise watch.explain(error) from error

@@ -34,6 +34,9 @@ class Saver:
     def wait(self) -> None:
         """Let what is under way end. Raises CheckpointError if it failed."""
 
+    def leave(self) -> None:
+        """The run ends, however it does: let a save that needs nobody else end before the lock on the folder goes."""
+
 
 class BackgroundSaver(Saver):
     """Copies the tensors to host memory and saves the copy while training goes on: one save at a time.
@@ -53,9 +56,12 @@ class BackgroundSaver(Saver):
         self.wait()
         started = time.perf_counter()
         copies = self._copy(tensors)
+        gpu = torch.cuda.current_device() if any(_part(tensor).is_cuda for tensor in tensors.values()) else None
 
         def job() -> None:
             try:
+                if gpu is not None:
+                    torch.cuda.set_device(gpu)  # a thread begins on GPU 0, whosever that is
                 self._path = self.store.save(step, copies, state, **options)
                 self._seconds = time.perf_counter() - started
             except BaseException as error:
@@ -77,6 +83,10 @@ class BackgroundSaver(Saver):
             error, self._error, self.failed = self._error, None, False
             raise error
         self._done(self._path, self._seconds)
+
+    def leave(self) -> None:
+        if self._thread is not None and self.store.world.size == 1:
+            self._thread.join()
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in host memory, sharded as they are; a sharded one's copy is a DTensor of the same placement."""
