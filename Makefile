@@ -1,6 +1,7 @@
 # make demo       a small model, trained from nothing and sampled, in minutes on a CPU
 # make test       the tests
 # make test-slow  the tests that take minutes each
+# make lint       ruff: lint, and whether everything is formatted
 # make clean      removes .venv and caches; runs (out/) and datasets stay
 #
 # All of them make .venv and install requirements.txt into it, once. To choose:
@@ -15,7 +16,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO_OUT := out/quickstart
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(INSTALLED)
 	$(RUN) train.py config/quickstart.py
@@ -24,6 +25,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q tests
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -q -m slow tests

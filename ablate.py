@@ -17,71 +17,109 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING
 
-from training.command_line import Failure, Parser, guarded
+from command_line import Failure, Parser, guarded
 
 if TYPE_CHECKING:
     from ablation.execution import Study
-    from ablation.planning import Plan
     from comparison import Comparison
 
 
 def make_parser() -> Parser:
     """ablate.py's own options; what it does not know is train.py's."""
-    parser = Parser(prog="ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    usage="ablate.py [config/x.py] [--vary KEY=A,B …] [options] [--key=value …]",
-                    epilog="python train.py --help lists the keys.", allow_abbrev=False)
+    parser = Parser(
+        prog="ablate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="ablate.py [config/x.py] [--vary KEY=A,B …] [options] [--key=value …]",
+        epilog="python train.py --help lists the keys.",
+        allow_abbrev=False,
+    )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--vary", action="append", default=[], metavar="KEY=A,B,…",
-                      help="values of a key, separated by ';' where one holds a comma; may be given for several keys")
-    what.add_argument("--grid", action="store_true",
-                      help="all combinations, and each factor's effect averaged over the others [one factor at a time]")
-    what.add_argument("--seeds", type=int, default=3, metavar="N",
-                      help="runs of each variant: the configuration's seed and data_seed and the N - 1 after them [3]")
-    what.add_argument("--match", choices=("none", "params", "flops"), default="none",
-                      help="give variants the baseline's N or FLOPs per token, within 1 %%, by other d_ff or depth")
+    what.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,…",
+        help="values of a key, separated by ';' where one holds a comma; may be given for several keys",
+    )
+    what.add_argument(
+        "--grid",
+        action="store_true",
+        help="all combinations, and each factor's effect averaged over the others [one factor at a time]",
+    )
+    what.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="runs of each variant: the configuration's seed and data_seed and the N - 1 after them [3]",
+    )
+    what.add_argument(
+        "--match",
+        choices=("none", "params", "flops"),
+        default="none",
+        help="give variants the baseline's N or FLOPs per token, within 1 %%, by other d_ff or depth",
+    )
     what.add_argument("--force", action="store_true", help="train and compare what is not comparable, with a flag")
     how = parser.add_argument_group("how")
     how.add_argument("--out_dir", metavar="DIR", help="of the whole study [out/ablate_<config>]")
-    how.add_argument("--jobs", type=int, default=1, metavar="K",
-                     help="runs at a time [1]; of several GPUs each gets its own")
+    how.add_argument("--jobs", type=int, default=1, metavar="K", help="runs at a time [1]; of several GPUs each gets its own")
     how.add_argument("--dry_run", action="store_true", help="print what would run, and train nothing")
     return parser
 
 
 # ------------------------------------------------------------------------------------------- before
 
+
 def plan_in_words(study: Study) -> str:
     """The variants with their sizes and state, and the notes."""
     from ablation.sizes import deviation
     from comparison.report import short
+
     plan, base = study.plan, study.plan.base
     rows = [("variant", "N", "", "FLOP/token", "", "tokens", "finished", "model")]
     for variant in plan.variants:
         jobs = [job for job in study.jobs if job.variant is variant]
         own = variant is base
-        rows.append((variant.name + (" (baseline)" if own else ""), short(variant.parameters),
-                     "" if own else deviation(variant.parameters, base.parameters), short(variant.flops),
-                     "" if own else deviation(variant.flops, base.flops), short(variant.tokens),
-                     f"{sum(job.summary is not None for job in jobs)} of {len(jobs)}", variant.model.name))
+        rows.append(
+            (
+                variant.name + (" (baseline)" if own else ""),
+                short(variant.parameters),
+                "" if own else deviation(variant.parameters, base.parameters),
+                short(variant.flops),
+                "" if own else deviation(variant.flops, base.flops),
+                short(variant.tokens),
+                f"{sum(job.summary is not None for job in jobs)} of {len(jobs)}",
+                variant.model.name,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(text.ljust(width) if place in (0, 7) else text.rjust(width)
-                       for place, (text, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    lines = [
+        "  ".join(
+            text.ljust(width) if place in (0, 7) else text.rjust(width) for place, (text, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
     seeds = ", ".join("/".join(map(str, dict.fromkeys(seeds))) for seeds in plan.seeds)
-    head = (f"{len(plan.variants)} variant{'s' * (len(plan.variants) > 1)} × {len(plan.seeds)} "
-            f"seed{'s' * (len(plan.seeds) > 1)} ({seeds}) = {len(study.jobs)} runs in {plan.out_dir}")
+    head = (
+        f"{len(plan.variants)} variant{'s' * (len(plan.variants) > 1)} × {len(plan.seeds)} "
+        f"seed{'s' * (len(plan.seeds) > 1)} ({seeds}) = {len(study.jobs)} runs in {plan.out_dir}"
+    )
     return "\n".join([head, "", *lines, *(f"note: {note}" for note in plan.notes), ""])
 
 
 def cost_in_words(study: Study) -> str:
     """What the runs that are left would take on this machine, at an assumed MFU, and what that would cost."""
     from ablation.variants import Variant
+    from command_line import choose_device
     from flops_parameter_counting.flops import flops_per_token
     from flops_parameter_counting.hardware import best_dtype, device_peak
-    from training.command_line import choose_device
     from training.report import ASSUMED_MFU, duration
+
     train = study.plan.base.train
     device = choose_device(train.device)
     peak = device_peak(device, best_dtype(device) if train.dtype == "auto" else train.dtype)
@@ -95,27 +133,29 @@ def cost_in_words(study: Study) -> str:
     if peak is None:
         return f"{text}; how long that takes is not known, as there is no peak for this device in {train.dtype}"
     seconds = left / (peak.flops * ASSUMED_MFU)
-    text += (f", about {duration(seconds)} in all at an assumed MFU of {ASSUMED_MFU:.0%} of {peak.flops / 1e12:.3g} "
-             f"TFLOP/s ({'measured' if peak.measured else peak.source})")
+    text += (
+        f", about {duration(seconds)} in all at an assumed MFU of {ASSUMED_MFU:.0%} of {peak.flops / 1e12:.3g} "
+        f"TFLOP/s ({'measured' if peak.measured else peak.source})"
+    )
     price = train.price_per_gpu_hour
     return text + ("" if price is None else f", at {price:,.2f} an hour {seconds / 3600 * price:,.2f}")
 
 
 def commands(study: Study) -> list[str]:
     """train.py's command for each run, with its state."""
-    return [shlex.join(["python", "train.py", *job.arguments]) + ("   # finished" if job.summary else "")
-            for job in study.jobs]
+    return [shlex.join(["python", "train.py", *job.arguments]) + ("   # finished" if job.summary else "") for job in study.jobs]
 
 
 # ------------------------------------------------------------------------------------------- after
+
 
 def compare_runs(study: Study) -> Comparison:
     """The finished runs of a study, a group a variant; what does not compare is flagged. Failure if there are none."""
     from ablation.effects import effects_in_words
     from comparison import Group, compare
+
     plan = study.plan
-    found = {variant: tuple(job.summary for job in study.finished if job.variant is variant)
-             for variant in plan.variants}
+    found = {variant: tuple(job.summary for job in study.finished if job.variant is variant) for variant in plan.variants}
     groups = [Group(variant.name, runs) for variant, runs in found.items() if runs]
     if not groups:
         raise Failure("No run of the study came to its end, so there is nothing to compare.")
@@ -130,18 +170,43 @@ def compare_runs(study: Study) -> Comparison:
 def write_reports(study: Study, comparison: Comparison, argv: Sequence[str]) -> list[str]:
     """comparison.html, .md, .json, .png and ablation.json (the plan and its runs) in out_dir; returns their paths."""
     from comparison import write_html, write_json, write_markdown, write_plot
+
     plan, paths = study.plan, []
     for name, write in (("html", write_html), ("md", write_markdown), ("json", write_json), ("png", write_plot)):
         paths.append(str(plan.out_dir / f"comparison.{name}"))
         write(comparison, paths[-1])
-    variants = [{"name": variant.name, "baseline": variant is plan.base, "varied": variant.choice,
-                 "resized": variant.resized, "model": variant.model.name, "fingerprint": variant.model.fingerprint,
-                 "parameters": variant.parameters, "flops_per_token": variant.flops,
-                 "runs": [{"seed": job.seeds[0], "data_seed": job.seeds[1], "folder": str(job.folder),
-                           "log": job.summary and job.summary.name, "failure": job.failure}
-                          for job in study.jobs if job.variant is variant]} for variant in plan.variants]
-    document = {"command": again(argv), "match": plan.match, "grid": plan.grid, "varied": plan.levels,
-                "notes": comparison.notes, "variants": variants}
+    variants = [
+        {
+            "name": variant.name,
+            "baseline": variant is plan.base,
+            "varied": variant.choice,
+            "resized": variant.resized,
+            "model": variant.model.name,
+            "fingerprint": variant.model.fingerprint,
+            "parameters": variant.parameters,
+            "flops_per_token": variant.flops,
+            "runs": [
+                {
+                    "seed": job.seeds[0],
+                    "data_seed": job.seeds[1],
+                    "folder": str(job.folder),
+                    "log": job.summary and job.summary.name,
+                    "failure": job.failure,
+                }
+                for job in study.jobs
+                if job.variant is variant
+            ],
+        }
+        for variant in plan.variants
+    ]
+    document = {
+        "command": again(argv),
+        "match": plan.match,
+        "grid": plan.grid,
+        "varied": plan.levels,
+        "notes": comparison.notes,
+        "variants": variants,
+    }
     (plan.out_dir / "ablation.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return [*paths, str(plan.out_dir / "ablation.json")]
 
@@ -153,18 +218,23 @@ def again(argv: Sequence[str]) -> str:
 
 # ------------------------------------------------------------------------------------------- command line
 
+
 def run(argv: Sequence[str]) -> int:
     """Plan, train, compare. Returns the exit code."""
     options, rest = make_parser().parse_known_args(argv)
     from ablation.execution import Study, failures, visible_gpus
     from ablation.planning import make_plan
     from comparison import table
+
     study = Study(make_plan(options, rest))
     train = study.plan.base.train
     print(plan_in_words(study), flush=True)
     if options.jobs > 1 and train.threads is None and not visible_gpus(train):
-        print(f"warning: {options.jobs} runs at a time, each with PyTorch's own number of threads, get in each other's "
-              "way; --threads=1 gives each one.", file=sys.stderr)
+        print(
+            f"warning: {options.jobs} runs at a time, each with PyTorch's own number of threads, get in each other's "
+            "way; --threads=1 gives each one.",
+            file=sys.stderr,
+        )
     if options.dry_run:
         print("\n".join([cost_in_words(study), "", *commands(study)]))
         return 0

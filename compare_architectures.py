@@ -16,40 +16,69 @@ from __future__ import annotations
 import argparse
 import sys
 
+from command_line import Failure, Parser, UsageError, guarded
 from comparison.groups import METRICS, Comparison, Group, NotComparable, compare, group_runs
 from comparison.pictures import write_html, write_plot
 from comparison.report import SORT_KEYS, table, write_csv, write_json, write_markdown
 from comparison.runs import RunSummary, load_runs
-from training.command_line import Failure, Parser, UsageError, guarded
 
-__all__ = ["Comparison", "Group", "NotComparable", "RunSummary", "compare", "group_runs", "load_runs", "table",
-           "write_csv", "write_html", "write_json", "write_markdown", "write_plot"]
+__all__ = [
+    "Comparison",
+    "Group",
+    "NotComparable",
+    "RunSummary",
+    "compare",
+    "group_runs",
+    "load_runs",
+    "table",
+    "write_csv",
+    "write_html",
+    "write_json",
+    "write_markdown",
+    "write_plot",
+]
 
-WRITERS = {"html": (write_html, "one self-contained page with interactive plots"),
-           "plot": (write_plot, "PNG: loss against tokens, FLOPs and time"),
-           "csv": (write_csv, "a row a run, every figure"),
-           "json": (write_json, "everything but the curves"),
-           "markdown": (write_markdown, "the tables")}
+WRITERS = {
+    "html": (write_html, "one self-contained page with interactive plots"),
+    "plot": (write_plot, "PNG: loss against tokens, FLOPs and time"),
+    "csv": (write_csv, "a row a run, every figure"),
+    "json": (write_json, "everything but the curves"),
+    "markdown": (write_markdown, "the tables"),
+}
 
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(prog="compare_architectures.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="compare_architectures.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     which = parser.add_argument_group("which runs")
     which.add_argument("paths", nargs="*", metavar="PATH", help="run_*.json, run_*.jsonl, or folders (default: out)")
     which.add_argument("--out_dir", metavar="DIR", help="a folder of runs, by another name")
     which.add_argument("--latest", metavar="N", help="only the N runs that started last")
     which.add_argument("--force", action="store_true", help="compare what is not comparable, with a flag")
     how = parser.add_argument_group("how")
-    how.add_argument("--baseline", metavar="NAME",
-                     help="compare every other group with this one: its name, a part of it, its preset, or a run's "
-                          "folder (default: each with each)")
-    how.add_argument("--metric", default=None, choices=METRICS,
-                     help="what is tested (default: val_loss; bits_per_byte where tokenizers differ)")
-    how.add_argument("--group_by", metavar="KEYS", default="",
-                     help="configuration keys, separated by commas, that make separate rows where they would not "
-                          "(dtype, threads, seed …)")
+    how.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="compare every other group with this one: its name, a part of it, its preset, or a run's "
+        "folder (default: each with each)",
+    )
+    how.add_argument(
+        "--metric",
+        default=None,
+        choices=METRICS,
+        help="what is tested (default: val_loss; bits_per_byte where tokenizers differ)",
+    )
+    how.add_argument(
+        "--group_by",
+        metavar="KEYS",
+        default="",
+        help="configuration keys, separated by commas, that make separate rows where they would not (dtype, threads, seed …)",
+    )
     how.add_argument("--sort", default="loss", choices=SORT_KEYS, metavar="KEY", help=f"one of {', '.join(SORT_KEYS)}")
     files = parser.add_argument_group("files to write")
     for name, (_, meaning) in WRITERS.items():
@@ -78,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Compare the runs; returns the exit code."""
+
     def job() -> int:
         options = make_parser().parse_args(argv)
         try:
@@ -86,6 +116,7 @@ def main(argv: list[str]) -> int:
             package = error.name.split(".")[0]
             raise Failure(f"This needs {package}, which is not installed: pip install {package}.") from error
         return 0
+
     return guarded("compare_architectures.py", argv, job)
 
 

@@ -13,14 +13,26 @@ import json
 import os
 import re
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
-from model_config import (COMPONENT_KINDS, NO, OFF_AT_ZERO, PRESETS, ModelConfig, alternatives, as_type, components, did_you_mean,
-                          expand_pattern, usual_d_ff)
+from command_line import UsageError
+from model_config import (
+    COMPONENT_KINDS,
+    NO,
+    OFF_AT_ZERO,
+    PRESETS,
+    ModelConfig,
+    alternatives,
+    as_type,
+    components,
+    did_you_mean,
+    expand_pattern,
+    usual_d_ff,
+)
 from model_config import describe_type as type_in_words
-from training.command_line import UsageError
 from training.train_config import ALIASES, EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -51,8 +63,13 @@ class Configuration:
         for key, value in model.to_dict().items():
             if values[key] is None and value is not None:
                 preset_value = PRESETS[self.train.arch_preset][1].get(key)
-                origins[key] = (f"preset {self.train.arch_preset}" if value == preset_value else
-                                "dataset" if key == "vocab_size" else "derived")
+                origins[key] = (
+                    f"preset {self.train.arch_preset}"
+                    if value == preset_value
+                    else "dataset"
+                    if key == "vocab_size"
+                    else "derived"
+                )
                 values[key] = value
             elif value is None:  # not read by this model, said by d_ff, or off (where None would bring the preset's back)
                 off = key in OFF_AT_ZERO and PRESETS[self.train.arch_preset][1].get(key) is not None
@@ -63,6 +80,7 @@ class Configuration:
 
 
 # ------------------------------------------------------------------------------------------- reading
+
 
 def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]]:
     """argv → (config file or None, {key: text, or True for a bare flag}, switches). Raises ConfigError."""
@@ -88,8 +106,10 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]
             if config_file is None:
                 config_file = word
             else:
-                problems.append(f"{word!r}: only one config file can be given (there is {config_file!r} already); "
-                                "build one on another with base = \"…\", and write keys as --key=value.")
+                problems.append(
+                    f"{word!r}: only one config file can be given (there is {config_file!r} already); "
+                    'build one on another with base = "…", and write keys as --key=value.'
+                )
             continue
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
@@ -133,8 +153,9 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
     except ConfigError as error:
         return {}, str(error).split("\n")
     lines = _assignment_lines(source)
-    names = {name: value for name, value in namespace.items()
-             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    names = {
+        name: value for name, value in namespace.items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
     for alias, (key, _) in ALIASES.items():
         if alias in lines:
             lines.setdefault(key, lines[alias])
@@ -149,8 +170,7 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
     for name, value in _without_aliases(names, lambda name: f"{shown(file)}:{lines.get(name, 1)}: ", problems).items():
         where = f"{shown(file)}:{lines.get(name, 1)}"
         if name not in KEYS:
-            problems.append(f"{where}: {name!r} is not a key{did_you_mean(name, KEYS)}. "
-                            "Names of the file's own begin with '_'.")
+            problems.append(f"{where}: {name!r} is not a key{did_you_mean(name, KEYS)}. Names of the file's own begin with '_'.")
             continue
         try:
             own[name] = (convert(name, value), where)
@@ -201,17 +221,21 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
         text = file.read_text(encoding="utf-8")
         document = json.loads(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
         saved, origins = document["config"], document["origins"]
-        items = {key: (value, str(origins.get(key) or "saved").removeprefix(FROM_CHECKPOINT))
-                 for key, value in saved.items()}
+        items = {key: (value, str(origins.get(key) or "saved").removeprefix(FROM_CHECKPOINT)) for key, value in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
-                          "Give a run_*.json, run_*.jsonl or a checkpoint's state.json.") from error
+        raise ConfigError(
+            f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
+            "Give a run_*.json, run_*.jsonl or a checkpoint's state.json."
+        ) from error
     values, problems = {}, []
     for key, (value, origin) in items.items():
         if key not in KEYS:
             problems.append(f"{shown(file)}: {key!r} is not a key{did_you_mean(key, KEYS)}.")
-        elif value is not None and key not in ("init_from", "eval_only", "notice") and origin.split()[0] not in (
-                "preset", "derived", "dataset", "default"):
+        elif (
+            value is not None
+            and key not in ("init_from", "eval_only", "notice")
+            and origin.split()[0] not in ("preset", "derived", "dataset", "default")
+        ):
             try:
                 values[key] = (convert(key, value), shown(file))
             except ConfigError as error:
@@ -244,6 +268,7 @@ def _assignment_lines(source: str) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------------------- converting
 
+
 def convert(key: str, value: Any) -> Any:
     """A value from a file, or text from the command line, as the key's declared type, where nothing is lost.
 
@@ -265,8 +290,9 @@ def _without_aliases(given: dict[str, Any], where: Callable[[str], str], problem
         if meant is NO:
             problems.append(f"{where(alias)}{alias}={given[alias]!r} is not True or False.")
         elif meant and plain.get(key, value) != value:
-            problems.append(f"{where(alias)}{alias}=True means {key}={value!r}, but {key}={plain[key]!r} is given too; give "
-                            "one of them.")
+            problems.append(
+                f"{where(alias)}{alias}=True means {key}={value!r}, but {key}={plain[key]!r} is given too; give one of them."
+            )
         elif meant:
             plain[key] = value
     return plain
@@ -278,6 +304,7 @@ def describe_type(key: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- resolving
+
 
 def _overlay(weaker: dict, stronger: dict, where: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
     """`stronger` over `weaker`; of exclusive keys the stronger source's wins, and two in one source are a problem."""
@@ -311,8 +338,11 @@ def configure(argv: list[str]) -> Configuration:
     train = TrainConfig(**{key: value for key, (value, _) in values.items()})
     train = replace(train, out_dir=os.path.expanduser(train.out_dir))
     unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]
-    problems += [problem for problem in train.problems(with_model=train.init_from == "scratch")
-                 if not any(re.search(rf"\b{key}=", problem) for key in unusable)]  # nothing that follows from a mistake
+    problems += [
+        problem
+        for problem in train.problems(with_model=train.init_from == "scratch")
+        if not any(re.search(rf"\b{key}=", problem) for key in unusable)
+    ]  # nothing that follows from a mistake
     _raise(problems)
     return Configuration(train, {key: values[key][1] if key in values else "default" for key in KEYS})
 
@@ -322,8 +352,9 @@ def _raise(problems: list[str]) -> None:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
 
-def continue_from(now: Configuration, saved: dict[str, Any], where: str, weights_only: bool = False,
-                  saved_origins: dict[str, str] | None = None) -> tuple[Configuration, list[str]]:
+def continue_from(
+    now: Configuration, saved: dict[str, Any], where: str, weights_only: bool = False, saved_origins: dict[str, str] | None = None
+) -> tuple[Configuration, list[str]]:
     """The configuration of a run that continues the checkpoint whose resolved keys are `saved`.
 
     Keys of the model, the data order and the optimizer come from the checkpoint; others too unless the user set them
@@ -341,19 +372,25 @@ def continue_from(now: Configuration, saved: dict[str, Any], where: str, weights
         if differs and key == "layer_pattern":
             differs = not _same_pattern(mine, theirs, saved["n_layer"])
         if differs and key in ("ffn_expansion_ratio", "ffn_multiple"):
-            differs = saved["d_ff"] != usual_d_ff(saved["ffn_type"], saved["n_embd"], now.train.ffn_expansion_ratio,
-                                                  now.train.ffn_multiple)
+            differs = saved["d_ff"] != usual_d_ff(
+                saved["ffn_type"], saved["n_embd"], now.train.ffn_expansion_ratio, now.train.ffn_multiple
+            )
         if key in fixed:
             if differs and now.origins[key] == "command line":
-                problems.append(f"--{key}={mine} differs from the checkpoint's {key}={theirs} ({where}); a resumed "
-                                f"run keeps it. Leave the flag out, or start afresh with --init_from=scratch.")
+                problems.append(
+                    f"--{key}={mine} differs from the checkpoint's {key}={theirs} ({where}); a resumed "
+                    f"run keeps it. Leave the flag out, or start afresh with --init_from=scratch."
+                )
             elif differs:
                 notes.append(f"{key}={theirs} from the checkpoint ({now.origins[key]} says {mine})")
             keep = True
         else:
-            keep = not any(now.given(other) for other in exclusive.get(key, (key,))) and (
-                not weights_only or key in MODEL_KEYS) and not (key == "out_dir" and where_it_was) and (
-                key not in OF_THE_MACHINE)
+            keep = (
+                not any(now.given(other) for other in exclusive.get(key, (key,)))
+                and (not weights_only or key in MODEL_KEYS)
+                and not (key == "out_dir" and where_it_was)
+                and (key not in OF_THE_MACHINE)
+            )
         values[key] = theirs if keep and key in saved else mine
         if keep and key in saved:
             origins[key] = FROM_CHECKPOINT + str((saved_origins or {}).get(key, "given")).removeprefix(FROM_CHECKPOINT)
@@ -378,6 +415,7 @@ def _same_pattern(one: str, other: str, n_layer: int) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- printing
+
 
 def print_config(configuration: Configuration) -> None:
     """Print every key with its value and origin, in the form of a config file."""
@@ -407,5 +445,7 @@ def print_help(usage: str) -> None:
             default = "" if field.default is None else f"  default {field.default!r}"
             print(f"  --{key}: {describe_type(key)}{default}\n        {field.metadata['help']}")
     print(f"\npresets (--arch_preset): {', '.join(PRESETS)}")
-    print("A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins;"
-          "\n--debug shows the traceback of an error.")
+    print(
+        "A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins;"
+        "\n--debug shows the traceback of an error."
+    )

@@ -13,28 +13,33 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
-from training.command_line import Parser, UsageError, guarded
+from command_line import Parser, UsageError, guarded
 
-SHARD_BYTES = 512 << 20     # of the files written; transformers takes any size
+SHARD_BYTES = 512 << 20  # of the files written; transformers takes any size
 
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(
+        prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("source", help="a Hugging Face folder or Hub name, or a kitbash out_dir or checkpoint")
     parser.add_argument("target", help="an out_dir for the checkpoint, or a new folder for Hugging Face's files")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                        help="of the exported weights (default: the dtype they were imported in, else float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the exported weights (default: the dtype they were imported in, else float32)",
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the exported folder to the Hub")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     return parser
 
 
 # ------------------------------------------------------------------------------------------- from Hugging Face
+
 
 def import_model(source: str, out_dir: Path) -> Path:
     """A Hugging Face folder or Hub name → a checkpoint of step 0 below out_dir; returns its folder."""
@@ -49,13 +54,18 @@ def import_model(source: str, out_dir: Path) -> Path:
     store = CheckpointStore(out_dir)
     if store.all():
         raise UsageError(f"{out_dir} holds the checkpoints of another run; choose a new folder.")
-    tensors = ((f"model.{name}", tensor.float())
-               for name, tensor in _with_progress(read_tensors(folder, config), "reading"))
+    tensors = ((f"model.{name}", tensor.float()) for name, tensor in _with_progress(read_tensors(folder, config), "reading"))
     values, _ = Configuration(TrainConfig(), dict.fromkeys(KEYS, "default")).resolved(config)
     values.update(config.to_dict(), arch_preset="custom")
-    state = dict(config=values, origins=dict.fromkeys(values, "imported"), run=None, versions=versions(), dataset=None,
-                 model=dict(name=config.name, fingerprint=config.fingerprint, config=config.to_dict()),
-                 source=dict(huggingface=source, dtype=_common_dtype(folder), **special_ids(folder)))
+    state = dict(
+        config=values,
+        origins=dict.fromkeys(values, "imported"),
+        run=None,
+        versions=versions(),
+        dataset=None,
+        model=dict(name=config.name, fingerprint=config.fingerprint, config=config.to_dict()),
+        source=dict(huggingface=source, dtype=_common_dtype(folder), **special_ids(folder)),
+    )
     return store.save(0, tensors, state, keep_last=1, tokenizer_folder=folder)
 
 
@@ -66,6 +76,7 @@ def _common_dtype(folder: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------- to Hugging Face
+
 
 def export_model(source: str, target: Path, dtype: str | None) -> Path:
     """A checkpoint → a folder as save_pretrained writes it: sharded safetensors, config.json, tokenizer."""
@@ -91,8 +102,12 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
             ours = {f"model.{name}": torch.empty(shapes[name]) for name in rule.ours}
             load_tensors(checkpoint, ours)
             table = rule.ours[0] in ("embedding.weight", "head.weight")  # rows that only pad stay here
-            yield rule.theirs, rule.to_theirs({name.removeprefix("model."): t[:config.vocab_size] if table else t
-                                               for name, t in ours.items()}).to(getattr(torch, dtype))
+            yield (
+                rule.theirs,
+                rule.to_theirs(
+                    {name.removeprefix("model."): t[: config.vocab_size] if table else t for name, t in ours.items()}
+                ).to(getattr(torch, dtype)),
+            )
 
     target.mkdir(parents=True, exist_ok=True)
     write_sharded(target, tensors())
@@ -107,14 +122,17 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
         for file in tokenizer_files(checkpoint):
             shutil.copyfile(file, target / file.name)
     elif tokenizer is not None:
-        print(f"convert.py: the {tokenizer.kind} tokenizer has no form that Hugging Face reads; the folder has none.",
-              file=sys.stderr)
+        print(
+            f"convert.py: the {tokenizer.kind} tokenizer has no form that Hugging Face reads; the folder has none.",
+            file=sys.stderr,
+        )
     return target
 
 
 def write_sharded(folder: Path, tensors: Iterator) -> None:
     """(name, tensor) pairs → model.safetensors, or model-0000i-of-0000n.safetensors and their index."""
     from training.checkpoint import write_streamed
+
     files, total = write_streamed(folder, tensors, SHARD_BYTES, metadata={"format": "pt"})
     count, weight_map = len(files), {}
     for number, (path, names) in enumerate(files, start=1):
@@ -129,44 +147,53 @@ def write_sharded(folder: Path, tensors: Iterator) -> None:
 def push(folder: Path, name: str) -> None:
     """Upload an exported folder to the Hub. Raises ConversionError with the reason if that fails."""
     from training.huggingface import ConversionError
+
     try:
         from huggingface_hub import HfApi
+
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder))
     except Exception as error:  # the hub has a dozen kinds of them, none with a common base
         reason = str(error).strip().split("\n")[0]
-        raise ConversionError(f"{folder} is written, but could not be uploaded to {name!r} ({type(error).__name__}: "
-                              f"{reason}). Log in with `hf auth login` and upload the folder.") from error
+        raise ConversionError(
+            f"{folder} is written, but could not be uploaded to {name!r} ({type(error).__name__}: "
+            f"{reason}). Log in with `hf auth login` and upload the folder."
+        ) from error
 
 
 def _with_progress(items, label: str):
     """The items, with a bar on a terminal."""
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         return tqdm(items, desc=label, unit="tensor", leave=False)
     return items
 
 
 def main(argv: list[str]) -> int:
     """Convert in the direction that the source says; returns the exit code."""
+
     def job() -> int:
         options = make_parser().parse_args(argv)
         from training.checkpoint import is_checkpoint
+
         target = Path(options.target).expanduser()
         if is_checkpoint(options.source):
             folder = export_model(options.source, target, options.dtype)
             if options.push:
                 push(folder, options.push)
-            print(f"{folder}: read it with AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-                  + (f"; uploaded to {options.push}" if options.push else ""))
+            print(
+                f"{folder}: read it with AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+                + (f"; uploaded to {options.push}" if options.push else "")
+            )
             return 0
         if options.dtype or options.push:
             raise UsageError("--dtype and --push are for an export, but the source is not a kitbash checkpoint.")
         checkpoint = import_model(options.source, target)
-        print(f"{checkpoint}: sample it with python sample.py {target}, train on from it with "
-              f"--init_from=weights:{target}")
+        print(f"{checkpoint}: sample it with python sample.py {target}, train on from it with --init_from=weights:{target}")
         return 0
+
     return guarded("convert.py", argv, job)
 
 

@@ -1,18 +1,17 @@
 """ModelConfig → Transformer: the model itself, its initial weights, and generation.
 
-    from model_config import resolve
-    from model_builder import build_model
-    model = build_model(resolve("llama", n_layer=2, vocab_size=256))
-    logits = model(tokens)                                     # (B, T) → (B, T, vocab_size)
+from model_config import resolve
+from model_builder import build_model
+model = build_model(resolve("llama", n_layer=2, vocab_size=256))
+logits = model(tokens)                                     # (B, T) → (B, T, vocab_size)
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_components import Embedding, KVCache, Linear, Normal, build
@@ -32,11 +31,11 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.embedding = Embedding(config.padded_vocab_size, config.n_embd)
         self.position = build("position_encoding", config.position_encoding, config)
-        self.embedding_norm = (build("normalization", config.normalization, config, config.n_embd)
-                               if config.embedding_norm else nn.Identity())
+        self.embedding_norm = (
+            build("normalization", config.normalization, config, config.n_embd) if config.embedding_norm else nn.Identity()
+        )
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(build("block", name, config, layer)
-                                    for layer, name in enumerate(config.layer_pattern))
+        self.blocks = nn.ModuleList(build("block", name, config, layer) for layer, name in enumerate(config.layer_pattern))
         self.norm = build("normalization", config.normalization, config, config.n_embd)
         self.head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.weight_tying:
@@ -56,7 +55,7 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         x = x.to(self.compute_dtype or x.dtype)
         if self.config.embedding_scale:
-            x = x * self.config.n_embd ** 0.5
+            x = x * self.config.n_embd**0.5
         x = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
         tables = self.position.tables(positions)
         for block in self.blocks:
@@ -67,7 +66,7 @@ class Transformer(nn.Module):
         logits = self.head(self.norm(x))
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return logits if logits.size(-1) == self.config.vocab_size else logits[..., :self.config.vocab_size]
+        return logits if logits.size(-1) == self.config.vocab_size else logits[..., : self.config.vocab_size]
 
     def _apply(self, fn, recurse=True):
         """Whatever moves or converts the parameters (`to`, `to_empty`), a tied head stays the embedding itself."""
@@ -81,10 +80,20 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
-    def stream(self, tokens: Tensor, max_new_tokens: int, *, lengths: Tensor | None = None, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-               eos_id: int | None = None, use_cache: bool = True,
-               generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Iterator[Tensor]:
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        lengths: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        eos_id: int | None = None,
+        use_cache: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Iterator[Tensor]:
         """Yield the next token of every sequence, (B,) at a time, until each has max_new_tokens after its prompt.
 
         tokens: prompts (B, T), T ≥ 1, of which `lengths` (B,) count where they are not equally long; the stream then
@@ -105,20 +114,26 @@ class Transformer(nn.Module):
             prompts, tokens = tokens, tokens[:, :shortest]
             longest = min(self.config.block_size, prompts.size(1) + max_new_tokens)
             dtype = self.compute_dtype or self.embedding.weight.dtype
-            cache = (KVCache(self.config, tokens.size(0), longest, dtype, tokens.device)
-                     if use_cache and shortest <= longest else None)
+            cache = (
+                KVCache(self.config, tokens.size(0), longest, dtype, tokens.device) if use_cache and shortest <= longest else None
+            )
             finished = torch.zeros(tokens.size(0), dtype=torch.bool, device=tokens.device)
             for place in range(shortest, prompts.size(1) + max_new_tokens):
                 if place > self.config.block_size:
                     cache = None  # the window slides, so every position changes: nothing cached stays true
-                context = tokens[:, -self.config.block_size:] if cache is None else tokens[:, cache.length:]
+                context = tokens[:, -self.config.block_size :] if cache is None else tokens[:, cache.length :]
                 logits = self(context, cache, last_only=True)[:, -1].float()
                 given = finished & False if lengths is None else place < lengths
                 knobs = (temperature, top_k, top_p, repetition_penalty)
                 if isinstance(generator, Sequence):
-                    chosen = torch.cat([prompts[i:i + 1, place] if given[i] else
-                                        sample_next(logits[i:i + 1], tokens[i:i + 1], *knobs, own)
-                                        for i, own in enumerate(generator)])
+                    chosen = torch.cat(
+                        [
+                            prompts[i : i + 1, place]
+                            if given[i]
+                            else sample_next(logits[i : i + 1], tokens[i : i + 1], *knobs, own)
+                            for i, own in enumerate(generator)
+                        ]
+                    )
                 else:
                     chosen = sample_next(logits, tokens, *knobs, generator)
                     if lengths is not None:
@@ -139,21 +154,31 @@ class Transformer(nn.Module):
         return torch.cat((tokens, torch.stack(new, dim=1)), dim=1) if new else tokens
 
 
-def sample_next(logits: Tensor, seen: Tensor, temperature: float = 1.0, top_k: int | None = None,
-                top_p: float | None = None, repetition_penalty: float = 1.0,
-                generator: torch.Generator | None = None) -> Tensor:
+def sample_next(
+    logits: Tensor,
+    seen: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Choose one token a row: logits (B, V) fp32, the tokens so far (B, T) → (B,).
 
     repetition_penalty r divides the positive and multiplies the negative logits of the tokens seen (Keskar et al.
-    2019); temperature 0 takes the largest; top_k keeps the k largest (and what ties with them); top_p keeps the smallest set whose probability
-    reaches p (nucleus sampling, Holtzman et al. 2019). Raises ValueError for a knob out of range.
+    2019); temperature 0 takes the largest; top_k keeps the k largest (and what ties with them); top_p keeps the
+    smallest set whose probability reaches p (nucleus sampling, Holtzman et al. 2019). Raises ValueError for a knob out of range.
     """
-    problems = [sentence for wrong, sentence in (
-        (not temperature >= 0, f"temperature={temperature} is negative; 0 is greedy."),
-        (top_k is not None and top_k < 1, f"top_k={top_k} keeps no token; use at least 1, or None."),
-        (top_p is not None and not 0 < top_p <= 1, f"top_p={top_p} is not in (0, 1]."),
-        (not repetition_penalty > 0, f"repetition_penalty={repetition_penalty} is not positive; 1 is none."),
-    ) if wrong]
+    problems = [
+        sentence
+        for wrong, sentence in (
+            (not temperature >= 0, f"temperature={temperature} is negative; 0 is greedy."),
+            (top_k is not None and top_k < 1, f"top_k={top_k} keeps no token; use at least 1, or None."),
+            (top_p is not None and not 0 < top_p <= 1, f"top_p={top_p} is not in (0, 1]."),
+            (not repetition_penalty > 0, f"repetition_penalty={repetition_penalty} is not positive; 1 is none."),
+        )
+        if wrong
+    ]
     if problems:
         raise ValueError("\n".join(problems))
     if repetition_penalty != 1.0:

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_config import (ModelConfig, Part, component, linear_part, list_components, list_presets,  # noqa: F401
-                          register)
+from model_config import ModelConfig, Part, component, linear_part, list_components, list_presets, register  # noqa: F401
 
 register_norm = partial(register, "normalization")
 register_activation = partial(register, "activation")
@@ -57,6 +56,7 @@ class Constant(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------- building bricks
+
 
 class Linear(nn.Linear):
     """Linear projection (…, d_in) → (…, d_out). Weights start normal with standard deviation `std`, biases at zero."""
@@ -106,12 +106,13 @@ class KVCache:
         """Append this layer's new keys and values (B, K, T, d); return all of them (B, K, length + T, d)."""
         end = self.length + k.size(2)
         keys, values = self.store[layer]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
 
 # ------------------------------------------------------------------------------------------- normalisation
+
 
 @register_norm("layernorm", short="LN")
 class LayerNorm(nn.Module):
@@ -188,6 +189,7 @@ class OffsetRMSNorm(RMSNorm):
 
 # ------------------------------------------------------------------------------------------- activations
 
+
 @register_activation("gelu", short="GELU")
 def gelu(x: Tensor) -> Tensor:
     """Gaussian error linear unit x·Φ(x), exact (Hendrycks & Gimpel 2016)."""
@@ -226,6 +228,7 @@ def relu2(x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- feed-forward
 
+
 @register_ffn("standard", short="FFN")
 class FeedForward(nn.Module):
     """Two linear layers around an activation: D → d_ff → D (Vaswani et al. 2017).
@@ -242,8 +245,10 @@ class FeedForward(nn.Module):
 
     @staticmethod
     def parts(config: ModelConfig) -> list[Part]:
-        return [linear_part("up_proj", config.n_embd, config.d_ff, config.bias),
-                linear_part("down_proj", config.d_ff, config.n_embd, config.bias)]
+        return [
+            linear_part("up_proj", config.n_embd, config.d_ff, config.bias),
+            linear_part("down_proj", config.d_ff, config.n_embd, config.bias),
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down_proj(self.activation(self.up_proj(x))))
@@ -287,6 +292,7 @@ class GEGLU(GatedFeedForward):
 
 
 # ------------------------------------------------------------------------------------------- positions
+
 
 @register_position("none", short="NoPos")
 class NoPosition(nn.Module):
@@ -343,7 +349,7 @@ class SinusoidalPosition(NoPosition):
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         D = x.size(-1)
         even = torch.arange(0, D, 2, dtype=torch.float32, device=x.device)
-        angle = positions.float()[:, None] / 10000.0 ** (even / D)                             # (T, ⌈D/2⌉)
+        angle = positions.float()[:, None] / 10000.0 ** (even / D)  # (T, ⌈D/2⌉)
         return x + torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :D].to(x.dtype)
 
 
@@ -372,8 +378,7 @@ class RotaryPosition(NoPosition):
         """positions (T,) → cos, sin (T, d), fp32."""
         d = self.config.head_dim
         exponent = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
-        frequencies = build("rope_scaling", self.config.rope_scaling, self.config,
-                            1.0 / self.config.rope_theta ** exponent)
+        frequencies = build("rope_scaling", self.config.rope_scaling, self.config, 1.0 / self.config.rope_theta**exponent)
         angle = positions.float()[:, None] * frequencies
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos(), angle.sin()
@@ -381,8 +386,7 @@ class RotaryPosition(NoPosition):
     @staticmethod
     def rotate(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         cos, sin = (t.to(q.dtype) for t in tables)
-        return tuple(x * cos + torch.cat((-x[..., x.size(-1) // 2:], x[..., :x.size(-1) // 2]), dim=-1) * sin
-                     for x in (q, k))
+        return tuple(x * cos + torch.cat((-x[..., x.size(-1) // 2 :], x[..., : x.size(-1) // 2]), dim=-1) * sin for x in (q, k))
 
 
 @register_rope_scaling("none", short="NoScaling")
@@ -397,17 +401,19 @@ def linear_scaling(config: ModelConfig, frequencies: Tensor) -> Tensor:
     return frequencies / config.rope_factor
 
 
-@register_rope_scaling("llama3", short="Llama3", uses=("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
-                                                       "rope_original_context"))
+@register_rope_scaling(
+    "llama3", short="Llama3", uses=("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context")
+)
 def llama3_scaling(config: ModelConfig, frequencies: Tensor) -> Tensor:
     """Long wavelengths stretched by rope_factor, short ones kept, a ramp between (LLaMA 3.1)."""
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    turns = config.rope_original_context * frequencies / (2 * math.pi)      # of each pair over the original context
+    turns = config.rope_original_context * frequencies / (2 * math.pi)  # of each pair over the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / config.rope_factor
 
 
 # ------------------------------------------------------------------------------------------- attention
+
 
 class AttentionRules(NamedTuple):
     """What an attention does besides looking back: factor on the scores, dropout, and what may limit it.
@@ -431,8 +437,7 @@ class AttentionRules(NamedTuple):
             return None
         distance = torch.arange(seen - new, seen, device=device)[:, None] - torch.arange(seen, device=device)
         hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
-        penalty = (torch.zeros((), device=device) if self.slopes is None else
-                   -self.slopes[:, None, None] * distance.clamp(min=0))
+        penalty = torch.zeros((), device=device) if self.slopes is None else -self.slopes[:, None, None] * distance.clamp(min=0)
         return torch.where(hidden, float("-inf"), penalty)
 
 
@@ -446,8 +451,15 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Te
     if mask is not None and q.size(1) != k.size(1):  # no fused kernel takes a mask and shared heads
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), dropout_p=rules.dropout,
-        is_causal=mask is None and new == seen, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))
+        q,
+        k,
+        v,
+        attn_mask=None if mask is None else mask.to(q.dtype),
+        dropout_p=rules.dropout,
+        is_causal=mask is None and new == seen,
+        scale=rules.scale,
+        enable_gqa=q.size(1) != k.size(1),
+    )
 
 
 @register_attention("manual", short="manual")
@@ -470,9 +482,11 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Te
     """PyTorch's FlexAttention, compiled: windows, slopes and soft caps in one GPU kernel. No training on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
+
     if q.device.type == "cpu" and q.requires_grad:
-        raise ValueError("attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; "
-                         "use 'sdpa' or 'manual'.")
+        raise ValueError(
+            "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use 'sdpa' or 'manual'."
+        )
     if rules.dropout:
         raise ValueError("attention_backend='flex' has no dropout; use 'sdpa', or --dropout=0.")
     new, seen = q.size(2), k.size(2)
@@ -484,6 +498,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Te
     def visible(b, h, i, j):
         distance = i + seen - new - j
         return distance >= 0 if rules.window is None else (distance >= 0) & (distance < rules.window)
+
     blocks = create_block_mask(visible, None, None, new, seen, device=q.device.type)
     kernel = _compiled(flex) if q.device.type == "cuda" else flex
     return kernel(q, k, v, score_mod=score, block_mask=blocks, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))
@@ -513,17 +528,19 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config, kv_width if config.qk_norm == "full" else config.head_dim)
         self.position = component("position_encoding", config.position_encoding).build
         self.attend = component("attention_backend", config.attention_backend).build
-        self.scale = config.attention_scale or config.head_dim ** -0.5
+        self.scale = config.attention_scale or config.head_dim**-0.5
         self.dropout = nn.Dropout(config.dropout)
 
     @staticmethod
     def parts(config: ModelConfig, window: int | None = None) -> list[Part]:
         q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        parts = [linear_part("q_proj", config.n_embd, q_width, config.qkv_bias),
-                 linear_part("k_proj", config.n_embd, kv_width, config.qkv_bias),
-                 linear_part("v_proj", config.n_embd, kv_width, config.qkv_bias),
-                 linear_part("o_proj", q_width, config.n_embd, config.bias),
-                 Part("attention", attention=q_width, window=window)]
+        parts = [
+            linear_part("q_proj", config.n_embd, q_width, config.qkv_bias),
+            linear_part("k_proj", config.n_embd, kv_width, config.qkv_bias),
+            linear_part("v_proj", config.n_embd, kv_width, config.qkv_bias),
+            linear_part("o_proj", q_width, config.n_embd, config.bias),
+            Part("attention", attention=q_width, window=window),
+        ]
         if config.qk_norm:
             width = q_width + kv_width if config.qk_norm == "full" else 2 * config.head_dim
             parts.append(Part("qk_norm", parameters=width))
@@ -535,20 +552,30 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.view(B, T, -1, d) for y in (q, k, v))                                     # (B, T, heads, d)
+        q, k, v = (y.view(B, T, -1, d) for y in (q, k, v))  # (B, T, heads, d)
         if norm is True:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                       # (B, heads, T, d)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, T, d)
         q, k = self.position.rotate(q, k, tables)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = self.attend(q, k, v, AttentionRules(
-            self.scale, self.config.dropout if self.training else 0.0, self.config.attention_softcap, self.window,
-            self.position.slopes(tables)))
+        y = self.attend(
+            q,
+            k,
+            v,
+            AttentionRules(
+                self.scale,
+                self.config.dropout if self.training else 0.0,
+                self.config.attention_softcap,
+                self.window,
+                self.position.slopes(tables),
+            ),
+        )
         return self.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
 # ------------------------------------------------------------------------------------------- norm positions
+
 
 @register_norm_position("pre", short="PreNorm")
 class PreNorm(nn.Module):
@@ -600,6 +627,7 @@ class SandwichNorm(PreNorm):
 
 
 # ------------------------------------------------------------------------------------------- blocks
+
 
 def _residual(config: ModelConfig, sublayer: nn.Module) -> nn.Module:
     return build("norm_position", config.norm_position, config, sublayer)

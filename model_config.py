@@ -17,16 +17,25 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
 # ------------------------------------------------------------------------------------------- components
 
 # Each kind is also the configuration key that chooses a component of it.
-COMPONENT_KINDS = ("normalization", "activation", "ffn_type", "position_encoding", "rope_scaling", "norm_position",
-                   "block", "attention_backend")
+COMPONENT_KINDS = (
+    "normalization",
+    "activation",
+    "ffn_type",
+    "position_encoding",
+    "rope_scaling",
+    "norm_position",
+    "block",
+    "attention_backend",
+)
 
 
 @dataclass(frozen=True)
@@ -55,21 +64,31 @@ class Component:
 _REGISTRY: dict[str, dict[str, Component]] = {kind: {} for kind in COMPONENT_KINDS}
 
 
-def register(kind: str, name: str, *, short: str, uses: tuple[str, ...] = (), fixes: dict[str, Any] | None = None,
-             has_attention: bool = False) -> Callable:
+def register(
+    kind: str,
+    name: str,
+    *,
+    short: str,
+    uses: tuple[str, ...] = (),
+    fixes: dict[str, Any] | None = None,
+    has_attention: bool = False,
+) -> Callable:
     """Decorator that enters a class or function under `kind` and `name`. Raises ValueError if name or short is taken.
 
     Activations and feed-forwards share one place in the architecture's name, so they share their short names too.
     """
+
     def enter(build: Callable) -> Callable:
         together = ("activation", "ffn_type") if kind in ("activation", "ffn_type") else (kind,)
         for other in (c for shared in together for c in _REGISTRY[shared].values()):
             if (kind, name) == (other.kind, other.name) or short == other.short:
-                raise ValueError(f"{kind} {name!r} (short {short!r}) is already registered as {other.kind} "
-                                 f"{other.name!r} (short {other.short!r}); choose another name.")
-        _REGISTRY[kind][name] = Component(kind, name, short, build, tuple(uses), tuple((fixes or {}).items()),
-                                          has_attention)
+                raise ValueError(
+                    f"{kind} {name!r} (short {short!r}) is already registered as {other.kind} "
+                    f"{other.name!r} (short {other.short!r}); choose another name."
+                )
+        _REGISTRY[kind][name] = Component(kind, name, short, build, tuple(uses), tuple((fixes or {}).items()), has_attention)
         return build
+
     return enter
 
 
@@ -88,8 +107,7 @@ def component(kind: str, name: str) -> Component:
     """One component. Raises ValueError with the list of what there is (and the nearest name) when it is unknown."""
     known = components(kind)
     if name not in known:
-        raise ValueError(f"{kind}={name!r} is not registered{did_you_mean(name, known)}. "
-                         f"There is: {', '.join(known)}.")
+        raise ValueError(f"{kind}={name!r} is not registered{did_you_mean(name, known)}. There is: {', '.join(known)}.")
     return known[name]
 
 
@@ -176,12 +194,14 @@ def describe_type(kind: Any) -> str:
     pieces = []
     for member in alternatives(kind):
         if member is not type(None):
-            pieces += ([repr(value) for value in typing.get_args(member)] if typing.get_origin(member) is Literal
-                       else [words[member]])
+            pieces += (
+                [repr(value) for value in typing.get_args(member)] if typing.get_origin(member) is Literal else [words[member]]
+            )
     return pieces[0] if len(pieces) == 1 else ", ".join(pieces[:-1]) + " or " + pieces[-1]
 
 
 # ------------------------------------------------------------------------------------------- the cost of a part
+
 
 @dataclass(frozen=True)
 class Part:
@@ -206,6 +226,7 @@ def linear_part(name: str, d_in: int, d_out: int, bias: bool) -> Part:
 
 # ------------------------------------------------------------------------------------------- ModelConfig
 
+
 def _key(help: str, *, group: str = "architecture", **field_arguments) -> Any:
     return dataclasses.field(metadata={"help": help, "group": group}, **field_arguments)
 
@@ -226,43 +247,41 @@ class ModelConfig:
     d_ff: int = _key("hidden width of the feed-forward [4 × n_embd; gated: 8/3 × n_embd, rounded up]")
     vocab_size: int = _key("token ids, special ones included [the dataset's, else the preset's]")
     pad_vocab_multiple: int = _key("round the embedding table up to a multiple of this; padding never wins")
-    block_size: int = _key("longest sequence, in tokens; also the length of a learned position table",
-                           group="data")
+    block_size: int = _key("longest sequence, in tokens; also the length of a learned position table", group="data")
     normalization: str = _key("kind of normalisation")
     norm_eps: float = _key("added to the variance before the square root")
     activation: str = _key("non-linearity of the feed-forward")
     ffn_type: str = _key("kind of feed-forward")
     position_encoding: str = _key("how positions enter")
     rope_theta: float | None = _key("base of the RoPE frequencies (RoPE only)", default=None)
-    rope_scaling: str | None = _key("stretches RoPE beyond the context it was trained for (RoPE only) [none]",
-                                    default=None)
+    rope_scaling: str | None = _key("stretches RoPE beyond the context it was trained for (RoPE only) [none]", default=None)
     rope_factor: float | None = _key("by how much rope_scaling stretches [8]", default=None)
-    rope_low_freq_factor: float | None = _key("llama3 scaling: wavelengths above original / this are stretched [1]",
-                                              default=None)
-    rope_high_freq_factor: float | None = _key("llama3 scaling: wavelengths below original / this stay [4]",
-                                               default=None)
+    rope_low_freq_factor: float | None = _key("llama3 scaling: wavelengths above original / this are stretched [1]", default=None)
+    rope_high_freq_factor: float | None = _key("llama3 scaling: wavelengths below original / this stay [4]", default=None)
     rope_original_context: int | None = _key("llama3 scaling: context of the original training [8192]", default=None)
     norm_position: str = _key("where the norm sits in a residual branch")
-    layer_pattern: tuple[str, ...] = _key("block of each layer, comma-separated, repeated to n_layer; "
-                                          "name*k stands for k of them")
+    layer_pattern: tuple[str, ...] = _key(
+        "block of each layer, comma-separated, repeated to n_layer; name*k stands for k of them"
+    )
     bias: bool = _key("biases in the linear layers of attention and feed-forward")
     qkv_bias: bool = _key("biases in the q, k, v projections [bias]")
-    qk_norm: bool | Literal["full"] = _key("RMS-normalise each head's queries and keys; full: all heads together",
-                                           default=False)
-    sliding_window: int | None = _key("tokens that the layers of block 'sliding' see; alone, it makes all layers so; 0: off",
-                                      default=None)
+    qk_norm: bool | Literal["full"] = _key("RMS-normalise each head's queries and keys; full: all heads together", default=False)
+    sliding_window: int | None = _key(
+        "tokens that the layers of block 'sliding' see; alone, it makes all layers so; 0: off", default=None
+    )
     attention_scale: float | None = _key("factor on the attention scores [1 / √head_dim]", default=None)
     attention_softcap: float | None = _key("attention scores s become cap·tanh(s / cap); 0: off", default=None)
     logit_softcap: float | None = _key("logits become cap·tanh(logit / cap); 0: off", default=None)
     embedding_norm: bool = _key("normalise the embeddings before the first block", default=False)
     embedding_scale: bool = _key("multiply the embeddings by √n_embd (Gemma)", default=False)
-    zero_init: bool = _key("projections into the residual stream start at zero, so that (under pre-norm) each block is the identity", default=False)
+    zero_init: bool = _key(
+        "projections into the residual stream start at zero, so that (under pre-norm) each block is the identity", default=False
+    )
     ffn_expansion_ratio: float | None = _key("d_ff as a multiple of n_embd, instead of d_ff", default=None)
     ffn_multiple: int | None = _key("round the d_ff that is worked out up to a multiple of this", default=None)
     weight_tying: bool = _key("the output head shares the embedding's weights")
     dropout: float = _key("dropout probability: embedding, attention, residual branches", default=0.0)
-    attention_backend: str = _key("implementation of attention; the result is the same", group="execution",
-                                  default="sdpa")
+    attention_backend: str = _key("implementation of attention; the result is the same", group="execution", default="sdpa")
 
     def __post_init__(self):
         problems = _problems(self)
@@ -277,8 +296,9 @@ class ModelConfig:
     def chosen(self) -> list[Component]:
         """The components this model is made of, blocks included."""
         kinds = [kind for kind in COMPONENT_KINDS if kind not in ("block", "attention_backend")]
-        return ([component(kind, getattr(self, kind)) for kind in kinds if getattr(self, kind) is not None]
-                + [component("block", name) for name in dict.fromkeys(self.layer_pattern)])
+        return [component(kind, getattr(self, kind)) for kind in kinds if getattr(self, kind) is not None] + [
+            component("block", name) for name in dict.fromkeys(self.layer_pattern)
+        ]
 
     def uses(self, key: str) -> bool:
         """Whether a chosen component reads this optional key."""
@@ -291,10 +311,12 @@ class ModelConfig:
         act = component("activation", self.activation)
         parts = [f"{self.n_layer}L", f"{self.n_head}H", f"{self.n_embd}D"]
         parts += [f"KV{self.n_kv_head}"] if self.n_kv_head != self.n_head else []
-        parts += [component("position_encoding", self.position_encoding).short,
-                  component("normalization", self.normalization).short,
-                  ffn.short if ffn.fixes else act.short if ffn.name == "standard" else f"{ffn.short}({act.short})",
-                  component("norm_position", self.norm_position).short]
+        parts += [
+            component("position_encoding", self.position_encoding).short,
+            component("normalization", self.normalization).short,
+            ffn.short if ffn.fixes else act.short if ffn.name == "standard" else f"{ffn.short}({act.short})",
+            component("norm_position", self.norm_position).short,
+        ]
         return "-".join(parts + [tag for tag in (make(self) for make in _TAGS) if tag])
 
     def to_dict(self) -> dict[str, Any]:
@@ -357,7 +379,7 @@ def usual_d_ff(ffn_type: str, n_embd: int, ratio: float | None = None, multiple:
 
 def shortest_pattern(names: tuple[str, ...]) -> str:
     """One block name a layer → the shortest pattern, as a user types it: ('a', 'a', 'b', 'a', 'a', 'b') → 'a*2,b'."""
-    period = next(p for p in range(1, len(names) + 1) if (names[:p] * len(names))[:len(names)] == names)
+    period = next(p for p in range(1, len(names) + 1) if (names[:p] * len(names))[: len(names)] == names)
     pieces: list[list] = []
     for name in names[:period]:
         if pieces and pieces[-1][0] == name:
@@ -379,12 +401,14 @@ def expand_pattern(pattern, n_layer: int) -> tuple[str, ...]:
     for piece in (str(p).strip() for p in pieces):
         name, star, count = piece.partition("*")
         if not name or (star and not (count.strip().isdigit() and int(count) > 0)):
-            raise ValueError(f"layer_pattern has the piece {piece!r}; write block names separated by commas, "
-                             "name*k for k of them.")
+            raise ValueError(
+                f"layer_pattern has the piece {piece!r}; write block names separated by commas, name*k for k of them."
+            )
         names += [name.strip()] * (int(count) if star else 1)
     if len(names) > n_layer:
-        raise ValueError(f"layer_pattern names {len(names)} layers but n_layer={n_layer}; "
-                         f"shorten it or use n_layer={len(names)}.")
+        raise ValueError(
+            f"layer_pattern names {len(names)} layers but n_layer={n_layer}; shorten it or use n_layer={len(names)}."
+        )
     return tuple((names * -(-n_layer // len(names)))[:n_layer])
 
 
@@ -400,9 +424,12 @@ _TAGS: tuple[Callable[[ModelConfig], str], ...] = (
     lambda c: f"Pad{c.padded_vocab_size}" if c.padded_vocab_size != c.vocab_size else "",
     lambda c: f"T{c.block_size}" if c.uses("block_size") and c.block_size != 1024 else "",
     lambda c: f"Theta{c.rope_theta!r}".removesuffix(".0") if c.rope_theta not in (None, 10000.0) else "",
-    lambda c: (f"{component('rope_scaling', c.rope_scaling).short}{_values(c, 'rope_factor', 'rope_low_freq_factor')}"
-               f"{_values(c, 'rope_high_freq_factor', 'rope_original_context')}"
-               if c.rope_scaling not in (None, "none") else ""),
+    lambda c: (
+        f"{component('rope_scaling', c.rope_scaling).short}{_values(c, 'rope_factor', 'rope_low_freq_factor')}"
+        f"{_values(c, 'rope_high_freq_factor', 'rope_original_context')}"
+        if c.rope_scaling not in (None, "none")
+        else ""
+    ),
     lambda c: f"Eps{c.norm_eps!r}" if c.norm_eps != 1e-5 else "",
     lambda c: "" if not c.qk_norm else "QKNormFull" if c.qk_norm == "full" else "QKNorm",
     lambda c: f"Win{c.sliding_window}" if c.sliding_window else "",
@@ -423,20 +450,29 @@ _TAGS: tuple[Callable[[ModelConfig], str], ...] = (
 def _problems(c: ModelConfig) -> list[str]:
     """Every reason why this config cannot be built, one sentence each."""
     problems = []
-    for key in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "d_ff", "vocab_size", "pad_vocab_multiple",
-                "block_size"):
+    for key in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "d_ff", "vocab_size", "pad_vocab_multiple", "block_size"):
         if getattr(c, key) < 1:
             problems.append(f"{key}={getattr(c, key)} must be at least 1.")
     if c.n_kv_head >= 1 and c.n_head >= 1 and c.n_head % c.n_kv_head:
         divisors = [k for k in range(1, c.n_head + 1) if c.n_head % k == 0]
-        problems.append(f"n_kv_head={c.n_kv_head} does not divide n_head={c.n_head}, so query heads cannot share keys "
-                        f"evenly. Use one of {', '.join(map(str, divisors))}.")
+        problems.append(
+            f"n_kv_head={c.n_kv_head} does not divide n_head={c.n_head}, so query heads cannot share keys "
+            f"evenly. Use one of {', '.join(map(str, divisors))}."
+        )
     if not 0.0 <= c.dropout < 1.0:
         problems.append(f"dropout={c.dropout} is not a probability in [0, 1).")
     if not 0 < c.norm_eps < math.inf:
         problems.append(f"norm_eps={c.norm_eps} must be positive and finite.")
-    for key in ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "attention_scale", "attention_softcap",
-                "logit_softcap", "sliding_window", "rope_original_context"):
+    for key in (
+        "rope_factor",
+        "rope_low_freq_factor",
+        "rope_high_freq_factor",
+        "attention_scale",
+        "attention_softcap",
+        "logit_softcap",
+        "sliding_window",
+        "rope_original_context",
+    ):
         if getattr(c, key) is not None and not 0 < getattr(c, key) < math.inf:
             problems.append(f"{key}={getattr(c, key)} must be positive and finite.")
     if c.rope_factor == 1:
@@ -444,19 +480,24 @@ def _problems(c: ModelConfig) -> list[str]:
     if c.attention_backend == "flex" and c.dropout:
         problems.append(f"attention_backend='flex' has no dropout (dropout={c.dropout}); use 'sdpa', or dropout 0.")
     if c.rope_scaling == "llama3" and not c.rope_low_freq_factor < c.rope_high_freq_factor:
-        problems.append(f"rope_low_freq_factor={c.rope_low_freq_factor} must be below "
-                        f"rope_high_freq_factor={c.rope_high_freq_factor}.")
+        problems.append(
+            f"rope_low_freq_factor={c.rope_low_freq_factor} must be below rope_high_freq_factor={c.rope_high_freq_factor}."
+        )
     if c.rope_theta is not None and not 1 < c.rope_theta < math.inf:
         problems.append(f"rope_theta={c.rope_theta} must be greater than 1 and finite.")
     if c.position_encoding == "rope" and c.head_dim % 2:
-        problems.append(f"head_dim={c.head_dim} is odd, but RoPE rotates pairs of dimensions. "
-                        f"Use another n_head, or --head_dim={c.head_dim + 1}.")
+        problems.append(
+            f"head_dim={c.head_dim} is odd, but RoPE rotates pairs of dimensions. "
+            f"Use another n_head, or --head_dim={c.head_dim + 1}."
+        )
     if len(c.layer_pattern) != c.n_layer and c.n_layer >= 1:
         problems.append(f"layer_pattern names {len(c.layer_pattern)} layers but n_layer={c.n_layer}.")
     blocks = [component("block", name) for name in dict.fromkeys(c.layer_pattern)]
     if blocks and not any(block.has_attention for block in blocks):
-        problems.append(f"layer_pattern={shortest_pattern(c.layer_pattern)} has no block with attention, so no token could see "
-                        "another; keep at least one, e.g. 'transformer'.")
+        problems.append(
+            f"layer_pattern={shortest_pattern(c.layer_pattern)} has no block with attention, so no token could see "
+            "another; keep at least one, e.g. 'transformer'."
+        )
     return problems
 
 
@@ -464,47 +505,118 @@ def _problems(c: ModelConfig) -> list[str]:
 
 _GPT2_SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, norm_eps=1e-5, pad_vocab_multiple=1)
 
-_LLAMA = dict(_GPT2_SHAPE, vocab_size=50304, normalization="rmsnorm", activation="silu", ffn_type="swiglu",
-              position_encoding="rope", norm_position="pre", bias=False, weight_tying=False)
+_LLAMA = dict(
+    _GPT2_SHAPE,
+    vocab_size=50304,
+    normalization="rmsnorm",
+    activation="silu",
+    ffn_type="swiglu",
+    position_encoding="rope",
+    norm_position="pre",
+    bias=False,
+    weight_tying=False,
+)
 
 # name → (one line about it, values). Keys not named here are derived in `resolve` or off. All have GPT-2 124M's shape.
 # queries_per_kv_head is no key: n_kv_head follows from it and from n_head, which may be overridden.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT-2 124M as OpenAI released it: pre-norm, biases, GELU-tanh, tied (Radford et al. 2019)",
-             dict(_GPT2_SHAPE, vocab_size=50257, normalization="layernorm", activation="gelu_tanh",
-                  ffn_type="standard", position_encoding="learned_absolute", norm_position="pre", bias=True,
-                  weight_tying=True)),
-    "gpt2_postnorm": ("the post-norm, bias-free variant that the starting documents call GPT-2",
-                      dict(_GPT2_SHAPE, vocab_size=50304, normalization="layernorm_nobias", activation="gelu",
-                           ffn_type="standard", position_encoding="learned_absolute", norm_position="post",
-                           bias=False, weight_tying=True)),
-    "llama": ("LLaMA's parts in GPT-2's shape: RoPE, RMSNorm, SwiGLU, pre-norm, untied (Touvron et al. 2023)",
-              _LLAMA),
-    "llama3": ("LLaMA 3: grouped-query attention (4 : 1), RoPE θ 500,000 (Grattafiori et al. 2024)",
-               dict(_LLAMA, queries_per_kv_head=4, rope_theta=500000.0)),
-    "mistral": ("Mistral 7B: grouped-query attention (4 : 1), sliding window of 4096 tokens (Jiang et al. 2023)",
-                dict(_LLAMA, queries_per_kv_head=4, sliding_window=4096)),
-    "qwen3": ("Qwen3: heads of 128, grouped (2 : 1), QK-norm, RoPE θ 1,000,000, tied (Qwen team 2025)",
-              dict(_LLAMA, queries_per_kv_head=2, head_dim=128, qk_norm=True, rope_theta=1000000.0, norm_eps=1e-6,
-                   weight_tying=True)),
-    "olmo2": ("OLMo 2: norms on the branches' outputs, QK-norm over all heads, RoPE θ 500,000 (OLMo team 2024)",
-              dict(_LLAMA, norm_position="output", qk_norm="full", rope_theta=500000.0, norm_eps=1e-6)),
-    "gemma2": ("Gemma 2: sandwich norms, GELU-gated, every other layer sliding, soft caps, tied (Gemma team 2024)",
-               dict(_LLAMA, queries_per_kv_head=2, head_dim=128, normalization="rmsnorm_offset", ffn_type="gated",
-                    activation="gelu_tanh", norm_position="sandwich", layer_pattern="sliding,transformer",
-                    sliding_window=4096, attention_softcap=50.0, logit_softcap=30.0, embedding_scale=True,
-                    norm_eps=1e-6, weight_tying=True)),
-    "modern": ("what small-model speed runs settled on: QK-norm, RoPE, ReLU², zero-initialised outputs, untied",
-               dict(_LLAMA, ffn_type="standard", activation="relu2", qk_norm=True, zero_init=True)),
-    "hybrid": ("GPT-2's feed-forward and tied head with RoPE and a bias-free pre-norm",
-               dict(_GPT2_SHAPE, vocab_size=50304, normalization="layernorm_nobias", activation="gelu",
-                    ffn_type="standard", position_encoding="rope", norm_position="pre", bias=False,
-                    weight_tying=True)),
+    "gpt2": (
+        "GPT-2 124M as OpenAI released it: pre-norm, biases, GELU-tanh, tied (Radford et al. 2019)",
+        dict(
+            _GPT2_SHAPE,
+            vocab_size=50257,
+            normalization="layernorm",
+            activation="gelu_tanh",
+            ffn_type="standard",
+            position_encoding="learned_absolute",
+            norm_position="pre",
+            bias=True,
+            weight_tying=True,
+        ),
+    ),
+    "gpt2_postnorm": (
+        "the post-norm, bias-free variant that the starting documents call GPT-2",
+        dict(
+            _GPT2_SHAPE,
+            vocab_size=50304,
+            normalization="layernorm_nobias",
+            activation="gelu",
+            ffn_type="standard",
+            position_encoding="learned_absolute",
+            norm_position="post",
+            bias=False,
+            weight_tying=True,
+        ),
+    ),
+    "llama": ("LLaMA's parts in GPT-2's shape: RoPE, RMSNorm, SwiGLU, pre-norm, untied (Touvron et al. 2023)", _LLAMA),
+    "llama3": (
+        "LLaMA 3: grouped-query attention (4 : 1), RoPE θ 500,000 (Grattafiori et al. 2024)",
+        dict(_LLAMA, queries_per_kv_head=4, rope_theta=500000.0),
+    ),
+    "mistral": (
+        "Mistral 7B: grouped-query attention (4 : 1), sliding window of 4096 tokens (Jiang et al. 2023)",
+        dict(_LLAMA, queries_per_kv_head=4, sliding_window=4096),
+    ),
+    "qwen3": (
+        "Qwen3: heads of 128, grouped (2 : 1), QK-norm, RoPE θ 1,000,000, tied (Qwen team 2025)",
+        dict(_LLAMA, queries_per_kv_head=2, head_dim=128, qk_norm=True, rope_theta=1000000.0, norm_eps=1e-6, weight_tying=True),
+    ),
+    "olmo2": (
+        "OLMo 2: norms on the branches' outputs, QK-norm over all heads, RoPE θ 500,000 (OLMo team 2024)",
+        dict(_LLAMA, norm_position="output", qk_norm="full", rope_theta=500000.0, norm_eps=1e-6),
+    ),
+    "gemma2": (
+        "Gemma 2: sandwich norms, GELU-gated, every other layer sliding, soft caps, tied (Gemma team 2024)",
+        dict(
+            _LLAMA,
+            queries_per_kv_head=2,
+            head_dim=128,
+            normalization="rmsnorm_offset",
+            ffn_type="gated",
+            activation="gelu_tanh",
+            norm_position="sandwich",
+            layer_pattern="sliding,transformer",
+            sliding_window=4096,
+            attention_softcap=50.0,
+            logit_softcap=30.0,
+            embedding_scale=True,
+            norm_eps=1e-6,
+            weight_tying=True,
+        ),
+    ),
+    "modern": (
+        "what small-model speed runs settled on: QK-norm, RoPE, ReLU², zero-initialised outputs, untied",
+        dict(_LLAMA, ffn_type="standard", activation="relu2", qk_norm=True, zero_init=True),
+    ),
+    "hybrid": (
+        "GPT-2's feed-forward and tied head with RoPE and a bias-free pre-norm",
+        dict(
+            _GPT2_SHAPE,
+            vocab_size=50304,
+            normalization="layernorm_nobias",
+            activation="gelu",
+            ffn_type="standard",
+            position_encoding="rope",
+            norm_position="pre",
+            bias=False,
+            weight_tying=True,
+        ),
+    ),
     "team": ("the starting documents' model_v1: the parts of LLaMA", _LLAMA),
-    "custom": ("a plain bias-free pre-norm base to mix your own from: LayerNorm, GELU, RoPE, untied",
-               dict(_GPT2_SHAPE, vocab_size=50304, normalization="layernorm_nobias", activation="gelu",
-                    ffn_type="standard", position_encoding="rope", norm_position="pre", bias=False,
-                    weight_tying=False)),
+    "custom": (
+        "a plain bias-free pre-norm base to mix your own from: LayerNorm, GELU, RoPE, untied",
+        dict(
+            _GPT2_SHAPE,
+            vocab_size=50304,
+            normalization="layernorm_nobias",
+            activation="gelu",
+            ffn_type="standard",
+            position_encoding="rope",
+            norm_position="pre",
+            bias=False,
+            weight_tying=False,
+        ),
+    ),
 }
 
 
@@ -520,8 +632,9 @@ OFF_AT_ZERO = ("sliding_window", "attention_scale", "attention_softcap", "logit_
 
 # What a preset that does not speak of a part has there, and the values of optional keys where a part reads them.
 _PLAIN = dict(rope_scaling="none", attention_backend="sdpa")
-_DERIVED = dict(rope_theta=10000.0, rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
-                rope_original_context=8192)
+_DERIVED = dict(
+    rope_theta=10000.0, rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_context=8192
+)
 
 
 def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
@@ -532,8 +645,9 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     shape, or an override that would change nothing (rope_theta on a model without RoPE).
     """
     if preset not in PRESETS:
-        raise ValueError(f"arch_preset={preset!r} is not a preset{did_you_mean(preset, PRESETS)}. "
-                         f"There is: {', '.join(PRESETS)}.")
+        raise ValueError(
+            f"arch_preset={preset!r} is not a preset{did_you_mean(preset, PRESETS)}. There is: {', '.join(PRESETS)}."
+        )
     given, problems = _converted({key: value for key, value in overrides.items() if value is not None})
     values = {**PRESETS[preset][1], **given}
     group = values.pop("queries_per_kv_head", 1)
@@ -568,8 +682,10 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     for c in chosen:  # what a component decides itself cannot be overridden to anything else
         for key, value in c.fixes:
             if given.get(key, value) != value:
-                problems.append(f"{key}={given[key]!r} has no effect with {c.kind}={c.name!r}, whose {key} is "
-                                f"{value!r}. Leave it out or choose another {c.kind}.")
+                problems.append(
+                    f"{key}={given[key]!r} has no effect with {c.kind}={c.name!r}, whose {key} is "
+                    f"{value!r}. Leave it out or choose another {c.kind}."
+                )
             values[key] = value
     used = {key for c in chosen if c.kind != "rope_scaling" for key in c.uses}
     if "rope_scaling" in used:  # itself a part with keys of its own
@@ -577,8 +693,7 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     optional = {key for kind in COMPONENT_KINDS for c in components(kind).values() for key in c.uses}
     for key in sorted(optional - used - {"block_size"}):  # block_size is also the length of a sequence
         if key in given:
-            readers = [f"{c.kind}={c.name!r}" for kind in COMPONENT_KINDS for c in components(kind).values()
-                       if key in c.uses]
+            readers = [f"{c.kind}={c.name!r}" for kind in COMPONENT_KINDS for c in components(kind).values() if key in c.uses]
             if any(reader.split("=")[0] in unknown_kinds for reader in readers):
                 continue  # perhaps the part that was meant reads it
             problems.append(f"{key}={given[key]!r} has no effect on this model: only {' or '.join(readers)} reads it.")
@@ -596,10 +711,14 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     if "sliding_window" in used and values.get("sliding_window") is None:
         problems.append("layer_pattern has the block 'sliding', which needs a width; give --sliding_window=….")
     if not next(c for c in chosen if c.kind == "ffn_type").fixes:
-        problems += [f"ffn_type={values['ffn_type']!r} with activation={values['activation']!r} is ffn_type={c.name!r}; say "
-                     f"so, or choose another activation." for c in components("ffn_type").values()
-                     if values["ffn_type"] == "gated" and getattr(c.build, "gated", False)
-                     and dict(c.fixes).get("activation") == values["activation"]]
+        problems += [
+            f"ffn_type={values['ffn_type']!r} with activation={values['activation']!r} is ffn_type={c.name!r}; say "
+            f"so, or choose another activation."
+            for c in components("ffn_type").values()
+            if values["ffn_type"] == "gated"
+            and getattr(c.build, "gated", False)
+            and dict(c.fixes).get("activation") == values["activation"]
+        ]
     kv_heads = max((k for k in range(1, heads // group + 1) if heads % k == 0), default=1)
     derived = dict(n_kv_head=kv_heads, d_ff=1, qkv_bias=values["bias"])
     derived |= {key: value for key, value in _DERIVED.items() if key in used}
@@ -645,8 +764,11 @@ def _settle_d_ff(values: dict[str, Any], given: dict[str, Any], width: int, usab
     if multiple is not None and multiple < 1:
         problems.append(f"ffn_multiple={multiple} must be at least 1.")
     if values.get("d_ff") is not None:
-        problems += [f"{key}={given[key]} has no effect, as d_ff={values['d_ff']} is given; leave one of them out."
-                     for key in ("ffn_expansion_ratio", "ffn_multiple") if key in given]
+        problems += [
+            f"{key}={given[key]} has no effect, as d_ff={values['d_ff']} is given; leave one of them out."
+            for key in ("ffn_expansion_ratio", "ffn_multiple")
+            if key in given
+        ]
     elif usable and not problems:
         values["d_ff"] = usual_d_ff(values["ffn_type"], max(1, width), ratio, multiple)
     values["ffn_expansion_ratio"] = values["ffn_multiple"] = None
@@ -657,5 +779,7 @@ def _uneven_heads(heads: int, width: int) -> str:
     """The sentence for a number of heads that does not divide the width, with the nearest that does."""
     divisors = [h for h in range(1, width + 1) if width % h == 0 and (width // h) % 2 == 0] or [1]
     best = min(divisors, key=lambda h: abs(h - heads))
-    return (f"n_head={heads} does not divide n_embd={width} (head_dim would be {width / heads:.2f}). "
-            f"Use n_head={best} for head_dim {width // best}.")
+    return (
+        f"n_head={heads} does not divide n_embd={width} (head_dim would be {width / heads:.2f}). "
+        f"Use n_head={best} for head_dim {width // best}."
+    )

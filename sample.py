@@ -25,8 +25,8 @@ import textwrap
 import time
 from pathlib import Path
 
+from command_line import Failure, Parser, UsageError, choose_device, guarded
 from model_config import did_you_mean
-from training.command_line import Failure, Parser, UsageError, choose_device, guarded
 
 SEPARATOR = "---------------"  # nanoGPT's
 
@@ -38,7 +38,7 @@ VALUES = {
     "top_k": (int, lambda k: k >= 1, "a whole number from 1 on, or 'none' for all tokens"),
     "top_p": (float, lambda p: 0 < p <= 1, "a number above 0 and up to 1"),
     "repetition_penalty": (float, lambda r: 0 < r < math.inf, "a positive number; 1 is no penalty"),
-    "seed": (int, lambda s: 0 <= s < 2 ** 62, "a whole number from 0 on"),
+    "seed": (int, lambda s: 0 <= s < 2**62, "a whole number from 0 on"),
     "device": (str, re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps"),
     "dtype": (str, re.compile("auto|float32|bfloat16|float16").fullmatch, "auto, float32, bfloat16 or float16"),
 }
@@ -46,10 +46,12 @@ VALUES = {
 
 # ------------------------------------------------------------------------------------------- command line
 
+
 def make_parser() -> Parser:
     """The command line; numbers stay text here, so that all their problems can be told at once."""
-    parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(
+        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     where = parser.add_argument_group("the model")
     where.add_argument("checkpoint", nargs="?", help="an out_dir or a checkpoint folder (default: out)")
     where.add_argument("--out_dir", metavar="DIR", help="the same by another name")
@@ -69,8 +71,9 @@ def make_parser() -> Parser:
     how.add_argument("--temperature", metavar="X", default="0.8", help="0 is greedy (default: 0.8)")
     how.add_argument("--top_k", metavar="K", default="200", help="only the K likeliest, or none for all (default: 200)")
     how.add_argument("--top_p", metavar="P", default="1", help="only the likeliest that make up P (default: 1)")
-    how.add_argument("--repetition_penalty", metavar="X", default="1",
-                     help="above 1, tokens seen before get less likely (default: 1)")
+    how.add_argument(
+        "--repetition_penalty", metavar="X", default="1", help="above 1, tokens seen before get less likely (default: 1)"
+    )
     how.add_argument("--seed", metavar="N", default="1337", help="sample i uses seed + i (default: 1337)")
     end = how.add_mutually_exclusive_group()
     end.add_argument("--stop_at_eos", action="store_true", default=True, help="end at the end-of-text token (default)")
@@ -93,8 +96,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     problems = []
     for word in unknown:
         key = word.removeprefix("--").partition("=")[0]
-        problems.append(f"{word!r} is one argument too many; the prompt goes into --prompt=\"…\"." if key == word else
-                        f"--{key} is not an option{did_you_mean(key, known)}. --help lists them all.")
+        problems.append(
+            f'{word!r} is one argument too many; the prompt goes into --prompt="…".'
+            if key == word
+            else f"--{key} is not an option{did_you_mean(key, known)}. --help lists them all."
+        )
     for key, (kind, allowed, meaning) in VALUES.items():
         text = getattr(options, key)
         try:
@@ -173,6 +179,7 @@ def stdin_is_piped() -> bool:
 
 # ------------------------------------------------------------------------------------------- sampling
 
+
 def run(options: argparse.Namespace) -> None:
     """Load the model, or both, and write the samples."""
     if options.compare:
@@ -196,8 +203,10 @@ def run(options: argparse.Namespace) -> None:
             made += sampler.one(number)
     if options.speed or (sys.stderr is not None and sys.stderr.isatty()):
         seconds = time.perf_counter() - started
-        print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s ({sampler.device}, {sampler.dtype})",
-              file=sys.stderr)
+        print(
+            f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s ({sampler.device}, {sampler.dtype})",
+            file=sys.stderr,
+        )
 
 
 class Sampler:
@@ -208,49 +217,62 @@ class Sampler:
 
         from flops_parameter_counting.hardware import best_dtype
         from training.checkpoint import load_model
+
         self.options, self.device = options, choose_device(options.device)
         self.model, self.tokenizer = load_model(place, self.device, which="best" if options.best else "latest")
         self.dtype = best_dtype(self.device) if options.dtype == "auto" else options.dtype
         model, tokenizer = self.model, self.tokenizer
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise Failure("The model's weights are not finite: its training has diverged. Use an earlier checkpoint, or "
-                          "--best.")
+            raise Failure("The model's weights are not finite: its training has diverged. Use an earlier checkpoint, or --best.")
         model.to(getattr(torch, self.dtype))  # cast once: the same numbers as casting at each use, as training does
         if tokenizer is not None and tokenizer.vocab_size < model.config.vocab_size:  # ids without text can never win
-            model.head.weight = torch.nn.Parameter(model.head.weight.detach()[:tokenizer.vocab_size])
+            model.head.weight = torch.nn.Parameter(model.head.weight.detach()[: tokenizer.vocab_size])
         self.vocab_size = min(model.config.vocab_size, model.head.weight.size(0))
         self.eos_id = tokenizer.eos_id if tokenizer is not None and options.stop_at_eos else None
-        self.knobs = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-                          repetition_penalty=options.repetition_penalty, eos_id=self.eos_id, use_cache=options.cache)
+        self.knobs = dict(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            eos_id=self.eos_id,
+            use_cache=options.cache,
+        )
 
     def ids(self, prompt: str | None) -> list[int]:
         """The token ids of a prompt (or those given instead), with a note if the model cannot see all of them."""
         ids = prompt_ids(self.options, prompt, self.tokenizer, self.vocab_size)
         if len(ids) > self.model.config.block_size:
-            print(f"sample.py: the prompt has {len(ids)} tokens; the model sees the last {self.model.config.block_size} "
-                  "(block_size).", file=sys.stderr)
+            print(
+                f"sample.py: the prompt has {len(ids)} tokens; the model sees the last {self.model.config.block_size} "
+                "(block_size).",
+                file=sys.stderr,
+            )
         return ids
 
     def generator(self, number: int):
         """The random numbers of sample `number`, whatever else is sampled."""
         import torch
+
         return torch.Generator(self.device).manual_seed(self.options.seed + number)
 
     def decoder(self):
         """Makes text of tokens, or writes the ids where there is no tokenizer."""
         from data.tokenization import StreamDecoder
+
         return IdWriter() if self.tokenizer is None else StreamDecoder(self.tokenizer)
 
     def one(self, number: int) -> int:
         """Print sample `number` of the prompt, as it comes unless told otherwise; returns the number of tokens made."""
         import torch
+
         options, decoder, pieces, made = self.options, self.decoder(), [], 0
         ids = self.ids(options.prompt)
         write = show if options.stream else pieces.append
         shown = "" if options.prompt == "" else "".join([decoder.push(token) for token in ids])
         write(shown if options.prompt is None else options.prompt)
-        for chosen in self.model.stream(torch.tensor([ids], device=self.device), options.max_new_tokens,
-                                        generator=self.generator(number), **self.knobs):
+        for chosen in self.model.stream(
+            torch.tensor([ids], device=self.device), options.max_new_tokens, generator=self.generator(number), **self.knobs
+        ):
             token = int(chosen)
             if token == self.eos_id:
                 break
@@ -263,18 +285,20 @@ class Sampler:
     def batch(self) -> list[tuple[str, int]]:
         """All prompts (num_samples times each) in one batch → (prompt and continuation, tokens made) of each."""
         import torch
+
         options = self.options
         prompts = [prompt for prompt in options.prompts or [options.prompt] for _ in range(options.num_samples)]
         rows = [self.ids(prompt) for prompt in prompts]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         padded = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows], device=self.device)
-        stream = self.model.stream(padded, options.max_new_tokens, lengths=lengths,
-                                   generator=[self.generator(i) for i in range(len(rows))], **self.knobs)
+        stream = self.model.stream(
+            padded, options.max_new_tokens, lengths=lengths, generator=[self.generator(i) for i in range(len(rows))], **self.knobs
+        )
         new = torch.stack(list(stream), dim=1).tolist()
         shortest, texts = int(lengths.min()), []
         for prompt, row, tokens in zip(prompts, rows, new):
-            own = tokens[len(row) - shortest:][:options.max_new_tokens]
-            own = own[:own.index(self.eos_id)] if self.eos_id in own else own
+            own = tokens[len(row) - shortest :][: options.max_new_tokens]
+            own = own[: own.index(self.eos_id)] if self.eos_id in own else own
             decoder = self.decoder()
             shown = "" if prompt == "" else "".join([decoder.push(token) for token in row])
             text = "".join([decoder.push(token) for token in own]) + decoder.flush()
@@ -286,9 +310,11 @@ def side_by_side(names: list[str], texts: tuple[str, str]) -> str:
     """Two texts in two columns under their models' names, as wide as the terminal."""
     width = max(20, (shutil.get_terminal_size().columns - 3) // 2)
     texts = ["".join(c if c.isprintable() or c == "\n" else " " for c in text.expandtabs()) for text in texts]
-    columns = [[name[-width:], "-" * min(width, len(name))] + [line for paragraph in text.split("\n")
-                                                               for line in textwrap.wrap(paragraph, width) or [""]]
-               for name, text in zip(names, texts)]
+    columns = [
+        [name[-width:], "-" * min(width, len(name))]
+        + [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, width) or [""]]
+        for name, text in zip(names, texts)
+    ]
     return "\n".join(f"{left:<{width}} | {right}".rstrip() for left, right in itertools.zip_longest(*columns, fillvalue=""))
 
 
@@ -316,8 +342,10 @@ def prompt_ids(options: argparse.Namespace, prompt: str | None, tokenizer, vocab
     if prompt is None:
         ids = options.ids
     elif tokenizer is None:
-        raise Failure("This model has no tokenizer (its dataset had none), so text means nothing to it; give token "
-                         "ids with --prompt_ids=1,2,3.")
+        raise Failure(
+            "This model has no tokenizer (its dataset had none), so text means nothing to it; give token "
+            "ids with --prompt_ids=1,2,3."
+        )
     elif prompt:
         try:
             ids = tokenizer.encode(prompt)
@@ -326,27 +354,33 @@ def prompt_ids(options: argparse.Namespace, prompt: str | None, tokenizer, vocab
     elif tokenizer.eos_id is not None:
         ids = [tokenizer.eos_id]
     else:
-        raise Failure(f"The prompt is empty, and this model's {tokenizer.kind} tokenizer has no end-of-text token "
-                         "to start from; give a prompt with --prompt=\"…\".")
+        raise Failure(
+            f"The prompt is empty, and this model's {tokenizer.kind} tokenizer has no end-of-text token "
+            'to start from; give a prompt with --prompt="…".'
+        )
     if not ids:
         raise Failure("The tokenizer makes no tokens of this prompt; give another one.")
     wrong = [token for token in ids if not 0 <= token < vocab_size]
     if wrong:
-        raise Failure(f"The prompt has the token id {wrong[0]}, which this model does not know; its ids are 0 to "
-                         f"{vocab_size - 1}.")
+        raise Failure(
+            f"The prompt has the token id {wrong[0]}, which this model does not know; its ids are 0 to {vocab_size - 1}."
+        )
     return ids
 
 
 # ------------------------------------------------------------------------------------------- errors
 
+
 def main(argv: list[str]) -> int:
     """Parse before anything heavy is imported, then sample; returns the exit code."""
+
     def job() -> int:
         options = parse(argv)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
         run(options)
         return 0
+
     return guarded("sample.py", argv, job, "Out of memory. Try --dtype=bfloat16, a shorter prompt, or --device=cpu.")
 
 

@@ -1,10 +1,10 @@
 """Train a language model: one loop, readable from top to bottom.
 
-    python train.py [config/x.py | run_….json] [--key=value | --key value | --flag …]
-    python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
-    python train.py config/quickstart.py --init_from=resume
-    python train.py --help | config/x.py --print_config
-    torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
+python train.py [config/x.py | run_….json] [--key=value | --key value | --flag …]
+python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
+python train.py config/quickstart.py --init_from=resume
+python train.py --help | config/x.py --print_config
+torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import (ConfigError, Configuration, configure, continue_from, print_config, print_help,
-                          switches_in)
-from training.command_line import Failure, choose_device, guarded
+from command_line import Failure, choose_device, guarded
+from configurator import ConfigError, Configuration, configure, continue_from, print_config, print_help, switches_in
 from training.processes import World, first_to_say, join, launched, leave, rank
 
 
@@ -34,6 +33,7 @@ class Run:
 
     def __init__(self, configuration: Configuration, world: World, resources: ExitStack):
         from training.report import Display
+
         self.world, self.display, self.resources = world, Display(enabled=world.is_main), resources
         self.notes = [configuration.train.notice] if configuration.train.notice else []
         world.agree("command and config file", dataclasses.asdict(configuration.train))
@@ -58,10 +58,9 @@ class Run:
         sequences, block_size = self.sequences, self.model_config.block_size
         model.train()
         meter.restart()
-        while (progress.step < self.length and not progress.out_of_patience(config.patience)
-               and not stop.agree(self.saver.failed)):
+        while progress.step < self.length and not progress.out_of_patience(config.patience) and not stop.agree(self.saver.failed):
             meter.lap("start")
-            batch = self.loader.batch(progress.sequences, sequences)             # this process's rows, block_size + 1
+            batch = self.loader.batch(progress.sequences, sequences)  # this process's rows, block_size + 1
             meter.lap("data")
 
             loss = torch.zeros((), device=self.device)
@@ -75,7 +74,7 @@ class Run:
 
             lr = learning_rate(progress.step, config, self.length)
             grad_norm, skip = clip_and_check(model, loss, config.grad_clip, self.loss_scale.scale)
-            self.optimizer.step(lr, skip)                                        # skip: not finite, on the device
+            self.optimizer.step(lr, skip)  # skip: not finite, on the device
             self.optimizer.zero_grad()
             self.loss_scale.update(skip)
             self.skips.update(skip)
@@ -114,12 +113,19 @@ class Run:
         from training.data_loader import validation_batches
         from training.objectives import mean_loss
         from training.report import evaluation_line
+
         config, split = self.config, self.val_split
         started = time.perf_counter()
         with self.meter.excluded():
             batches = validation_batches(
-                split, self.model_config.block_size, config.eval_iters * self.sequences, config.batch_size,
-                self.world.rank, self.world.size, vocab_size=self.model_config.vocab_size)
+                split,
+                self.model_config.block_size,
+                config.eval_iters * self.sequences,
+                config.batch_size,
+                self.world.rank,
+                self.world.size,
+                vocab_size=self.model_config.vocab_size,
+            )
             loss, tokens = mean_loss(self.model, map(self.watched, batches), self.device, self.world.sum)
             loss = self.world.from_main(lambda: loss)  # what is decided by it is decided alike everywhere
             self.parallel.settle()
@@ -128,11 +134,17 @@ class Run:
         bits_per_byte = loss / math.log(2) * len(split) / split.bytes if split.bytes else None
         if self.progress.judge(loss, tokens):
             self.warn("the validation set is not the one of the evaluations before, so the best loss is looked for anew")
-        self.logger.evaluation(self.progress.step, self.progress.tokens, val_loss=loss, perplexity=perplexity,
-                               bits_per_byte=bits_per_byte, val_tokens=tokens, seconds=seconds,
-                               best=self.progress.is_best)
-        self.display.line(evaluation_line(self.progress.step, loss, perplexity, bits_per_byte, seconds,
-                                          self.progress.is_best))
+        self.logger.evaluation(
+            self.progress.step,
+            self.progress.tokens,
+            val_loss=loss,
+            perplexity=perplexity,
+            bits_per_byte=bits_per_byte,
+            val_tokens=tokens,
+            seconds=seconds,
+            best=self.progress.is_best,
+        )
+        self.display.line(evaluation_line(self.progress.step, loss, perplexity, bits_per_byte, seconds, self.progress.is_best))
 
     def watched(self, batch):
         """The batch, after noting that this process is evaluating."""
@@ -142,8 +154,11 @@ class Run:
     def save_is_due(self) -> bool:
         """Whether this step ends with a checkpoint: at its interval, or as the best so far; not while updates fail."""
         step = self.progress.step
-        due = self.save_interval > 0 and self.progress.saved_step != step and (
-            step % self.save_interval == 0 or self.progress.is_best)
+        due = (
+            self.save_interval > 0
+            and self.progress.saved_step != step
+            and (step % self.save_interval == 0 or self.progress.is_best)
+        )
         return due and self.skips.read()[1] == 0
 
     def save(self) -> None:
@@ -160,13 +175,21 @@ class Run:
             step, best, progress.saved_step = progress.step, progress.is_best, progress.step
             state = dict(self.identity, progress=dataclasses.asdict(progress), run=str(self.logger.path))
             keep_last = 0 if progress.skipped_in_a_row else self.config.keep_last  # drop nothing for a doubtful one
-            self.saver.save(step, self.tensors(), state, keep_last=keep_last, tokenizer_folder=self.dataset.folder,
-                            best=best, done=lambda path, seconds: self.logger.checkpoint(step, str(path), seconds, best))
+            self.saver.save(
+                step,
+                self.tensors(),
+                state,
+                keep_last=keep_last,
+                tokenizer_folder=self.dataset.folder,
+                best=best,
+                done=lambda path, seconds: self.logger.checkpoint(step, str(path), seconds, best),
+            )
 
     def log(self, loss, lr: float, grad_norm) -> None:
         """One step line, on the terminal and in the run log. Raises Diverged after too many skipped updates."""
         from training.meter import peak_memory_gb
         from training.report import step_line
+
         progress = self.progress
         rate, step_ms = self.meter.read()
         skipped, in_a_row = self.skips.read()
@@ -175,16 +198,24 @@ class Run:
             self.warn(message, step=progress.step)
         progress.skipped, progress.skipped_in_a_row = skipped, in_a_row
         utilisation = self.utilisation(rate)
-        figures = dict(loss=float(loss), lr=lr, grad_norm=float(grad_norm), tokens_per_s=rate, step_ms=step_ms,
-                       memory_gb=peak_memory_gb(self.device))
+        figures = dict(
+            loss=float(loss),
+            lr=lr,
+            grad_norm=float(grad_norm),
+            tokens_per_s=rate,
+            step_ms=step_ms,
+            memory_gb=peak_memory_gb(self.device),
+        )
         self.logger.step(progress.step, progress.tokens, **figures, **utilisation, skipped=skipped)
         self.display.line(step_line(progress.step, self.length, **figures, mfu=utilisation["mfu"], skipped=skipped))
         if in_a_row >= self.config.nonfinite_limit:
             latest = self.store.pointed("latest")
-            raise Diverged(f"The last {in_a_row} updates were skipped for a non-finite loss or gradient, so the run "
-                           f"stops at step {progress.step}. " + (f"The last good checkpoint is {latest}; " if latest
-                                                                 else "There is no checkpoint yet; ")
-                           + "lower --learning_rate or raise --warmup_iters.")
+            raise Diverged(
+                f"The last {in_a_row} updates were skipped for a non-finite loss or gradient, so the run "
+                f"stops at step {progress.step}. "
+                + (f"The last good checkpoint is {latest}; " if latest else "There is no checkpoint yet; ")
+                + "lower --learning_rate or raise --warmup_iters."
+            )
 
     def utilisation(self, tokens_per_s: float) -> dict[str, float | None]:
         """mfu, mfu_causal and hfu at this rate; null where the peak is not known.
@@ -193,16 +224,22 @@ class Run:
         again, and if that does not help nothing is claimed.
         """
         from flops_parameter_counting.hardware import measure_cpu_peak
+
         most = tokens_per_s * max(self.flops_by_figure.values())
         if self.peak and self.peak.measured and most > self.peak.flops:
             again = measure_cpu_peak(self.dtype, again=True)
             self.peak = dataclasses.replace(again, flops=again.flops * self.world.size)
             if most > self.peak.flops:
-                self.warn("the measured peak of this CPU is below what the run reaches (other work disturbs the "
-                          "measurement), so mfu is null", measured=self.peak.flops)
+                self.warn(
+                    "the measured peak of this CPU is below what the run reaches (other work disturbs the "
+                    "measurement), so mfu is null",
+                    measured=self.peak.flops,
+                )
                 self.peak = None
-        return {name: tokens_per_s * per_token / self.peak.flops if self.peak else None
-                for name, per_token in self.flops_by_figure.items()}
+        return {
+            name: tokens_per_s * per_token / self.peak.flops if self.peak else None
+            for name, per_token in self.flops_by_figure.items()
+        }
 
     def warn(self, message: str, **facts) -> None:
         """A warning, on the terminal and in the run log."""
@@ -216,16 +253,22 @@ class Run:
         from training.checkpoint import CheckpointError, CheckpointStore, read_state
         from training.saving import BackgroundSaver, Saver
         from training_logger import remove_leftovers
+
         world = self.world
         store = CheckpointStore(configuration.train.out_dir)
         self.origin = world.from_main(
-            lambda: find_origin(configuration, store, lambda message: self.display.line(f"warning: {message}")))
+            lambda: find_origin(configuration, store, lambda message: self.display.line(f"warning: {message}"))
+        )
         self.saved, self.progress = None, Progress()
         if self.origin:
-            self.saved = (imported_state(self.origin.path) if self.origin.huggingface else
-                          read_state(self.origin.path, needs=("model", "config", "origins")))
-            configuration, overruled = continue_from(configuration, self.saved["config"], str(self.origin.path),
-                                                     self.origin.weights_only, self.saved["origins"])
+            self.saved = (
+                imported_state(self.origin.path)
+                if self.origin.huggingface
+                else read_state(self.origin.path, needs=("model", "config", "origins"))
+            )
+            configuration, overruled = continue_from(
+                configuration, self.saved["config"], str(self.origin.path), self.origin.weights_only, self.saved["origins"]
+            )
             self.notes += overruled
             if not self.origin.weights_only:
                 self.progress = Progress.restored(self.saved.get("progress"), self.origin.path)
@@ -239,13 +282,13 @@ class Run:
         self.saver = BackgroundSaver(store) if self.config.async_checkpoint else Saver(store)
         self.started_here = self.origin is not None and self.origin.path.resolve().is_relative_to(store.folder.resolve())
         if self.started_here and self.origin.weights_only:
-            raise CheckpointError(f"The new run would put aside {self.origin.path}, which it starts from. Choose another "
-                                  "--out_dir.")
+            raise CheckpointError(
+                f"The new run would put aside {self.origin.path}, which it starts from. Choose another --out_dir."
+            )
         if not self.started_here:
             self.progress.saved_step = None
         self.first_step = self.progress.step
-        self.save_interval = (self.config.eval_interval if self.config.save_interval is None else
-                              self.config.save_interval)
+        self.save_interval = self.config.eval_interval if self.config.save_interval is None else self.config.save_interval
         prepare_out_dir(self.config.out_dir, world)
         if self.config.eval_only:
             self.save_interval = -1
@@ -266,11 +309,14 @@ class Run:
 
         from flops_parameter_counting.hardware import best_dtype, device_peak
         from training.parallelism import choose
+
         world = self.world
         self.device = choose_device(self.config.device, world.local_rank, world.local_size)
         if self.config.attention_backend == "flex" and self.device.type == "cpu":
-            raise ConfigError("attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use "
-                              "--attention_backend=sdpa.")
+            raise ConfigError(
+                "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use "
+                "--attention_backend=sdpa."
+            )
         self.dtype = self.config.dtype
         if self.dtype == "auto":
             self.dtype = world.from_main(lambda: best_dtype(self.device))
@@ -283,8 +329,9 @@ class Run:
         self.peak = None if None in peaks else dataclasses.replace(peaks[0], flops=sum(peak.flops for peak in peaks))
         self.parallelism = self.config.parallelism
         if self.parallelism == "auto":
-            self.parallelism, why = world.from_main(lambda: choose(self.config, self.config.model_config(), world, self.device,
-                                                                   self.dtype))
+            self.parallelism, why = world.from_main(
+                lambda: choose(self.config, self.config.model_config(), world, self.device, self.dtype)
+            )
             if as_before and world.size > 1:  # whatever is free at this moment: a restart changes nothing
                 self.parallelism, why = self.saved.get("parallelism", self.parallelism), ""
             self.notes += [why] if why else []
@@ -295,31 +342,45 @@ class Run:
         from data.token_dataset import DATA_DIR, DatasetError, TokenDataset
         from training.data_loader import DataLoader
         from training.schedules import run_length
+
         config = self.config
         world = self.world
         world.everywhere(lambda: ensure_prepared(config.dataset) if world.local_rank == 0 else None)
         self.dataset = TokenDataset.open(config.dataset, vocab_size=config.vocab_size)
         world.agree("dataset", dict(dataset=self.dataset.fingerprint))
         if self.resumes and self.saved["dataset"]["fingerprint"] != self.dataset.fingerprint:
-            raise DatasetChanged(f"Dataset {config.dataset!r} is not the one this run was trained on (its fingerprint "
-                                 f"is {self.dataset.fingerprint}, the checkpoint has "
-                                 f"{self.saved['dataset']['fingerprint']}). Prepare it as it was, or start a new run "
-                                 "from the weights with --init_from=weights:CHECKPOINT.")
+            raise DatasetChanged(
+                f"Dataset {config.dataset!r} is not the one this run was trained on (its fingerprint "
+                f"is {self.dataset.fingerprint}, the checkpoint has "
+                f"{self.saved['dataset']['fingerprint']}). Prepare it as it was, or start a new run "
+                "from the weights with --init_from=weights:CHECKPOINT."
+            )
         self.model_config = config.model_config(self.dataset.vocab_size)
         block_size = self.model_config.block_size
         self.sequences = config.sequences_per_iteration(block_size)
         if self.sequences % world.size:
-            raise ConfigError(f"{self.sequences} sequences an iteration (batch_size × gradient_accumulation_steps) cannot be "
-                              f"shared equally by {world.size} processes. Use a multiple of {world.size}.")
+            raise ConfigError(
+                f"{self.sequences} sequences an iteration (batch_size × gradient_accumulation_steps) cannot be "
+                f"shared equally by {world.size} processes. Use a multiple of {world.size}."
+            )
         self.train_split, self.val_split = self.dataset.split("train"), self.dataset.split("val")
         if len(self.val_split) < 2:
-            raise DatasetError(f"The validation split of {self.dataset.folder} has {len(self.val_split)} tokens, too few to "
-                               "validate on; prepare the dataset with a larger --val_fraction or more text.")
-        self.loader = DataLoader(self.train_split, block_size, config.data_seed,
-                                 vocab_size=self.model_config.vocab_size, rank=world.rank, world_size=world.size)
+            raise DatasetError(
+                f"The validation split of {self.dataset.folder} has {len(self.val_split)} tokens, too few to "
+                "validate on; prepare the dataset with a larger --val_fraction or more text."
+            )
+        self.loader = DataLoader(
+            self.train_split,
+            block_size,
+            config.data_seed,
+            vocab_size=self.model_config.vocab_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
         self.resources.callback(self.loader.close)
-        self.length = run_length(config, block_size, self.loader.order.windows_per_epoch, self.progress.step,
-                                 self.progress.sequences)
+        self.length = run_length(
+            config, block_size, self.loader.order.windows_per_epoch, self.progress.step, self.progress.sequences
+        )
         inside = self.dataset.folder.resolve().is_relative_to(DATA_DIR)
         self.dataset_name = config.dataset if inside else str(self.dataset.folder.resolve())
 
@@ -331,6 +392,7 @@ class Run:
         from training.optimizers import Optimizer
         from training.parallelism import parallelize
         from training.precision import DTYPES, LossScale, SkipCounter, set_compute_dtype
+
         config, dtype = self.config, DTYPES[self.dtype]
         self.model = build_model(self.model_config, device="meta")
         set_compute_dtype(self.model, dtype)
@@ -346,10 +408,13 @@ class Run:
     def tensors(self) -> dict:
         """Every tensor that a checkpoint holds, by name: model, optimizer, loss scale, random state."""
         from training.checkpoint import model_tensors, random_state
-        return {**model_tensors(self.model),
-                **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
-                **{f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state().items()},
-                **random_state(self.device, self.world.rank)}
+
+        return {
+            **model_tensors(self.model),
+            **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
+            **{f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state().items()},
+            **random_state(self.device, self.world.rank),
+        }
 
     def restore(self) -> None:
         """Load what the run starts from, then compile (which changes no name and no result)."""
@@ -357,6 +422,7 @@ class Run:
 
         from training.checkpoint import load_tensors, model_tensors, set_random_state
         from training.huggingface import load_weights
+
         if self.resumes:
             tensors = self.tensors()
             load_tensors(self.origin.path, tensors, optional=("rng.",))
@@ -375,9 +441,10 @@ class Run:
         import torch
 
         from flops_parameter_counting.flops import flops_per_token
+        from training.profiling import NoProfiler
         from training.report import start_report
         from training_logger import TrainingLogger, hardware_facts, versions
-        from training.profiling import NoProfiler
+
         config, model_config, dataset = self.config, self.model_config, self.dataset
         self.started, self.profiler = time.perf_counter(), NoProfiler()
         self.notes += [dataset.note] if dataset.note else []
@@ -386,37 +453,68 @@ class Run:
         values, origins = self.configuration.resolved(model_config)
         values["dataset"] = self.dataset_name  # a path from wherever the run is resumed
         self.identity = dict(
-            config=values, origins=origins, dtype=self.dtype, threads=torch.get_num_threads(),
-            world_size=self.world.size, parallelism=self.parallelism,
+            config=values,
+            origins=origins,
+            dtype=self.dtype,
+            threads=torch.get_num_threads(),
+            world_size=self.world.size,
+            parallelism=self.parallelism,
             model=dict(name=model_config.name, fingerprint=model_config.fingerprint, config=model_config.to_dict()),
-            dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint, **dataset.facts()), versions=versions(),
-            source=(self.saved or {}).get("source"))
+            dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint, **dataset.facts()),
+            versions=versions(),
+            source=(self.saved or {}).get("source"),
+        )
         hardware = hardware_facts(self.device)
-        self.logger = TrainingLogger(config.out_dir, enabled=self.world.is_main, resumed_from=dict(
-            checkpoint=str(self.origin.path), step=self.progress.step, run=self.saved["run"]) if self.origin else None)
+        self.logger = TrainingLogger(
+            config.out_dir,
+            enabled=self.world.is_main,
+            resumed_from=dict(checkpoint=str(self.origin.path), step=self.progress.step, run=self.saved["run"])
+            if self.origin
+            else None,
+        )
         self.world.from_main(self.open_trackers)
-        self.world.from_main(lambda: self.logger.start(**{**self.identity, "model": dict(
-            self.identity["model"], parameters=self.model.num_parameters(), flops_per_token=dataclasses.asdict(flops))},
-            hardware=hardware, peak=dataclasses.asdict(self.peak) if self.peak else None, length=self.length,
-            tokens_per_iteration=self.sequences * model_config.block_size))
-        self.display.line(start_report(
-            model_config, flops, dataset=dataset, sequences=self.sequences, length=self.length, config=config,
-            windows_per_epoch=self.loader.order.windows_per_epoch, progress=self.progress, peak=self.peak,
-            hardware=f"{hardware['device_name']}, threads: {torch.get_num_threads()}, {self.dtype}"
-                     + (f", {self.world.size} processes, {self.parallelism}" if self.world.grouped else ""), notes=self.notes,
-            log=str(self.logger.path)))
+        self.world.from_main(
+            lambda: self.logger.start(
+                **{
+                    **self.identity,
+                    "model": dict(
+                        self.identity["model"], parameters=self.model.num_parameters(), flops_per_token=dataclasses.asdict(flops)
+                    ),
+                },
+                hardware=hardware,
+                peak=dataclasses.asdict(self.peak) if self.peak else None,
+                length=self.length,
+                tokens_per_iteration=self.sequences * model_config.block_size,
+            )
+        )
+        self.display.line(
+            start_report(
+                model_config,
+                flops,
+                dataset=dataset,
+                sequences=self.sequences,
+                length=self.length,
+                config=config,
+                windows_per_epoch=self.loader.order.windows_per_epoch,
+                progress=self.progress,
+                peak=self.peak,
+                hardware=f"{hardware['device_name']}, threads: {torch.get_num_threads()}, {self.dtype}"
+                + (f", {self.world.size} processes, {self.parallelism}" if self.world.grouped else ""),
+                notes=self.notes,
+                log=str(self.logger.path),
+            )
+        )
         if self.peak is None:
             self.warn(f"no dense peak is known for {hardware['device_name']} in {self.dtype}, so mfu is null")
-
 
     def open_trackers(self) -> None:
         """What takes the log's events besides the log, and the profiler if it is asked for."""
         from training.profiling import Profiler
         from training.trackers import open_trackers
+
         self.logger.trackers = open_trackers(self.config, self.logger.path.stem)
         if self.config.profile:
-            self.profiler = Profiler(self.config.out_dir, self.device, self.world.rank, self.display.line,
-                                     self.meter.excluded)
+            self.profiler = Profiler(self.config.out_dir, self.device, self.world.rank, self.display.line, self.meter.excluded)
 
     def cost(self) -> dict[str, float | None]:
         """What the run has taken since its log was opened: seconds, device-hours, and their price."""
@@ -428,11 +526,13 @@ class Run:
 def train(configuration: Configuration, resume_command: str) -> int:
     """Make the run, train (or only evaluate) it, close its log whatever happens. Returns the exit code."""
     from training.signals import StopRequest
+
     config = configuration.train
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with ExitStack() as resources:
-        world = resources.enter_context(join(device, timeout=config.collective_timeout,
-                                             alone=config.parallelism not in ("auto", "none")))
+        world = resources.enter_context(
+            join(device, timeout=config.collective_timeout, alone=config.parallelism not in ("auto", "none"))
+        )
         run = Run(configuration, world, resources)
         outcome, stop = "failed", StopRequest(world)
         try:
@@ -450,18 +550,31 @@ def train(configuration: Configuration, resume_command: str) -> int:
             progress, cost = run.progress, run.cost()
             run.display.close()
             run.profiler.close()
-            run.logger.end(outcome, step=progress.step, tokens=progress.tokens, val_loss=progress.val_loss,
-                           best_val_loss=progress.best_val_loss, best_step=progress.best_step, skipped=progress.skipped,
-                           **cost)
-        run.display.line(f"{outcome} after step {progress.step}"
-                         + (f" ({stop.name})" if stop.name else "") + f"; log: {run.logger.path}")
+            run.logger.end(
+                outcome,
+                step=progress.step,
+                tokens=progress.tokens,
+                val_loss=progress.val_loss,
+                best_val_loss=progress.best_val_loss,
+                best_step=progress.best_step,
+                skipped=progress.skipped,
+                **cost,
+            )
+        run.display.line(
+            f"{outcome} after step {progress.step}" + (f" ({stop.name})" if stop.name else "") + f"; log: {run.logger.path}"
+        )
         if cost["estimated_cost"] is not None:
-            run.display.line(f"estimated cost {cost['estimated_cost']:,.2f}: {cost['device_hours']:.3f} device-hours at "
-                             f"{run.config.price_per_gpu_hour:,.2f}")
+            run.display.line(
+                f"estimated cost {cost['estimated_cost']:,.2f}: {cost['device_hours']:.3f} device-hours at "
+                f"{run.config.price_per_gpu_hour:,.2f}"
+            )
         if outcome == "stopped":
-            run.display.line(f"To go on: {resume_command}" if progress.saved_step == progress.step else
-                             "Nothing was saved: " + ("save_interval is -1." if run.save_interval < 0 else
-                                                      "it was stopped before its first step."))
+            run.display.line(
+                f"To go on: {resume_command}"
+                if progress.saved_step == progress.step
+                else "Nothing was saved: "
+                + ("save_interval is -1." if run.save_interval < 0 else "it was stopped before its first step.")
+            )
     return 0
 
 
@@ -477,27 +590,30 @@ class DatasetChanged(Failure):
 class Progress:
     """How far a run has come; what a checkpoint's state.json keeps of it."""
 
-    step: int = 0                        # updates made (or skipped)
-    sequences: int = 0                   # read from the training data
+    step: int = 0  # updates made (or skipped)
+    sequences: int = 0  # read from the training data
     tokens: int = 0
-    val_loss: float | None = None        # of the last evaluation
+    val_loss: float | None = None  # of the last evaluation
     best_val_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     saved_step: int | None = None
-    val_tokens: int | None = None        # size of the validation set that best_val_loss is of
+    val_tokens: int | None = None  # size of the validation set that best_val_loss is of
 
     @classmethod
     def restored(cls, saved: dict | None, where: Path) -> Progress:
         """The progress that a checkpoint's state.json holds. Raises CheckpointError where it holds none."""
         from training.checkpoint import CheckpointError
+
         try:
             return cls(**saved)
         except TypeError as error:
-            raise CheckpointError(f"{where} cannot be resumed: it holds weights only, or its state.json is damaged. Start a "
-                                  f"new run from its weights with --init_from=weights:{where}.") from error
+            raise CheckpointError(
+                f"{where} cannot be resumed: it holds weights only, or its state.json is damaged. Start a "
+                f"new run from its weights with --init_from=weights:{where}."
+            ) from error
 
     def advance(self, sequences: int, block_size: int) -> None:
         """One step over so many sequences is through."""
@@ -540,17 +656,21 @@ class Origin:
 def find_origin(configuration: Configuration, store, warn) -> Origin | None:
     """What init_from means: None for a start from scratch. Raises CheckpointError if it is not there or damaged."""
     from training.checkpoint import CheckpointError, find_checkpoint
+
     config = configuration.train
     if config.init_from == "scratch":
         return None
     if config.init_from in ("resume", "auto"):
         found = store.newest_intact(warn)
         if found is None and config.init_from == "resume":
-            raise CheckpointError(f"Nothing to resume: {store.folder} holds no checkpoint. Check --out_dir, or start "
-                                  "with --init_from=scratch (or auto, which does either).")
+            raise CheckpointError(
+                f"Nothing to resume: {store.folder} holds no checkpoint. Check --out_dir, or start "
+                "with --init_from=scratch (or auto, which does either)."
+            )
         return Origin(found) if found else None
     if config.init_from.startswith("hf:"):
         from training.huggingface import find_folder
+
         return Origin(find_folder(config.init_from.removeprefix("hf:")), weights_only=True, huggingface=True)
     path = config.init_from.removeprefix("weights:")
     return Origin(find_checkpoint(path, warn), weights_only=path != config.init_from)
@@ -559,8 +679,13 @@ def find_origin(configuration: Configuration, store, warn) -> Origin | None:
 def imported_state(folder: Path) -> dict:
     """What a checkpoint's state would say of a Hugging Face folder: the keys of its model."""
     from training.huggingface import read_config, special_ids
-    return {"config": dict(read_config(folder).to_dict(), arch_preset="custom"), "origins": {}, "run": None,
-            "source": dict(huggingface=str(folder), **special_ids(folder))}
+
+    return {
+        "config": dict(read_config(folder).to_dict(), arch_preset="custom"),
+        "origins": {},
+        "run": None,
+        "source": dict(huggingface=str(folder), **special_ids(folder)),
+    }
 
 
 def prepare_out_dir(out_dir: str, world: World) -> None:
@@ -578,8 +703,11 @@ def prepare_out_dir(out_dir: str, world: World) -> None:
 
     def see_all() -> None:
         if not all(probe.exists() for probe in probes):
-            raise ConfigError(f"out_dir={out_dir!r} is not the same folder on every machine: checkpoints are written by all "
-                              "processes together. Put it on a file system that all of them share.")
+            raise ConfigError(
+                f"out_dir={out_dir!r} is not the same folder on every machine: checkpoints are written by all "
+                "processes together. Put it on a file system that all of them share."
+            )
+
     try:
         world.everywhere(write)
         world.everywhere(see_all)
@@ -590,8 +718,10 @@ def prepare_out_dir(out_dir: str, world: World) -> None:
 
 # ------------------------------------------------------------------------------------------- command line
 
+
 def main(argv: list[str]) -> int:
     """Parse before anything heavy is imported, then train; returns the exit code."""
+
     def job() -> int:
         switches = switches_in(argv)
         if "help" in switches:
@@ -602,6 +732,7 @@ def main(argv: list[str]) -> int:
             print_config(configuration)
             return 0
         return train(configuration, resume_command(argv))
+
     return guarded("train.py", argv, job, may_say=first_to_say, rank=rank() if launched() else None)
 
 

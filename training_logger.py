@@ -22,13 +22,14 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 SCHEMA_VERSION = 1
-CURVE_POINTS = 2000     # most points the document keeps of a curve
-WARNINGS_KEPT = 100     # the document keeps the first ones and counts all
+CURVE_POINTS = 2000  # most points the document keeps of a curve
+WARNINGS_KEPT = 100  # the document keeps the first ones and counts all
 PENDING_LINES = 10_000  # lines held in memory while the disk is full
 
 
@@ -36,8 +37,11 @@ class RunLogError(OSError):
     """The log cannot be written. The message says which file, why and what to do."""
 
     def __init__(self, error: OSError, path: Path):
-        remedy = ("Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                  else "Choose an out_dir that can be written to")
+        remedy = (
+            "Free some space"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            else "Choose an out_dir that can be written to"
+        )
         super().__init__(error.errno, f"cannot write the run log {path}: {error.strerror or error}. {remedy}.")
 
     def __str__(self) -> str:
@@ -45,6 +49,7 @@ class RunLogError(OSError):
 
 
 # ------------------------------------------------------------------------------------------ the document
+
 
 class RunDocument:
     """The events of one run, reduced one by one to one document, whose curves are bounded.
@@ -55,8 +60,13 @@ class RunDocument:
     """
 
     def __init__(self, run: str):
-        self._facts: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": run, "outcome": "running", "started": None,
-                                       "updated": None}
+        self._facts: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "run": run,
+            "outcome": "running",
+            "started": None,
+            "updated": None,
+        }
         self._stride = 1
         self._steps: dict[int, tuple[int, dict | bytes]] = {}  # step // stride -> (step, its last event or line)
         self._last_step: dict | bytes | None = None
@@ -104,8 +114,12 @@ class RunDocument:
     def as_dict(self) -> dict[str, Any]:
         """The document. `curves` has one column a number of the step events (`step_ms.total` for nested ones)."""
         points = [dict(_flat(_parsed(point))) for _, (_, point) in sorted(self._steps.items())]
-        columns = dict.fromkeys(key for point in points for key, value in point.items()
-                                if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)))
+        columns = dict.fromkeys(
+            key
+            for point in points
+            for key, value in point.items()
+            if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        )
         return {
             **self._facts,
             "evals": [self._evals[step] for step in sorted(self._evals)],
@@ -170,8 +184,10 @@ def _reduced(path: Path, skim: bool) -> dict[str, Any]:
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
                 if not line.endswith(b"\n"):
                     break  # every whole line ends in a newline: this one was cut
-                raise ValueError(f"{path}, line {number}, is not an event of a run log ({error}). The file is damaged; "
-                                 "remove that line to read the rest.") from None
+                raise ValueError(
+                    f"{path}, line {number}, is not an event of a run log ({error}). The file is damaged; "
+                    "remove that line to read the rest."
+                ) from None
     if not started:
         raise ValueError(f"{path} has no run_start event: it is not a run log, or its run ended before it began.")
     return document.as_dict()
@@ -216,11 +232,14 @@ def remove_leftovers(out_dir: str | os.PathLike) -> None:
 
 def _check_schema(facts: dict[str, Any], path: Path) -> None:
     if facts["schema_version"] > SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema version {facts['schema_version']}, this code reads up to {SCHEMA_VERSION}. "
-                         "Use the version of kitbash that wrote it, or a later one.")
+        raise ValueError(
+            f"{path} has schema version {facts['schema_version']}, this code reads up to {SCHEMA_VERSION}. "
+            "Use the version of kitbash that wrote it, or a later one."
+        )
 
 
 # -------------------------------------------------------------------------------------------- the logger
+
 
 class TrainingLogger:
     """Writes the log of one run into `out_dir`. Rank 0's is enabled; a disabled one takes every call and does nothing.
@@ -233,8 +252,8 @@ class TrainingLogger:
     """
 
     def __init__(self, out_dir: str | os.PathLike, *, enabled: bool = True, resumed_from: dict[str, Any] | None = None):
-        self.trackers: list[Any] = []           # take every event too; one that fails is left out from then on
-        self.path: Path | None = None           # the .jsonl
+        self.trackers: list[Any] = []  # take every event too; one that fails is left out from then on
+        self.path: Path | None = None  # the .jsonl
         self.document_path: Path | None = None  # the .json
         self._resumed_from = resumed_from
         self._file: int | None = None
@@ -252,12 +271,37 @@ class TrainingLogger:
         self._write_document()
         self._may_fail = True
 
-    def step(self, step: int, tokens: int, loss: float, lr: float, grad_norm: float | None,
-             tokens_per_s: float | None = None, step_ms: dict[str, float] | None = None, mfu: float | None = None,
-             mfu_causal: float | None = None, hfu: float | None = None, memory_gb: float | None = None, **extra) -> None:
+    def step(
+        self,
+        step: int,
+        tokens: int,
+        loss: float,
+        lr: float,
+        grad_norm: float | None,
+        tokens_per_s: float | None = None,
+        step_ms: dict[str, float] | None = None,
+        mfu: float | None = None,
+        mfu_causal: float | None = None,
+        hfu: float | None = None,
+        memory_gb: float | None = None,
+        **extra,
+    ) -> None:
         """step: one optimizer step. `tokens`: seen so far; `step_ms`: {data, compute, optimizer, total}; None: unknown."""
-        self._record("step", step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s,
-                     step_ms=step_ms, mfu=mfu, mfu_causal=mfu_causal, hfu=hfu, memory_gb=memory_gb, **extra)
+        self._record(
+            "step",
+            step=step,
+            tokens=tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_s=tokens_per_s,
+            step_ms=step_ms,
+            mfu=mfu,
+            mfu_causal=mfu_causal,
+            hfu=hfu,
+            memory_gb=memory_gb,
+            **extra,
+        )
 
     def evaluation(self, step: int, tokens: int, **results) -> None:
         """eval: losses and what follows from them; the document is replaced."""
@@ -348,8 +392,9 @@ class TrainingLogger:
         aside = self.document_path.with_name(f".{self.document_path.name}.tmp")
         try:
             with open(aside, "w", encoding="utf-8") as file:  # a line for each part
-                parts = (f"{json.dumps(key)}: {json.dumps(part, allow_nan=False)}"
-                         for key, part in self._document.as_dict().items())
+                parts = (
+                    f"{json.dumps(key)}: {json.dumps(part, allow_nan=False)}" for key, part in self._document.as_dict().items()
+                )
                 file.write("{\n" + ",\n".join(parts) + "\n}\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -389,7 +434,8 @@ def _jsonable(value: Any) -> Any:
 
 # --------------------------------------------------------------------------------- what the run ran on
 
-@functools.lru_cache(maxsize=None)
+
+@functools.cache
 def versions() -> dict[str, Any]:
     """{python, torch, numpy, git_commit, git_dirty}; null where unknown, as the commit is without git or a repository."""
     from importlib import metadata
@@ -405,8 +451,13 @@ def versions() -> dict[str, Any]:
     ours = top is not None and Path(top) == home  # not a repository that this folder merely lies in
     commit = _git(home, "rev-parse", "--verify", "HEAD") if ours else None
     changes = _git(home, "status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"python": platform.python_version(), "torch": installed("torch"), "numpy": installed("numpy"),
-            "git_commit": commit, "git_dirty": None if changes is None else changes != ""}
+    return {
+        "python": platform.python_version(),
+        "torch": installed("torch"),
+        "numpy": installed("numpy"),
+        "git_commit": commit,
+        "git_dirty": None if changes is None else changes != "",
+    }
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -427,16 +478,24 @@ def hardware_facts(device) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": str(device), "device_name": cpu, "device_count": 1, "device_memory_gb": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {"device_name": torch.cuda.get_device_name(device), "device_count": torch.cuda.device_count(),
-                  "device_memory_gb": round(properties.total_memory / 1e9, 2)}
+        facts |= {
+            "device_name": torch.cuda.get_device_name(device),
+            "device_count": torch.cuda.device_count(),
+            "device_memory_gb": round(properties.total_memory / 1e9, 2),
+        }
     elif device.type != "cpu":
         facts["device_name"] = device.type
     try:
         cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not Linux
         cores, memory = os.cpu_count(), None
-    return facts | {"cpu_model": cpu, "cpu_cores": cores, "memory_gb": memory and round(memory / 1e9, 2),
-                    "threads": torch.get_num_threads(), "os": platform.platform()}
+    return facts | {
+        "cpu_model": cpu,
+        "cpu_cores": cores,
+        "memory_gb": memory and round(memory / 1e9, 2),
+        "threads": torch.get_num_threads(),
+        "os": platform.platform(),
+    }
 
 
 def _cpu_model() -> str | None:

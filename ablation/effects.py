@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 from ablation.planning import Plan
 from ablation.variants import readable
@@ -13,7 +14,7 @@ from comparison.groups import METRICS, Difference
 from comparison.inference import Verdict, adjust, difference
 from comparison.report import p_text, percent, sentence
 
-Values = Mapping[tuple, float]   # seeds → a figure
+Values = Mapping[tuple, float]  # seeds → a figure
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,22 @@ def effects_in_words(plan: Plan, values: Mapping[str, Values], metric: str) -> l
     missing = [variant.name for variant in plan.variants if not values.get(variant.name)]
     seeds = [] if missing else sorted(set.intersection(*(set(values[variant.name]) for variant in plan.variants)))
     if not seeds:
-        return ["The factors' effects need every combination of the grid with a common seed"
-                + (f"; not finished: {'; '.join(missing)}." if missing else ".")]
+        return [
+            "The factors' effects need every combination of the grid with a common seed"
+            + (f"; not finished: {'; '.join(missing)}." if missing else ".")
+        ]
 
     def effect(factor: Factor, **where: Any) -> Values:
         """By how much the factor's other value is above its first one, averaged over the variants that are so."""
+
         def mean(level: Any) -> Values:
-            names = [variant.name for variant in plan.variants
-                     if all(variant.choice[key] == value for key, value in {**where, factor.key: level}.items())]
+            names = [
+                variant.name
+                for variant in plan.variants
+                if all(variant.choice[key] == value for key, value in {**where, factor.key: level}.items())
+            ]
             return {seed: statistics.fmean(values[name][seed] for name in names) for seed in seeds}
+
         before, after = mean(factor.first), mean(factor.other)
         return {seed: after[seed] - before[seed] for seed in seeds}
 
@@ -58,10 +66,12 @@ def effects_in_words(plan: Plan, values: Mapping[str, Values], metric: str) -> l
     factors = [Factor(key, levels[0], other) for key, levels in plan.levels.items() for other in levels[1:]]
     pairs = [(one, two) for one, two in itertools.combinations(factors, 2) if one.key != two.key]
     inside = [(effect(one, **{two.key: two.first}), effect(one, **{two.key: two.other})) for one, two in pairs]
-    tests = adjust([difference(zero, effect(factor)) for factor in factors]
-                   + [difference(effect(one), effect(two)) for one, two in pairs]
-                   + [difference(*sides) for sides in inside])
-    alone, between, depending = (tests[:len(factors)], tests[len(factors):-len(pairs)], tests[-len(pairs):])
+    tests = adjust(
+        [difference(zero, effect(factor)) for factor in factors]
+        + [difference(effect(one), effect(two)) for one, two in pairs]
+        + [difference(*sides) for sides in inside]
+    )
+    alone, between, depending = (tests[: len(factors)], tests[len(factors) : -len(pairs)], tests[-len(pairs) :])
     size = {factor: f"{test.difference:+.4f}" for factor, test in zip(factors, alone)}
     said = []
     for factor, test in zip(factors, alone):
@@ -70,13 +80,25 @@ def effects_in_words(plan: Plan, values: Mapping[str, Values], metric: str) -> l
         said.append(f"averaged over {others}: {sentence(Difference(first, factor.name, test), metric)}")
     for (one, two), test in zip(pairs, between):
         more, less = (one, two) if test.difference > 0 else (two, one)
-        said.append(_judged(f"{more.name} ({size[more]}) does more for the {METRICS[metric]} than {less.name} "
-                            f"({size[less]})", f"between {one.name} ({size[one]}) and {two.name} ({size[two]})", test))
+        said.append(
+            _judged(
+                f"{more.name} ({size[more]}) does more for the {METRICS[metric]} than {less.name} ({size[less]})",
+                f"between {one.name} ({size[one]}) and {two.name} ({size[two]})",
+                test,
+            )
+        )
     for (one, two), sides, test in zip(pairs, inside, depending):
-        where = [f"{statistics.fmean(side.values()):+.4f} with {two.key}={readable(level)}"
-                 for side, level in zip(sides, (two.first, two.other))]
-        said.append(_judged(f"what {one.name} does depends on {two.key}: {' and '.join(where)}",
-                            f"in what {one.name} does: {' and '.join(where)}", test))
+        where = [
+            f"{statistics.fmean(side.values()):+.4f} with {two.key}={readable(level)}"
+            for side, level in zip(sides, (two.first, two.other))
+        ]
+        said.append(
+            _judged(
+                f"what {one.name} does depends on {two.key}: {' and '.join(where)}",
+                f"in what {one.name} does: {' and '.join(where)}",
+                test,
+            )
+        )
     return said
 
 

@@ -18,17 +18,17 @@ from types import FrameType
 
 from ablation.planning import Plan, Seeds
 from ablation.variants import Variant
+from command_line import Failure, UsageError
 from comparison.runs import RunSummary, load_runs
 from training.checkpoint import CheckpointError, CheckpointStore
-from training.command_line import Failure, UsageError
 from training.report import Display, duration
 from training.train_config import TrainConfig
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-OUTPUT = "output.txt"      # what train.py prints, in the run's folder
-LOOK = 0.2                 # seconds between two looks at the running processes
-LAST_LINES = 5             # of the output of a run that failed
-TAIL = 1 << 16             # bytes at the end of a run log in which its newest step is looked for
+OUTPUT = "output.txt"  # what train.py prints, in the run's folder
+LOOK = 0.2  # seconds between two looks at the running processes
+LAST_LINES = 5  # of the output of a run that failed
+TAIL = 1 << 16  # bytes at the end of a run log in which its newest step is looked for
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Job:
     seeds: Seeds
     folder: Path
     arguments: list[str]
-    expected: dict             # what its configuration has to be
+    expected: dict  # what its configuration has to be
     summary: RunSummary | None = None
     failure: str = ""
     process: subprocess.Popen | None = None
@@ -59,8 +59,10 @@ class Job:
             if other or run.fingerprint != self.variant.model.fingerprint:
                 differs = ", ".join(f"{key}={has[key]}" for key in other[:3]) or f"the model {run.architecture}"
                 planned = ", ".join(f"{key}={self.expected[key]}" for key in other[:3]) or self.variant.model.name
-                return (f"{self.folder} holds a run with {differs}, where this study has {planned}; choose another "
-                        "--out_dir, or delete that folder.")
+                return (
+                    f"{self.folder} holds a run with {differs}, where this study has {planned}; choose another "
+                    "--out_dir, or delete that folder."
+                )
             if run.finished and run.length == self.variant.length:
                 self.summary = run
         return None
@@ -87,9 +89,17 @@ class Study:
         """Looks at what is there already. Raises UsageError where a folder holds something else."""
         self.plan, self.display, self.stopped = plan, Display(), 0
         varied = list(plan.levels)
-        self.jobs = [Job(variant, seeds, plan.folder(variant, seeds), plan.arguments(variant, seeds),
-                         variant.experiment(varied) | dict(zip(("seed", "data_seed"), seeds)))
-                     for seeds in plan.seeds for variant in plan.variants]  # seed by seed: soon something to compare
+        self.jobs = [
+            Job(
+                variant,
+                seeds,
+                plan.folder(variant, seeds),
+                plan.arguments(variant, seeds),
+                variant.experiment(varied) | dict(zip(("seed", "data_seed"), seeds)),
+            )
+            for seeds in plan.seeds
+            for variant in plan.variants
+        ]  # seed by seed: soon something to compare
         problems = [problem for job in self.jobs if (problem := job.look())]
         if problems:
             raise UsageError("\n".join(problems))
@@ -113,13 +123,15 @@ class Study:
         try:
             self.plan.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Failure(f"out_dir={str(self.plan.out_dir)!r} cannot be written: {error.strerror}. Choose another "
-                          "--out_dir.") from error
+            raise Failure(
+                f"out_dir={str(self.plan.out_dir)!r} cannot be written: {error.strerror}. Choose another --out_dir."
+            ) from error
         former = {number: signal.signal(number, self._asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with store.lock():
-                self.display.start_bar(sum(job.variant.length for job in self.finished),
-                                       sum(job.variant.length for job in self.jobs))
+                self.display.start_bar(
+                    sum(job.variant.length for job in self.finished), sum(job.variant.length for job in self.jobs)
+                )
                 self._run(at_once)
         finally:
             for job in self.jobs:
@@ -162,9 +174,14 @@ class Study:
         job.folder.mkdir(parents=True, exist_ok=True)
         job.started = time.monotonic()
         with open(job.folder / OUTPUT, "ab") as output:
-            job.process = subprocess.Popen([sys.executable, str(TRAIN), *job.arguments], stdin=subprocess.DEVNULL,
-                                           stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                                           env={**os.environ, **gpu_of_slot(job.slot, at_once, job.variant.train)})
+            job.process = subprocess.Popen(
+                [sys.executable, str(TRAIN), *job.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **gpu_of_slot(job.slot, at_once, job.variant.train)},
+            )
         if self.stopped:  # the signal came in between
             job.process.terminate()
 
@@ -176,25 +193,33 @@ class Study:
         took = duration(time.monotonic() - job.started)
         if job.summary and code == 0 and not problem:
             loss = job.summary.val_loss
-            self.display.line(f"{number}{job.name}: {job.summary.outcome}, val loss "
-                              f"{'not finite' if loss is None else f'{loss:.4f}'} ({took})")
+            self.display.line(
+                f"{number}{job.name}: {job.summary.outcome}, val loss {'not finite' if loss is None else f'{loss:.4f}'} ({took})"
+            )
         elif self.stopped:
             self.display.line(f"{job.name}: stopped ({took})")
         else:
             job.summary = None
             said = (job.folder / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().split("\n")[-LAST_LINES:]
-            how = problem or (f"train.py exited with {code}" if code > 0 else
-                              f"train.py was ended by {signal.Signals(-code).name}" if code else "train.py was stopped")
-            job.failure = "\n".join([f"{job.name} failed: {how}. The last lines of {job.folder / OUTPUT}:",
-                                     *[f"    {line}" for line in said]])
+            how = problem or (
+                f"train.py exited with {code}"
+                if code > 0
+                else f"train.py was ended by {signal.Signals(-code).name}"
+                if code
+                else "train.py was stopped"
+            )
+            job.failure = "\n".join(
+                [f"{job.name} failed: {how}. The last lines of {job.folder / OUTPUT}:", *[f"    {line}" for line in said]]
+            )
             self.display.line(f"{number}{job.name}: failed ({took})")
 
     def _show(self, running: list[Job]) -> None:
         """Move the progress bar, if there is one."""
         if self.display.bar is not None:
             self.display.bar.set_description(f"{len(self.finished)}/{len(self.jobs)} runs", refresh=False)
-            self.display.bar.n = (sum(job.variant.length for job in self.jobs if job.summary or job.failure)
-                                  + sum(job.steps() for job in running))
+            self.display.bar.n = sum(job.variant.length for job in self.jobs if job.summary or job.failure) + sum(
+                job.steps() for job in running
+            )
             self.display.bar.refresh()
 
     def _asked_to_stop(self, number: int, frame: FrameType | None) -> None:
@@ -219,6 +244,7 @@ def being_trained(folder: Path) -> bool:
 def visible_gpus(train: TrainConfig) -> list[str]:
     """The GPUs that runs may be spread over: none where the configuration names a device, or a CPU."""
     import torch
+
     if train.device not in ("auto", "cuda") or not torch.cuda.is_available():
         return []
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -235,5 +261,9 @@ def failures(study: Study) -> Failure | None:
     """What to end with where runs failed."""
     if not study.failed:
         return None
-    return Failure("\n".join([job.failure for job in study.failed] + [
-        f"{len(study.failed)} of {len(study.jobs)} runs failed; the same command again tries only these."]))
+    return Failure(
+        "\n".join(
+            [job.failure for job in study.failed]
+            + [f"{len(study.failed)} of {len(study.jobs)} runs failed; the same command again tries only these."]
+        )
+    )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Callable, Iterator
 
 from ablation.variants import Variant, make_variant, measure
 from training.train_config import TrainConfig
 
-TOLERANCE = 0.01           # of N or of FLOPs per token
-D_FF_RANGE = 4             # a feed-forward becomes at most so many times wider or narrower
-DEPTH_RANGE = 2            # the same of the number of layers
-D_FF_STEPS = (8, 1)        # multiples that are tried: what hardware likes, then any
+TOLERANCE = 0.01  # of N or of FLOPs per token
+D_FF_RANGE = 4  # a feed-forward becomes at most so many times wider or narrower
+DEPTH_RANGE = 2  # the same of the number of layers
+D_FF_STEPS = (8, 1)  # multiples that are tried: what hardware likes, then any
 MEASURES = {"params": "parameters", "flops": "flops"}
 SAYS = {"params": "N", "flops": "FLOPs per token"}
 
@@ -28,8 +28,7 @@ def matched(variant: Variant, base: Variant, match: str, config_file: str | None
         if math.isnan(found := size(train, variant, what)):
             continue
         model = train.model_config(variant.dataset.vocab_size)
-        changed = {key: getattr(model, key) for key in ("n_layer", "d_ff")
-                   if getattr(model, key) != getattr(variant.model, key)}
+        changed = {key: getattr(model, key) for key in ("n_layer", "d_ff") if getattr(model, key) != getattr(variant.model, key)}
         how = ", ".join(f"{key} {getattr(variant.model, key)} → {new}" for key, new in changed.items())
         if abs(found / wanted - 1) <= TOLERANCE:
             return resized(variant, changed, how, config_file) if changed else variant
@@ -37,11 +36,12 @@ def matched(variant: Variant, base: Variant, match: str, config_file: str | None
     raise ValueError(
         f"--match={match}: no d_ff (up to {D_FF_RANGE} times wider or narrower) and no number of layers (half to twice "
         f"as many) that may be changed brings {variant.name} within 1 % of the baseline's {SAYS[match]} {wanted:,}"
-        + (f" (closest is {best[1]})" if best else "") + ". Use --match=none, or a larger model.")
+        + (f" (closest is {best[1]})" if best else "")
+        + ". Use --match=none, or a larger model."
+    )
 
 
-def dimensions(variant: Variant, base: Variant, size_of: Callable[[TrainConfig], float],
-               wanted: int) -> Iterator[TrainConfig]:
+def dimensions(variant: Variant, base: Variant, size_of: Callable[[TrainConfig], float], wanted: int) -> Iterator[TrainConfig]:
     """What may be tried, in order: as it is; another d_ff; other depths, nearest first, with this d_ff or another."""
     varied = {key for key in variant.choice if variant.choice[key] != base.choice[key]}
     depth = variant.model.n_layer

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from configurator import configure
 from model_config import ModelConfig
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from data.token_dataset import TokenDataset
 
 # Keys that may differ between a finished run and the plan, as they change nothing in what is compared.
-_CHANGES_NOTHING = {"arch_preset"} | {name for name, key in KEYS.items() if key.metadata["group"] in (
-    "run", "watching", "execution")} - {"seed", "dtype", "patience", "eval_iters", "eval_interval"}
+_CHANGES_NOTHING = {"arch_preset"} | {
+    name for name, key in KEYS.items() if key.metadata["group"] in ("run", "watching", "execution")
+} - {"seed", "dtype", "patience", "eval_iters", "eval_interval"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +38,8 @@ class Variant:
     values: dict[str, Any]
     model: ModelConfig
     dataset: TokenDataset
-    folder: str                    # below the study's out_dir
-    resized: str = ""              # what --match changed: 'd_ff 3072 → 2048'
+    folder: str  # below the study's out_dir
+    resized: str = ""  # what --match changed: 'd_ff 3072 → 2048'
 
     @property
     def parameters(self) -> int:
@@ -59,6 +61,7 @@ class Variant:
         """Iterations of a run."""
         from training.data_loader import WindowOrder
         from training.schedules import run_length
+
         order = WindowOrder(len(self.dataset.split("train")), self.model.block_size, self.train.data_seed)
         return run_length(self.train, self.model.block_size, order.windows_per_epoch)
 
@@ -75,8 +78,12 @@ class Variant:
         return {**{key: self.values[key] for key in keys}, "dataset": self.dataset.fingerprint}
 
 
-def make_variant(config_file: str | None, given: Mapping[str, str | bool], changed: Mapping[str, str] | None = None,
-                 choice: dict[str, Any] | None = None) -> Variant:
+def make_variant(
+    config_file: str | None,
+    given: Mapping[str, str | bool],
+    changed: Mapping[str, str] | None = None,
+    choice: dict[str, Any] | None = None,
+) -> Variant:
     """The configuration that a config file and a command line give, with some keys changed; named after their choice.
 
     Prepares its dataset if that prepares itself. Raises ValueError (ConfigError) with all that is wrong with it, or
@@ -110,6 +117,7 @@ def open_dataset(name: str, vocab_size: int | None) -> TokenDataset:
     """The dataset, prepared if it is one that prepares itself; checked once."""
     from data.preparation import ensure_prepared
     from data.token_dataset import TokenDataset
+
     if (name, vocab_size) not in _OPEN:
         ensure_prepared(name)
         _OPEN[name, vocab_size] = TokenDataset.open(name, vocab_size=vocab_size)
@@ -120,6 +128,7 @@ def measure(what: str, model: ModelConfig) -> int:
     """A model's 'parameters' (N) or 'flops' (of training a token, full attention)."""
     from flops_parameter_counting.flops import flops_per_token
     from flops_parameter_counting.parameters import count_parameters
+
     return count_parameters(model) if what == "parameters" else flops_per_token(model).full
 
 

@@ -13,5 +13,18 @@ from comparison.pictures import write_html, write_plot
 from comparison.report import table, write_csv, write_json, write_markdown
 from comparison.runs import RunSummary, load_runs
 
-__all__ = ["Comparison", "Group", "NotComparable", "RunSummary", "compare", "group_runs", "load_runs", "table",
-           "write_csv", "write_html", "write_json", "write_markdown", "write_plot"]
+__all__ = [
+    "Comparison",
+    "Group",
+    "NotComparable",
+    "RunSummary",
+    "compare",
+    "group_runs",
+    "load_runs",
+    "table",
+    "write_csv",
+    "write_html",
+    "write_json",
+    "write_markdown",
+    "write_plot",
+]

@@ -5,24 +5,39 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterable, Sequence
+from typing import Any
 
+from command_line import Failure, UsageError
 from comparison.inference import Estimate, Verdict, adjust, difference, estimate
 from comparison.runs import RunSummary
 from model_config import ModelConfig, did_you_mean
-from training.command_line import Failure, UsageError
 from training.train_config import KEYS
 
-METRICS = {"val_loss": "validation loss", "best_val_loss": "best validation loss", "bits_per_byte": "bits per byte",
-           "train_loss": "training loss"}   # all: less is better
+METRICS = {
+    "val_loss": "validation loss",
+    "best_val_loss": "best validation loss",
+    "bits_per_byte": "bits per byte",
+    "train_loss": "training loss",
+}  # all: less is better
 
 # Configuration keys that make no two experiments: what is only watched or executed otherwise, what the seeds decide,
 # and what enters by its effect (the model's fingerprint, the dataset's, steps, tokens a step, the compute dtype).
-_BY_EFFECT = {"dataset", "batch_size", "gradient_accumulation_steps", "total_batch_tokens", "max_iters", "max_tokens",
-              "epochs", "arch_preset", "data_seed"} | set(ModelConfig.__dataclass_fields__)
-_NO_EXPERIMENT = _BY_EFFECT | {name for name, key in KEYS.items() if name != "patience" and
-                               key.metadata.get("group") in ("run", "watching", "execution")}
+_BY_EFFECT = {
+    "dataset",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "total_batch_tokens",
+    "max_iters",
+    "max_tokens",
+    "epochs",
+    "arch_preset",
+    "data_seed",
+} | set(ModelConfig.__dataclass_fields__)
+_NO_EXPERIMENT = _BY_EFFECT | {
+    name for name, key in KEYS.items() if name != "patience" and key.metadata.get("group") in ("run", "watching", "execution")
+}
 
 
 class NotComparable(Failure):
@@ -34,7 +49,7 @@ class Problem:
     """Why a run cannot be compared with the others, in a sentence that names one of them."""
 
     run: str
-    reason: str     # in a word or two
+    reason: str  # in a word or two
     sentence: str
 
 
@@ -74,7 +89,7 @@ class Difference:
     a: str
     b: str
     test: Verdict
-    problems: tuple[str, ...] = ()    # why the two are not comparable, where that was forced
+    problems: tuple[str, ...] = ()  # why the two are not comparable, where that was forced
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +100,10 @@ class Comparison:
     metric: str
     baseline: str | None
     differences: tuple[Difference, ...]
-    problems: tuple[Problem, ...]         # only where they were forced
-    notes: tuple[str, ...]                # what differs besides the model, and what a reader must know
-    component_rows: tuple[tuple, ...]     # (key, value of each group …): what differs in the models
-    config_rows: tuple[tuple, ...]        # the same of everything else in the configuration
+    problems: tuple[Problem, ...]  # only where they were forced
+    notes: tuple[str, ...]  # what differs besides the model, and what a reader must know
+    component_rows: tuple[tuple, ...]  # (key, value of each group …): what differs in the models
+    config_rows: tuple[tuple, ...]  # the same of everything else in the configuration
 
     @property
     def runs(self) -> list[RunSummary]:
@@ -128,6 +143,7 @@ class Comparison:
 
 # ------------------------------------------------------------------------------------------- grouping
 
+
 def group_runs(runs: Iterable[RunSummary], by: Iterable[str] = ()) -> list[Group]:
     """Repetitions together, in the order in which their first runs started.
 
@@ -137,8 +153,9 @@ def group_runs(runs: Iterable[RunSummary], by: Iterable[str] = ()) -> list[Group
     """
     by = tuple(by)
     if unknown := [key for key in by if key not in KEYS]:
-        raise UsageError(f"{unknown[0]!r} is not a configuration key{did_you_mean(unknown[0], KEYS)}; runs can only be "
-                         "grouped by those.")
+        raise UsageError(
+            f"{unknown[0]!r} is not a configuration key{did_you_mean(unknown[0], KEYS)}; runs can only be grouped by those."
+        )
     members: dict[str, list[RunSummary]] = collections.defaultdict(list)
     traits: dict[str, dict] = {}
     for run in runs:
@@ -162,11 +179,17 @@ def _traits(run: RunSummary, by: tuple[str, ...]) -> dict[str, Any]:
     """What makes this run's experiment: runs in which all of this is equal are repetitions of each other."""
     config = run.config
     origin = str(config.get("init_from", "scratch"))
-    return {"model": run.fingerprint, "dataset": run.dataset.get("fingerprint"), "dtype": run.dtype,
-            "length": run.length, "tokens_per_step": run.tokens_per_step, "block_size": config.get("block_size"),
-            "init_from": origin if origin.startswith(("weights:", "hf:")) else "scratch",
-            **{key: value for key, value in config.items() if key not in _NO_EXPERIMENT},
-            **{key: config.get(key) for key in by}}
+    return {
+        "model": run.fingerprint,
+        "dataset": run.dataset.get("fingerprint"),
+        "dtype": run.dtype,
+        "length": run.length,
+        "tokens_per_step": run.tokens_per_step,
+        "block_size": config.get("block_size"),
+        "init_from": origin if origin.startswith(("weights:", "hf:")) else "scratch",
+        **{key: value for key, value in config.items() if key not in _NO_EXPERIMENT},
+        **{key: config.get(key) for key in by},
+    }
 
 
 def _different(dicts: Iterable[dict]) -> list[str]:
@@ -178,27 +201,44 @@ def _different(dicts: Iterable[dict]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- what is comparable
 
+
 def problems_between(run: RunSummary, other: RunSummary) -> list[Problem]:
     """Why the loss of `run` cannot be set against that of `other`, which is taken to be sound."""
+
     def problem(reason: str, sentence: str) -> Problem:
         return Problem(run.name, reason, sentence)
 
     found = []
     if not run.finished:
-        found.append(problem("unfinished", f"{run.name} is unfinished ({run.state}), so its loss does not compare with "
-                                           f"that of {other.name} ({other.state})."))
+        found.append(
+            problem(
+                "unfinished",
+                f"{run.name} is unfinished ({run.state}), so its loss does not compare with "
+                f"that of {other.name} ({other.state}).",
+            )
+        )
     elif run.tokens != other.tokens:
-        found.append(problem("other tokens", f"{run.name} was trained on {run.tokens:,} tokens, {other.name} on "
-                                             f"{other.tokens:,}; a longer run has the lower loss whatever the model."))
+        found.append(
+            problem(
+                "other tokens",
+                f"{run.name} was trained on {run.tokens:,} tokens, {other.name} on "
+                f"{other.tokens:,}; a longer run has the lower loss whatever the model.",
+            )
+        )
     if run.val_loss is None:
-        found.append(problem("no validation loss", f"{run.name} has no finite validation loss to compare with that of "
-                                                   f"{other.name}."))
+        found.append(
+            problem("no validation loss", f"{run.name} has no finite validation loss to compare with that of {other.name}.")
+        )
     if run.dataset.get("fingerprint") != other.dataset.get("fingerprint"):
         found += _data_problems(run, other, problem)
     elif run.val_tokens != other.val_tokens:
-        found.append(problem("other validation set",
-                             f"{run.name} was validated on {_count(run.val_tokens)} tokens, {other.name} on "
-                             f"{_count(other.val_tokens)}; the same --eval_iters (and batch) makes the sets equal."))
+        found.append(
+            problem(
+                "other validation set",
+                f"{run.name} was validated on {_count(run.val_tokens)} tokens, {other.name} on "
+                f"{_count(other.val_tokens)}; the same --eval_iters (and batch) makes the sets equal.",
+            )
+        )
     return found
 
 
@@ -206,20 +246,32 @@ def _data_problems(run: RunSummary, other: RunSummary, problem) -> list[Problem]
     """The same for runs whose datasets differ: comparable in bits per byte if only the tokenizer does."""
     mine, its = (f"{r.dataset.get('name')} ({r.dataset.get('fingerprint')})" for r in (run, other))
     if not _same_text(run, other):
-        return [problem("other data", f"{run.name} was trained on the dataset {mine}, {other.name} on {its}: losses on "
-                                      "different data do not compare.")]
+        return [
+            problem(
+                "other data",
+                f"{run.name} was trained on the dataset {mine}, {other.name} on {its}: losses on different data do not compare.",
+            )
+        ]
     found = []
     lacking = [r.name for r in (run, other) if r.bits_per_byte is None]
     if lacking:
-        found.append(problem("other tokenizer",
-                             f"{run.name} and {other.name} have different tokenizers, so only bits per byte compare, "
-                             f"and {' and '.join(lacking)} has none."))
+        found.append(
+            problem(
+                "other tokenizer",
+                f"{run.name} and {other.name} have different tokenizers, so only bits per byte compare, "
+                f"and {' and '.join(lacking)} has none.",
+            )
+        )
     partial = [r.name for r in (run, other) if r.val_tokens != r.dataset["splits"]["val"]["tokens"] - 1]
     if partial:
-        found.append(problem("other validation set",
-                             f"{run.name} and {other.name} have different tokenizers and validated on a part of the "
-                             f"text ({' and '.join(partial)}), which is another part for each; --eval_iters=0 "
-                             "validates on all of it."))
+        found.append(
+            problem(
+                "other validation set",
+                f"{run.name} and {other.name} have different tokenizers and validated on a part of the "
+                f"text ({' and '.join(partial)}), which is another part for each; --eval_iters=0 "
+                "validates on all of it.",
+            )
+        )
     return found
 
 
@@ -241,13 +293,18 @@ def find_problems(runs: Sequence[RunSummary], reference: Sequence[RunSummary] = 
     if len(runs) < 2:
         return []
     candidates = {}
-    for run in reference or runs:   # one of each kind is enough
+    for run in reference or runs:  # one of each kind is enough
         kind = (run.finished, run.tokens, run.dataset.get("fingerprint"), run.val_tokens, run.val_loss is None)
         candidates.setdefault(kind, run)
-    found = [[problem for run in runs if run is not sound for problem in problems_between(run, sound)] +
-             [problem for problem in problems_between(sound, next(run for run in runs if run is not sound))
-              if problem.reason in ("unfinished", "no validation loss")]
-             for sound in candidates.values()]
+    found = [
+        [problem for run in runs if run is not sound for problem in problems_between(run, sound)]
+        + [
+            problem
+            for problem in problems_between(sound, next(run for run in runs if run is not sound))
+            if problem.reason in ("unfinished", "no validation loss")
+        ]
+        for sound in candidates.values()
+    ]
     return min(found, key=lambda problems: len({problem.run for problem in problems}))
 
 
@@ -257,8 +314,10 @@ def _count(number: int | None) -> str:
 
 # ------------------------------------------------------------------------------------------- comparing
 
-def compare(groups: Sequence[Group], baseline: str | None = None, *, metric: str | None = None,
-            force: bool = False) -> Comparison:
+
+def compare(
+    groups: Sequence[Group], baseline: str | None = None, *, metric: str | None = None, force: bool = False
+) -> Comparison:
     """Groups set side by side: differences with error bars, best first.
 
     baseline: a group's name (or a part of one that no other has, its preset, the out_dir of one of its runs): every
@@ -274,7 +333,8 @@ def compare(groups: Sequence[Group], baseline: str | None = None, *, metric: str
     if problems and not force:
         raise NotComparable("\n".join(_refusal(runs, problems)))
     tokenized_otherwise = len({run.dataset.get("fingerprint") for run in runs}) > 1 and all(
-        run.bits_per_byte is not None for run in runs)
+        run.bits_per_byte is not None for run in runs
+    )
     metric = metric or ("bits_per_byte" if tokenized_otherwise else "val_loss")
     if metric not in METRICS:
         raise UsageError(f"metric={metric!r} is not one of {', '.join(METRICS)}.")
@@ -284,31 +344,46 @@ def compare(groups: Sequence[Group], baseline: str | None = None, *, metric: str
     pairs = [(a, b) for a, b in pairs if values[a.name] and values[b.name]]
     tests = adjust([difference(values[a.name], values[b.name]) for a, b in pairs])
     sentences = {run.name: [p.sentence for p in problems if p.run == run.name] for run in runs}
-    differences = tuple(Difference(a.name, b.name, test,
-                                   tuple(s for group in (a, b) for run in group.runs for s in sentences[run.name]))
-                        for (a, b), test in zip(pairs, tests))
+    differences = tuple(
+        Difference(a.name, b.name, test, tuple(s for group in (a, b) for run in group.runs for s in sentences[run.name]))
+        for (a, b), test in zip(pairs, tests)
+    )
     components, others = _rows(ordered)
-    return Comparison(tuple(ordered), metric, base.name if base else None, differences, tuple(problems),
-                      tuple(_notes(ordered, others)), components, others)
+    return Comparison(
+        tuple(ordered),
+        metric,
+        base.name if base else None,
+        differences,
+        tuple(problems),
+        tuple(_notes(ordered, others)),
+        components,
+        others,
+    )
 
 
 def _find_baseline(groups: Sequence[Group], wanted: str) -> Group:
     """The group of this name. Raises UsageError where none or several could be meant."""
+
     def places(run: RunSummary) -> set[str]:
         return {run.name, str(run.paths[-1].parent), run.paths[-1].parent.name, str(run.config.get("out_dir"))}
 
-    for fits in (lambda group: group.name == wanted,
-                 lambda group: any(wanted.rstrip("/") in places(run) for run in group.runs),
-                 lambda group: any(run.config.get("arch_preset") == wanted for run in group.runs),
-                 lambda group: wanted in group.name):
+    for fits in (
+        lambda group: group.name == wanted,
+        lambda group: any(wanted.rstrip("/") in places(run) for run in group.runs),
+        lambda group: any(run.config.get("arch_preset") == wanted for run in group.runs),
+        lambda group: wanted in group.name,
+    ):
         found = [group for group in groups if fits(group)]
         if len(found) == 1:
             return found[0]
         if found:
             break
     names = ", ".join(group.name for group in found or groups)
-    raise UsageError(f"--baseline={wanted!r} could mean several groups: {names}. Give a whole name." if found else
-                     f"--baseline={wanted!r} is none of the groups: {names}.")
+    raise UsageError(
+        f"--baseline={wanted!r} could mean several groups: {names}. Give a whole name."
+        if found
+        else f"--baseline={wanted!r} is none of the groups: {names}."
+    )
 
 
 def _refusal(runs: Sequence[RunSummary], problems: Sequence[Problem], shown: int = 20) -> list[str]:
@@ -326,6 +401,7 @@ def _refusal(runs: Sequence[RunSummary], problems: Sequence[Problem], shown: int
 
 def _rows(groups: Sequence[Group]) -> tuple[tuple[tuple, ...], tuple[tuple, ...]]:
     """What differs between groups: (rows of the models, rows of everything else), each (key, value of each group …)."""
+
     def values(group: Group, get) -> Any:
         seen = list(dict.fromkeys(json.dumps(get(run), default=str) for run in group.runs))
         return json.loads(seen[0]) if len(seen) == 1 else " | ".join(str(json.loads(text)) for text in seen)
@@ -341,10 +417,16 @@ def _rows(groups: Sequence[Group]) -> tuple[tuple[tuple, ...], tuple[tuple, ...]
     models = {key: of("model", key) for key in dict.fromkeys(key for run in runs for key in run.model)}
     models |= {"N": lambda run: run.parameters, "FLOPs/token": lambda run: run.flops_per_token}
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    others = {key: of("config", key) for key in keys
-              if key not in models and key not in ("seed", "data_seed", "out_dir", "notice", "eval_only")}
-    others |= {"dataset fingerprint": of("dataset", "fingerprint"), "compute dtype": lambda run: run.dtype,
-               "hardware": lambda run: run.hardware}
+    others = {
+        key: of("config", key)
+        for key in keys
+        if key not in models and key not in ("seed", "data_seed", "out_dir", "notice", "eval_only")
+    }
+    others |= {
+        "dataset fingerprint": of("dataset", "fingerprint"),
+        "compute dtype": lambda run: run.dtype,
+        "hardware": lambda run: run.hardware,
+    }
     return differing(models), differing(others)
 
 
@@ -363,11 +445,14 @@ def _notes(groups: Sequence[Group], config_rows: Sequence[tuple]) -> list[str]:
     for group in groups:
         again = len(group.runs) - len({run.seeds for run in group.runs})
         if again:
-            notes.append(f"{group.name}: {again} run{'s' * (again > 1)} with seeds that another has too; of equal "
-                         "seeds the last run counts.")
+            notes.append(
+                f"{group.name}: {again} run{'s' * (again > 1)} with seeds that another has too; of equal "
+                "seeds the last run counts."
+            )
     said: dict[str, list[str]] = collections.defaultdict(list)
     for run in runs:
         for note in run.notes:
             said[note].append(run.name)
-    return notes + [f"{names[0] if len(names) == 1 else f'{len(names)} runs, {names[0]} first'}: {note}."
-                    for note, names in said.items()]
+    return notes + [
+        f"{names[0] if len(names) == 1 else f'{len(names)} runs, {names[0]} first'}: {note}." for note, names in said.items()
+    ]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Mapping, Sequence
 
-ALPHA = 0.05    # chance of claiming at least one difference where there is none
-POWER = 0.8     # with which the difference named by `detectable` would have been seen
+ALPHA = 0.05  # chance of claiming at least one difference where there is none
+POWER = 0.8  # with which the difference named by `detectable` would have been seen
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Verdict:
     """
 
     difference: float
-    method: str | None = None       # "paired t" or "Welch t"
-    n: tuple[int, int] = (0, 0)     # repetitions compared (pairs, twice, where paired)
-    error: float | None = None      # standard error of the difference
-    freedom: float | None = None    # degrees of freedom
-    p: float | None = None          # two-sided, by itself
-    p_holm: float | None = None     # adjusted for all comparisons made together
+    method: str | None = None  # "paired t" or "Welch t"
+    n: tuple[int, int] = (0, 0)  # repetitions compared (pairs, twice, where paired)
+    error: float | None = None  # standard error of the difference
+    freedom: float | None = None  # degrees of freedom
+    p: float | None = None  # two-sided, by itself
+    p_holm: float | None = None  # adjusted for all comparisons made together
     level: float | None = None
     low: float | None = None
     high: float | None = None
@@ -82,14 +82,16 @@ def difference(a: Mapping, b: Mapping) -> Verdict:
         return Verdict(means, n=(len(a), len(b)))
     parts = [statistics.variance(side.values()) / len(side) for side in (a, b)]
     error = math.sqrt(sum(parts))
-    freedom = (sum(parts) ** 2 / sum(part ** 2 / (len(side) - 1) for part, side in zip(parts, (a, b))) if error else
-               len(a) + len(b) - 2)  # Welch–Satterthwaite
+    freedom = (
+        sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (a, b))) if error else len(a) + len(b) - 2
+    )  # Welch–Satterthwaite
     return _tested(Verdict(means, "Welch t", (len(a), len(b)), error, freedom))
 
 
 def _tested(test: Verdict) -> Verdict:
     """With its two-sided p. Repetitions without any scatter either agree (p = 1) or differ (p = 0)."""
     from scipy.stats import t
+
     if test.error == 0:
         return replace(test, p=1.0 if test.difference == 0 else 0.0)
     return replace(test, p=float(2 * t.sf(abs(test.difference) / test.error, test.freedom)))
@@ -109,8 +111,14 @@ def adjust(tests: Sequence[Verdict]) -> list[Verdict]:
         if not stopped:
             alpha = ALPHA / (len(order) - rank)
         half = _quantile(1 - alpha / 2, test.freedom) * test.error
-        result[i] = replace(test, p_holm=p_holm, level=1 - alpha, low=test.difference - half,
-                            high=test.difference + half, detectable=detectable(test.error, test.freedom, alpha))
+        result[i] = replace(
+            test,
+            p_holm=p_holm,
+            level=1 - alpha,
+            low=test.difference - half,
+            high=test.difference + half,
+            detectable=detectable(test.error, test.freedom, alpha),
+        )
     return result
 
 
@@ -118,13 +126,16 @@ def detectable(error: float, freedom: float, alpha: float = ALPHA) -> float:
     """The true difference that a two-sided t test at level alpha shows with probability POWER, at a standard error."""
     from scipy.optimize import brentq
     from scipy.stats import nct
+
     critical = _quantile(1 - alpha / 2, freedom)
 
     def missing_power(noncentrality: float) -> float:  # the other tail is next to nothing where the power is high
         return nct.sf(critical, freedom, noncentrality) - POWER
+
     return error * brentq(missing_power, 0.0, 4 * critical + 4)
 
 
 def _quantile(probability: float, freedom: float) -> float:
     from scipy.stats import t
+
     return float(t.ppf(probability, freedom))

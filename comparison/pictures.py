@@ -6,8 +6,9 @@ import html
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from comparison.groups import METRICS, Comparison, Group
 from comparison.inference import estimate
@@ -28,6 +29,7 @@ def write_plot(comparison: Comparison, path: str | os.PathLike) -> None:
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
+
     metric = _plotted(comparison)
     figure = Figure(figsize=(15, 4.8 + 0.2 * len(comparison.groups)), layout="constrained")
     axes = figure.subplots(1, len(AXES), sharey=True)
@@ -40,8 +42,16 @@ def write_plot(comparison: Comparison, path: str | os.PathLike) -> None:
                 lines = [([x / divisor for x in xs], ys) for xs, ys in lines]
             mean = mean_line(lines)
             for x, y in lines:
-                plot.plot(x, y, style, color=color, linewidth=0.7 if mean else 1.6, alpha=0.45 if mean else 1.0,
-                          marker="." if len(x) < 30 else None, markersize=4)
+                plot.plot(
+                    x,
+                    y,
+                    style,
+                    color=color,
+                    linewidth=0.7 if mean else 1.6,
+                    alpha=0.45 if mean else 1.0,
+                    marker="." if len(x) < 30 else None,
+                    markersize=4,
+                )
             if mean:
                 x, y, low, high = mean
                 plot.plot(x, y, style, color=color, linewidth=2, zorder=3)
@@ -78,8 +88,11 @@ def _plotted(comparison: Comparison) -> str:
 def _points(run: RunSummary, axis: str, metric: str) -> tuple[list, list] | None:
     """(x, y) of a run's curve, without what is not known; None if nothing is left."""
     columns = run.curve if metric == "train_loss" else run.evals
-    pairs = [(x, y) for x, y in zip(columns[axis], columns["loss" if metric == "train_loss" else metric])
-             if x is not None and y is not None]
+    pairs = [
+        (x, y)
+        for x, y in zip(columns[axis], columns["loss" if metric == "train_loss" else metric])
+        if x is not None and y is not None
+    ]
     return tuple(map(list, zip(*pairs))) if pairs else None
 
 
@@ -97,8 +110,7 @@ def _loss_range(comparison: Comparison, metric: str) -> tuple[float, float]:
     every = [y for run in comparison.runs if (points := _points(run, "tokens", metric)) for y in points[1]]
     if not every:
         return 0.0, 1.0
-    late = [y for run in comparison.runs if (points := _points(run, "tokens", metric))
-            for y in points[1][len(points[1]) // 10:]]
+    late = [y for run in comparison.runs if (points := _points(run, "tokens", metric)) for y in points[1][len(points[1]) // 10 :]]
     margin = 0.05 * (max(late) - min(every)) or 0.1
     return min(every) - margin, max(late) + margin
 
@@ -106,11 +118,15 @@ def _loss_range(comparison: Comparison, metric: str) -> tuple[float, float]:
 def _label(comparison: Comparison, group: Group) -> str:
     count = len(group.runs)
     flag = comparison.flagged.get(group.name)
-    return (comparison.labels[group.name] + (f" ({count} seeds)" if count > 1 else "")
-            + (f" [not comparable: {flag}]" if flag else ""))
+    return (
+        comparison.labels[group.name]
+        + (f" ({count} seeds)" if count > 1 else "")
+        + (f" [not comparable: {flag}]" if flag else "")
+    )
 
 
 # ------------------------------------------------------------------------------------------- the page
+
 
 def write_html(comparison: Comparison, path: str | os.PathLike) -> None:
     """One self-contained page: verdicts, table, interactive plots, what differs, the runs. Needs no network.
@@ -118,6 +134,7 @@ def write_html(comparison: Comparison, path: str | os.PathLike) -> None:
     The page's own policy forbids the browser to load anything, so that this stays true.
     """
     from plotly.offline import get_plotlyjs
+
     header, rows, best = cells(comparison)
     names = list(comparison.labels.values())
     warnings = [f"not comparable: {problem.sentence}" for problem in comparison.problems]
@@ -141,20 +158,44 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
     divisor, unit = time_unit(comparison)
 
     def columns(source: dict[str, list], *keys: str) -> dict[str, list]:
-        return {key: [value and float(f"{value / (divisor if key == 'seconds' else 1):.7g}")  # more than a screen shows
-                      for value in source[key]] for key in (*AXES, *keys)}
+        return {
+            key: [
+                value and float(f"{value / (divisor if key == 'seconds' else 1):.7g}")  # more than a screen shows
+                for value in source[key]
+            ]
+            for key in (*AXES, *keys)
+        }
 
     groups = []
     for number, group in enumerate(comparison.groups):
         found = group.estimate(comparison.metric)
-        runs = [{"name": run.name, "seed": run.seeds[0], "final": getattr(run, comparison.metric),
-                 "train": columns(run.curve, "loss"), "evals": columns(run.evals, "val_loss", "bits_per_byte")}
-                for run in group.runs]
-        groups.append({"name": _label(comparison, group), "color": COLORS[number % len(COLORS)], "runs": runs,
-                       "mean": found and found.mean, "low": found and found.low, "high": found and found.high})
-    return {"groups": groups, "axes": {**AXES, "seconds": f"training time ({unit})"},
-            "metric": METRICS[comparison.metric], "start": _plotted(comparison),
-            "bits": any(run.bits_per_byte is not None for run in comparison.runs)}
+        runs = [
+            {
+                "name": run.name,
+                "seed": run.seeds[0],
+                "final": getattr(run, comparison.metric),
+                "train": columns(run.curve, "loss"),
+                "evals": columns(run.evals, "val_loss", "bits_per_byte"),
+            }
+            for run in group.runs
+        ]
+        groups.append(
+            {
+                "name": _label(comparison, group),
+                "color": COLORS[number % len(COLORS)],
+                "runs": runs,
+                "mean": found and found.mean,
+                "low": found and found.low,
+                "high": found and found.high,
+            }
+        )
+    return {
+        "groups": groups,
+        "axes": {**AXES, "seconds": f"training time ({unit})"},
+        "metric": METRICS[comparison.metric],
+        "start": _plotted(comparison),
+        "bits": any(run.bits_per_byte is not None for run in comparison.runs),
+    }
 
 
 def _for_script(value: Any) -> str:
@@ -176,8 +217,10 @@ def _diff(names: list[str], rows: Sequence[tuple], otherwise: str) -> str:
 def _table(header: list[str], rows: list[list[str]], best: set[tuple[int, int]] = frozenset()) -> str:
     def cell(tag: str, text: str, attributes: str = "") -> str:
         return f"<{tag}{attributes}>{html.escape(text)}</{tag}>"
+
     lines = ["<tr>" + "".join(cell("th", text) for text in header) + "</tr>"]
     for r, row in enumerate(rows):
-        lines.append("<tr>" + "".join(cell("td", text, ' class="best"' if (r, c) in best else "")
-                                      for c, text in enumerate(row)) + "</tr>")
+        lines.append(
+            "<tr>" + "".join(cell("td", text, ' class="best"' if (r, c) in best else "") for c, text in enumerate(row)) + "</tr>"
+        )
     return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"

@@ -7,12 +7,13 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
+from command_line import UsageError
 from comparison.groups import METRICS, Comparison, Difference, Group
-from training.command_line import UsageError
 from training.report import duration
 
 
@@ -40,12 +41,12 @@ def _time(seconds: float | None) -> str:
 class Column:
     """A figure of a run in the table. `better`: −1 where less is, 1 where more is, 0 where neither."""
 
-    key: str                                     # the attribute of RunSummary, and what --sort takes
+    key: str  # the attribute of RunSummary, and what --sort takes
     header: str
     show: Callable[[float | None], str]
     better: int = 0
-    scatter: bool = False                        # with its standard deviation over the seeds
-    of_hardware: bool = False                    # comparable on one kind of hardware only
+    scatter: bool = False  # with its standard deviation over the seeds
+    of_hardware: bool = False  # comparable on one kind of hardware only
 
 
 COLUMNS = (
@@ -61,13 +62,15 @@ COLUMNS = (
     Column("seconds", "time", _time, -1, of_hardware=True),
 )
 SORT_KEYS = ("loss", "name", *(column.key for column in COLUMNS))
-FOOTNOTES = ("val loss: of the last evaluation, mean ± standard deviation over the seeds; train loss: over the last "
-             "tenth of the run.",
-             "time: of training, without evaluation and saving; FLOP/token: of training, full attention.")
+FOOTNOTES = (
+    "val loss: of the last evaluation, mean ± standard deviation over the seeds; train loss: over the last tenth of the run.",
+    "time: of training, without evaluation and saving; FLOP/token: of training, full attention.",
+)
 MARK = "* the best of its column; whether a difference is more than chance is said below."
 
 
 # ------------------------------------------------------------------------------------------- the table
+
 
 def cells(comparison: Comparison, sort: str = "loss") -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
     """(header, rows of text, {(row, column) that is the best of its column}), a row a group. Raises UsageError."""
@@ -116,23 +119,36 @@ def column_text(column: Column, group: Group) -> str:
 def table(comparison: Comparison, sort: str = "loss") -> str:
     """What the terminal shows: a row a group, sorted, the best marked; then each difference in a sentence; notes."""
     header, rows, best = cells(comparison, sort)
-    rows = [[text + ("*" if (r, c) in best else " " if any((other, c) in best for other in range(len(rows))) else "")
-             for c, text in enumerate(row)] for r, row in enumerate(rows)]
+    rows = [
+        [
+            text + ("*" if (r, c) in best else " " if any((other, c) in best for other in range(len(rows))) else "")
+            for c, text in enumerate(row)
+        ]
+        for r, row in enumerate(rows)
+    ]
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     last = len(header) - 1
-    lines = ["  ".join(text.ljust(width) if c == last else text.rjust(width)
-                       for c, (text, width) in enumerate(zip(row, widths))).rstrip() for row in [header, *rows]]
+    lines = [
+        "  ".join(
+            text.ljust(width) if c == last else text.rjust(width) for c, (text, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in [header, *rows]
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths[:last]) + "  " + "-" * min(widths[last], 12))
     lines += ["", *([MARK] if best else []), *FOOTNOTES]
     if comparison.differences:
         lines += ["", *verdicts(comparison)]
     if comparison.notes or comparison.problems:
-        lines += ["", *[f"note: {note}" for note in comparison.notes],
-                  *[f"not comparable: {problem.sentence}" for problem in comparison.problems]]
+        lines += [
+            "",
+            *[f"note: {note}" for note in comparison.notes],
+            *[f"not comparable: {problem.sentence}" for problem in comparison.problems],
+        ]
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------- differences
+
 
 def verdicts(comparison: Comparison) -> list[str]:
     """A sentence for each difference, one about how many were tested together, one about what cannot be tested."""
@@ -140,12 +156,16 @@ def verdicts(comparison: Comparison) -> list[str]:
     tested = [found for found in comparison.differences if found.test.p is not None]
     lines = [sentence(found, comparison.metric, labels) for found in tested]
     if len(tested) > 1:
-        lines.append(f"{len(tested)} comparisons: p and intervals are adjusted by Holm's procedure, so that the chance "
-                     "of any false claim among them is at most 5 %.")
+        lines.append(
+            f"{len(tested)} comparisons: p and intervals are adjusted by Holm's procedure, so that the chance "
+            "of any false claim among them is at most 5 %."
+        )
     if len(tested) < len(comparison.differences):
         alone = [labels[group.name] for group in comparison.groups if len(group.values(comparison.metric)) == 1]
-        lines.append(f"nothing can be said of the difference between one that has a single seed ({', '.join(alone)}) "
-                     "and any other: error bars need at least two seeds of each (--seed, --data_seed).")
+        lines.append(
+            f"nothing can be said of the difference between one that has a single seed ({', '.join(alone)}) "
+            "and any other: error bars need at least two seeds of each (--seed, --data_seed)."
+        )
     return lines
 
 
@@ -155,18 +175,24 @@ def sentence(found: Difference, metric: str, labels: dict[str, str] | None = Non
     a, b = (labels or {}).get(found.a, found.a), (labels or {}).get(found.b, found.b)
     flag = " (not comparable, but forced)" if found.problems else ""
     if test.p_holm is None:
-        return (f"{a} and {b}{flag}: {name} {test.difference:+.4f} from the first to the second, of which nothing can "
-                f"be said with {test.n[0]} and {test.n[1]} seeds; error bars need at least two of each.")
+        return (
+            f"{a} and {b}{flag}: {name} {test.difference:+.4f} from the first to the second, of which nothing can "
+            f"be said with {test.n[0]} and {test.n[1]} seeds; error bars need at least two of each."
+        )
     seeds = f"{test.n[0]} seeds" if test.method == "paired t" else f"{test.n[0]} and {test.n[1]} seeds"
     made = f"{test.method} over {seeds}, {p_text(test.p_holm)}"
     if not test.shown:
-        return (f"no difference shown between {a} and {b}{flag}: {name} {test.difference:+.4f} from the first to the "
-                f"second ({percent(test.level)} interval {test.low:+.4f} to {test.high:+.4f}; {made}); a difference of "
-                f"{test.detectable:.4f} would have been seen 4 times out of 5.")
+        return (
+            f"no difference shown between {a} and {b}{flag}: {name} {test.difference:+.4f} from the first to the "
+            f"second ({percent(test.level)} interval {test.low:+.4f} to {test.high:+.4f}; {made}); a difference of "
+            f"{test.detectable:.4f} would have been seen 4 times out of 5."
+        )
     lower, higher = (b, a) if test.difference < 0 else (a, b)
     least, most = sorted((abs(test.low), abs(test.high)))
-    return (f"{lower} has a lower {name} than {higher}{flag}: by {abs(test.difference):.4f} ({percent(test.level)} "
-            f"interval {least:.4f} to {most:.4f}; {made}).")
+    return (
+        f"{lower} has a lower {name} than {higher}{flag}: by {abs(test.difference):.4f} ({percent(test.level)} "
+        f"interval {least:.4f} to {most:.4f}; {made})."
+    )
 
 
 def percent(level: float) -> str:
@@ -181,21 +207,33 @@ def p_text(p: float) -> str:
 
 # ------------------------------------------------------------------------------------------- files
 
+
 def write_markdown(comparison: Comparison, path: str | os.PathLike) -> None:
     """The table, the differences, what differs in model and configuration, and the runs, as Markdown."""
     header, rows, best = cells(comparison)
     rows = [[f"**{text}**" if (r, c) in best else text for c, text in enumerate(row)] for r, row in enumerate(rows)]
-    parts = ["# Comparison", _markdown_table(header, rows), "\n".join(f"- {line}" for line in verdicts(comparison)),
-             " ".join(("Bold: the best of its column.", *FOOTNOTES))]
+    parts = [
+        "# Comparison",
+        _markdown_table(header, rows),
+        "\n".join(f"- {line}" for line in verdicts(comparison)),
+        " ".join(("Bold: the best of its column.", *FOOTNOTES)),
+    ]
     names = [comparison.labels[group.name] for group in comparison.groups]
-    for title, found in (("What differs in the models", comparison.component_rows),
-                         ("What differs in the configuration", comparison.config_rows)):
+    for title, found in (
+        ("What differs in the models", comparison.component_rows),
+        ("What differs in the configuration", comparison.config_rows),
+    ):
         if found:
             parts += [f"## {title}", _markdown_table(["key", *names], [[row[0], *map(said, row[1:])] for row in found])]
     parts += ["## Runs", _markdown_table(*run_rows(comparison))]
     if comparison.notes or comparison.problems:
-        parts += ["## Notes", "\n".join([f"- {note}" for note in comparison.notes]
-                                        + [f"- Not comparable: {problem.sentence}" for problem in comparison.problems])]
+        parts += [
+            "## Notes",
+            "\n".join(
+                [f"- {note}" for note in comparison.notes]
+                + [f"- Not comparable: {problem.sentence}" for problem in comparison.problems]
+            ),
+        ]
     Path(path).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
@@ -203,9 +241,20 @@ def run_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """(header, rows), a row a run: which runs a group is made of."""
     header = ["run", "group", "seed", "data_seed", "ended", "tokens", "train loss", "val loss", "bits/byte"]
     loss = _fixed(4)
-    return header, [[run.name, comparison.labels[group.name], *map(str, run.seeds), run.state, f"{run.tokens:,}",
-                     loss(run.train_loss), loss(run.val_loss), loss(run.bits_per_byte)]
-                    for group in comparison.groups for run in group.runs]
+    return header, [
+        [
+            run.name,
+            comparison.labels[group.name],
+            *map(str, run.seeds),
+            run.state,
+            f"{run.tokens:,}",
+            loss(run.train_loss),
+            loss(run.val_loss),
+            loss(run.bits_per_byte),
+        ]
+        for group in comparison.groups
+        for run in group.runs
+    ]
 
 
 def said(value: Any) -> str:
@@ -218,19 +267,50 @@ def said(value: Any) -> str:
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     def line(row: list[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in row) + " |"
+
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
-RUN_FIELDS = ("name", "started", "architecture", "fingerprint", "dtype", "hardware", "outcome", "steps", "length",
-              "tokens", "tokens_per_step", "parameters", "flops_per_token", "train_loss", "val_loss", "best_val_loss",
-              "bits_per_byte", "val_tokens", "tokens_per_s", "mfu", "memory_gb", "seconds")
+RUN_FIELDS = (
+    "name",
+    "started",
+    "architecture",
+    "fingerprint",
+    "dtype",
+    "hardware",
+    "outcome",
+    "steps",
+    "length",
+    "tokens",
+    "tokens_per_step",
+    "parameters",
+    "flops_per_token",
+    "train_loss",
+    "val_loss",
+    "best_val_loss",
+    "bits_per_byte",
+    "val_tokens",
+    "tokens_per_s",
+    "mfu",
+    "memory_gb",
+    "seconds",
+)
 
 
 def run_facts(comparison: Comparison) -> list[dict[str, Any]]:
     """Every figure of every run, in full."""
-    return [{"group": group.name, "seed": run.seeds[0], "data_seed": run.seeds[1], "dataset": run.dataset.get("name"),
-             **{key: getattr(run, key) for key in RUN_FIELDS}, "not_comparable": comparison.flagged.get(run.name)}
-            for group in comparison.groups for run in group.runs]
+    return [
+        {
+            "group": group.name,
+            "seed": run.seeds[0],
+            "data_seed": run.seeds[1],
+            "dataset": run.dataset.get("name"),
+            **{key: getattr(run, key) for key in RUN_FIELDS},
+            "not_comparable": comparison.flagged.get(run.name),
+        }
+        for group in comparison.groups
+        for run in group.runs
+    ]
 
 
 def write_csv(comparison: Comparison, path: str | os.PathLike) -> None:
@@ -245,17 +325,36 @@ def write_csv(comparison: Comparison, path: str | os.PathLike) -> None:
 def write_json(comparison: Comparison, path: str | os.PathLike) -> None:
     """The whole comparison as one strict JSON document, without curves."""
     document = {
-        "metric": comparison.metric, "baseline": comparison.baseline, "best": comparison.best and comparison.best.name,
-        "groups": [{"name": group.name, "runs": [run.name for run in group.runs],
-                    **{key: dataclasses.asdict(found) if (found := group.estimate(key)) else None
-                       for key in (*METRICS, "tokens_per_s", "mfu", "memory_gb", "seconds")}}
-                   for group in comparison.groups],
-        "differences": [{"a": found.a, "b": found.b, **dataclasses.asdict(found.test), "shown": found.test.shown,
-                         "sentence": sentence(found, comparison.metric)} for found in comparison.differences],
+        "metric": comparison.metric,
+        "baseline": comparison.baseline,
+        "best": comparison.best and comparison.best.name,
+        "groups": [
+            {
+                "name": group.name,
+                "runs": [run.name for run in group.runs],
+                **{
+                    key: dataclasses.asdict(found) if (found := group.estimate(key)) else None
+                    for key in (*METRICS, "tokens_per_s", "mfu", "memory_gb", "seconds")
+                },
+            }
+            for group in comparison.groups
+        ],
+        "differences": [
+            {
+                "a": found.a,
+                "b": found.b,
+                **dataclasses.asdict(found.test),
+                "shown": found.test.shown,
+                "sentence": sentence(found, comparison.metric),
+            }
+            for found in comparison.differences
+        ],
         "model_differences": _by_group(comparison, comparison.component_rows),
         "config_differences": _by_group(comparison, comparison.config_rows),
         "runs": [{**facts, "config": run.config} for facts, run in zip(run_facts(comparison), comparison.runs)],
-        "notes": comparison.notes, "problems": [problem.sentence for problem in comparison.problems]}
+        "notes": comparison.notes,
+        "problems": [problem.sentence for problem in comparison.problems],
+    }
     Path(path).write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import bisect
 import os
 import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
-from training.command_line import Failure
+from command_line import Failure
 from training_logger import read_run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FINISHED = ("finished", "out of patience")   # outcomes of a run that ended by its own rule
-LAST_PART = 0.1                              # train_loss is the mean over this last part of the run
-POSITION = ("step", "tokens", "seconds")     # where a point of a curve lies
+FINISHED = ("finished", "out of patience")  # outcomes of a run that ended by its own rule
+LAST_PART = 0.1  # train_loss is the mean over this last part of the run
+POSITION = ("step", "tokens", "seconds")  # where a point of a curve lies
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,35 +28,35 @@ class RunSummary:
     evaluation and saving; FLOPs are those of training by full attention, as in `mfu`.
     """
 
-    name: str                            # path of its log (the last one of a resumed chain), without suffix
-    paths: tuple[Path, ...]              # the logs joined here, first to last
-    started: str                         # ISO time of the first log
-    architecture: str                    # the model's name
-    fingerprint: str                     # the model's
-    model: dict[str, Any]                # every field of its ModelConfig
-    config: dict[str, Any]               # every key of its configuration, resolved
-    dataset: dict[str, Any]              # name, fingerprint; tokenizer and splits where the log has them
-    dtype: str | None                    # compute dtype
+    name: str  # path of its log (the last one of a resumed chain), without suffix
+    paths: tuple[Path, ...]  # the logs joined here, first to last
+    started: str  # ISO time of the first log
+    architecture: str  # the model's name
+    fingerprint: str  # the model's
+    model: dict[str, Any]  # every field of its ModelConfig
+    config: dict[str, Any]  # every key of its configuration, resolved
+    dataset: dict[str, Any]  # name, fingerprint; tokenizer and splits where the log has them
+    dtype: str | None  # compute dtype
     hardware: str | None
     outcome: str
     steps: int
-    length: int | None                   # steps it was to make
+    length: int | None  # steps it was to make
     tokens_per_step: int | None
-    tokens: int                          # seen in training
-    parameters: int | None               # N
+    tokens: int  # seen in training
+    parameters: int | None  # N
     flops_per_token: int | None
-    train_loss: float | None             # mean of what was logged over the last tenth of the run
-    val_loss: float | None               # of the last evaluation
+    train_loss: float | None  # mean of what was logged over the last tenth of the run
+    val_loss: float | None  # of the last evaluation
     best_val_loss: float | None
-    bits_per_byte: float | None          # of the last evaluation
-    val_tokens: int | None               # size of its validation set
-    tokens_per_s: float | None           # median over the run
-    mfu: float | None                    # median over the run
-    memory_gb: float | None              # peak
-    seconds: float | None                # of training
+    bits_per_byte: float | None  # of the last evaluation
+    val_tokens: int | None  # size of its validation set
+    tokens_per_s: float | None  # median over the run
+    mfu: float | None  # median over the run
+    memory_gb: float | None  # peak
+    seconds: float | None  # of training
     curve: dict[str, list] = field(repr=False)
     evals: dict[str, list] = field(repr=False)
-    notes: tuple[str, ...] = ()          # what a reader must know
+    notes: tuple[str, ...] = ()  # what a reader must know
 
     @property
     def seeds(self) -> tuple[Any, Any]:
@@ -78,8 +79,12 @@ class RunSummary:
 
 # ------------------------------------------------------------------------------------------- finding
 
-def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike], latest: int | None = None,
-              warn: Callable[[str], None] = lambda message: None) -> list[RunSummary]:
+
+def load_runs(
+    paths: str | os.PathLike | Iterable[str | os.PathLike],
+    latest: int | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> list[RunSummary]:
     """The runs of these logs (run_*.json or .jsonl) and of all logs below these folders, in the order they started.
 
     A run that was resumed is one run with what it continued, which is looked for beside it if it was not given.
@@ -121,8 +126,8 @@ class _Logs:
 
     def __init__(self):
         self.documents: dict[Path, dict] = {}
-        self.names: dict[Path, Path] = {}      # as the user wrote them
-        self.given: set[Path] = set()          # not only looked up because another one continues them
+        self.names: dict[Path, Path] = {}  # as the user wrote them
+        self.given: set[Path] = set()  # not only looked up because another one continues them
 
     def add(self, stem: Path, given: bool = True) -> bool:
         """Read a log and those it continues. False if it is of an evaluation only. Raises ValueError."""
@@ -175,8 +180,7 @@ class _Logs:
         continued = set()
         for key in self.documents:
             before = self.parent(key)
-            if before is not None and (before.parent == key.parent or
-                                       self.documents[before]["outcome"] not in FINISHED):
+            if before is not None and (before.parent == key.parent or self.documents[before]["outcome"] not in FINISHED):
                 continued.add(before)
         newest: dict[Path, Path] = {}
         for key in self.documents:
@@ -187,8 +191,7 @@ class _Logs:
 
     def summary(self, key: Path) -> RunSummary:
         """One run of all the logs of its chain."""
-        return _summary([self.documents[part] for part in self.chain(key)],
-                        tuple(self.names[part] for part in self.chain(key)))
+        return _summary([self.documents[part] for part in self.chain(key)], tuple(self.names[part] for part in self.chain(key)))
 
 
 def _continues(document: dict) -> bool:
@@ -212,12 +215,15 @@ def _read(stem: Path) -> dict[str, Any]:
         document = read_run(events)
     model, config = document.get("model"), document.get("config")
     if not (isinstance(model, dict) and isinstance(config, dict) and {"name", "fingerprint"} <= model.keys()):
-        raise ValueError(f"{stem} does not say which model with which configuration it trained (model, config); it was "
-                         "not written by this train.py.")
+        raise ValueError(
+            f"{stem} does not say which model with which configuration it trained (model, config); it was "
+            "not written by this train.py."
+        )
     return document
 
 
 # ------------------------------------------------------------------------------------------- one run
+
 
 def _summary(documents: list[dict], paths: tuple[Path, ...]) -> RunSummary:
     """The run that these documents make, each continuing the one before.
@@ -239,33 +245,52 @@ def _summary(documents: list[dict], paths: tuple[Path, ...]) -> RunSummary:
     for columns in (curve, evals):
         columns["flops"] = [flops_per_token and flops_per_token * tokens for tokens in columns["tokens"]]
     losses = [(step, loss) for step, loss in zip(curve["step"], curve["loss"]) if loss is not None]
-    steps, tokens = max(((columns["step"][-1], columns["tokens"][-1]) for columns in (curve, evals) if columns["step"]),
-                        default=(0, 0))
+    steps, tokens = max(
+        ((columns["step"][-1], columns["tokens"][-1]) for columns in (curve, evals) if columns["step"]), default=(0, 0)
+    )
     val_tokens = evals["val_tokens"][-1] if evals["val_tokens"] else None
     same_set = [loss for loss, size in zip(evals["val_loss"], evals["val_tokens"]) if size == val_tokens]
     notes = []
     if _continues(first):
         origin = first["resumed_from"]
-        notes.append(f"the log of its first {origin.get('step')} steps ({origin['run']}) is missing: time counts from "
-                     "there")
+        notes.append(f"the log of its first {origin.get('step')} steps ({origin['run']}) is missing: time counts from there")
     if last.get("warning_count"):
-        notes.append(f"{last['warning_count']} warning{'s' * (last['warning_count'] > 1)} in its log, the first: "
-                     f"{last['warnings'][0].get('message')}")
+        notes.append(
+            f"{last['warning_count']} warning{'s' * (last['warning_count'] > 1)} in its log, the first: "
+            f"{last['warnings'][0].get('message')}"
+        )
     hardware = last.get("hardware") or {}
     return RunSummary(
-        name=str(paths[-1]), paths=paths, started=str(first.get("started")), architecture=str(model["name"]),
-        fingerprint=str(model["fingerprint"]), model=model.get("config") or {}, config=config,
-        dataset=last.get("dataset") or {}, dtype=last.get("dtype"), hardware=hardware.get("device_name"),
-        outcome=last["outcome"], steps=steps, length=last.get("length"),
-        tokens_per_step=last.get("tokens_per_iteration"), tokens=tokens, parameters=model.get("parameters"),
+        name=str(paths[-1]),
+        paths=paths,
+        started=str(first.get("started")),
+        architecture=str(model["name"]),
+        fingerprint=str(model["fingerprint"]),
+        model=model.get("config") or {},
+        config=config,
+        dataset=last.get("dataset") or {},
+        dtype=last.get("dtype"),
+        hardware=hardware.get("device_name"),
+        outcome=last["outcome"],
+        steps=steps,
+        length=last.get("length"),
+        tokens_per_step=last.get("tokens_per_iteration"),
+        tokens=tokens,
+        parameters=model.get("parameters"),
         flops_per_token=flops_per_token,
         train_loss=_mean(loss for step, loss in losses if step > (1 - LAST_PART) * steps),
         val_loss=evals["val_loss"][-1] if evals["val_loss"] else None,
         best_val_loss=min((loss for loss in same_set if loss is not None), default=None),
-        bits_per_byte=evals["bits_per_byte"][-1] if evals["bits_per_byte"] else None, val_tokens=val_tokens,
-        tokens_per_s=_median(curve["tokens_per_s"]), mfu=_median(curve["mfu"]),
+        bits_per_byte=evals["bits_per_byte"][-1] if evals["bits_per_byte"] else None,
+        val_tokens=val_tokens,
+        tokens_per_s=_median(curve["tokens_per_s"]),
+        mfu=_median(curve["mfu"]),
         memory_gb=max((value for value in curve["memory_gb"] if value is not None), default=None),
-        seconds=curve["seconds"][-1] if curve["seconds"] else None, curve=curve, evals=evals, notes=tuple(notes))
+        seconds=curve["seconds"][-1] if curve["seconds"] else None,
+        curve=curve,
+        evals=evals,
+        notes=tuple(notes),
+    )
 
 
 def _extend(curve: dict[str, list], evals: dict[str, list], document: dict, start: int) -> None:

@@ -15,21 +15,22 @@ import os
 import sysconfig
 import tokenize
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import numpy as np
 
-Document = tuple[str, str]                       # name, text
+Document = tuple[str, str]  # name, text
 
-MIN_DOCUMENT = 200                               # characters; shorter documentation is mostly a heading
-STDLIB_ENOUGH = 10_000_000                       # characters of code; below it the tests of the library are added
+MIN_DOCUMENT = 200  # characters; shorter documentation is mostly a heading
+STDLIB_ENOUGH = 10_000_000  # characters of code; below it the tests of the library are added
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 # ------------------------------------------------------------------------------------------- what comes with Python
+
 
 def pydocs_documents() -> Iterator[Document]:
     """Python's own documentation: a document for each topic of `help()` and for the docstrings of each module."""
@@ -39,14 +40,16 @@ def pydocs_documents() -> Iterator[Document]:
         yield f"topic {name}", text
     for name, source in _stdlib_sources(tests=False):
         if name.startswith(("idlelib", "pydoc_data")):
-            continue                             # an editor's internals; the topics again
+            continue  # an editor's internals; the topics again
         text = _docstrings(source)
         if len(text) >= MIN_DOCUMENT:
             found = True
             yield name, text
     if not found:
-        raise ValueError("This Python has neither documentation topics nor the sources of its standard library; "
-                         "prepare a text of your own with data/textfile/prepare.py.")
+        raise ValueError(
+            "This Python has neither documentation topics nor the sources of its standard library; "
+            "prepare a text of your own with data/textfile/prepare.py."
+        )
 
 
 def pystdlib_documents() -> Iterator[Document]:
@@ -60,8 +63,10 @@ def pystdlib_documents() -> Iterator[Document]:
             size += len(source)
             yield name, source
     if not size:
-        raise ValueError("This Python has no sources of its standard library (.py files); prepare a text of your own "
-                         "with data/textfile/prepare.py.")
+        raise ValueError(
+            "This Python has no sources of its standard library (.py files); prepare a text of your own "
+            "with data/textfile/prepare.py."
+        )
 
 
 def _topics() -> Iterator[Document]:
@@ -87,10 +92,10 @@ def _stdlib_sources(tests: bool) -> Iterator[Document]:
         for file in sorted(files):
             if file.endswith(".py"):
                 try:
-                    with tokenize.open(Path(folder) / file) as source:           # honours the coding line
+                    with tokenize.open(Path(folder) / file) as source:  # honours the coding line
                         text = source.read()
                 except (SyntaxError, UnicodeDecodeError, OSError):
-                    continue                     # test data for broken encodings
+                    continue  # test data for broken encodings
                 if text.strip():
                     yield (relative / file).as_posix(), text
 
@@ -99,24 +104,25 @@ def _docstrings(source: str) -> str:
     """All docstrings of a module in the order they stand there, under the names of what they document."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # invalid escapes in old sources
+            warnings.simplefilter("ignore")  # invalid escapes in old sources
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return ""
     paragraphs = []
 
     def visit(node: ast.AST, name: str) -> None:
-        if text := ast.get_docstring(node):      # cleaned by inspect.cleandoc
+        if text := ast.get_docstring(node):  # cleaned by inspect.cleandoc
             paragraphs.append(f"{name}\n\n{text}" if name else text)
         for child in node.body:
             if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 visit(child, f"{name}.{child.name}" if name else child.name)
 
     visit(tree, "")
-    return "\n\n".join(paragraphs).encode("utf-8", errors="ignore").decode()     # "\ud800" in a docstring is no text
+    return "\n\n".join(paragraphs).encode("utf-8", errors="ignore").decode()  # "\ud800" in a docstring is no text
 
 
 # ------------------------------------------------------------------------------------------- files of one's own
+
 
 def text_documents(paths: Sequence[str | os.PathLike], text_key: str = "text") -> Iterator[Document]:
     """Documents of files, folders and globs: .jsonl (a line is one), .parquet (a row is one), else text (a file is one).
@@ -142,11 +148,9 @@ def find_text_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*"))
-                     if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()]
+            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()]
             if not files:
-                raise ValueError(f"The folder {path} has no {kinds} files; give another folder, or the files "
-                                 "themselves.")
+                raise ValueError(f"The folder {path} has no {kinds} files; give another folder, or the files themselves.")
         elif path.is_file():
             files = [path]
         else:
@@ -161,8 +165,9 @@ def _read_txt(path: Path, text_key: str) -> Iterator[Document]:
     try:
         yield path.name, path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}: {error.reason}); convert it, for example "
-                         "with iconv.") from None
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start:,}: {error.reason}); convert it, for example with iconv."
+        ) from None
 
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
@@ -173,23 +178,26 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:          # JSONDecodeError and UnicodeDecodeError are both
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
                 raise ValueError(f"{where} is not JSON ({error}); repair or remove the line.") from None
             if not isinstance(record, dict):
-                raise ValueError(f"{where} is no JSON object; each line has to be one, "
-                                 f"such as {{\"{text_key}\": \"…\"}}.")
+                raise ValueError(f'{where} is no JSON object; each line has to be one, such as {{"{text_key}": "…"}}.')
             if text_key not in record:
-                raise ValueError(f"{where} has no field {text_key!r} (it has: "
-                                 f"{', '.join(map(str, record)) or 'none'}); name the field with --text_key.")
+                raise ValueError(
+                    f"{where} has no field {text_key!r} (it has: "
+                    f"{', '.join(map(str, record)) or 'none'}); name the field with --text_key."
+                )
             text = record[text_key]
             if not isinstance(text, str):
-                raise ValueError(f"{where}: the field {text_key!r} is {type(text).__name__}, not a string; name "
-                                 "another field with --text_key.")
+                raise ValueError(
+                    f"{where}: the field {text_key!r} is {type(text).__name__}, not a string; name another field with --text_key."
+                )
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"{where}: the field {text_key!r} has half of a surrogate pair, which is no text; "
-                                 "repair or remove the line.") from None
+                raise ValueError(
+                    f"{where}: the field {text_key!r} has half of a surrogate pair, which is no text; repair or remove the line."
+                ) from None
             yield f"{path.name}:{number}", text
 
 
@@ -198,22 +206,20 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"Reading {path} needs the package 'pyarrow', which is not installed: "
-                         "pip install pyarrow") from None
+        raise ValueError(f"Reading {path} needs the package 'pyarrow', which is not installed: pip install pyarrow") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet ({error}); it may be truncated: fetch or write "
-                         "it again.") from None
+        raise ValueError(f"{path} cannot be read as parquet ({error}); it may be truncated: fetch or write it again.") from None
     with file:
         columns = file.schema_arrow.names
         if text_key not in columns:
-            raise ValueError(f"{path} has no column {text_key!r} (it has: {', '.join(columns)}); name the column with "
-                             "--text_key.")
+            raise ValueError(
+                f"{path} has no column {text_key!r} (it has: {', '.join(columns)}); name the column with --text_key."
+            )
         kind = file.schema_arrow.field(text_key).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise ValueError(f"{path}: the column {text_key!r} is {kind}, not text; name another column with "
-                             "--text_key.")
+            raise ValueError(f"{path}: the column {text_key!r} is {kind}, not text; name another column with --text_key.")
         row = 0
         try:
             for batch in file.iter_batches(columns=[text_key]):
@@ -225,6 +231,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
 
 
 # ------------------------------------------------------------------------------------------- training and validation
+
 
 def validation_documents(count: int, val_fraction: float, seed: int = 0) -> np.ndarray:
     """Which of `count` documents (two or more) are for validation, as booleans.
@@ -255,4 +262,4 @@ def _hash01(values: np.ndarray, seed: int) -> np.ndarray:
     x = (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / 2.0 ** 53
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / 2.0**53

@@ -14,19 +14,18 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 from data import corpora, tokenization
 from data.corpora import Document
-from data.token_dataset import (DATA_DIR, STAGING, DatasetError, DatasetWriter, TokenDataset, is_prepared,
-                                resolve_dataset)
+from data.token_dataset import DATA_DIR, STAGING, DatasetError, DatasetWriter, TokenDataset, is_prepared, resolve_dataset
 
 VAL_FRACTION = 0.1
-BPE_TRAINING_CHARACTERS = 100_000_000            # a BPE is trained on the first ones: more takes memory, changes little
-BATCH_CHARACTERS = 4_000_000                     # encoded at a time, on all cores
-PIECE_CHARACTERS = 1_000_000                     # longer documents are encoded in pieces of about this size
+BPE_TRAINING_CHARACTERS = 100_000_000  # a BPE is trained on the first ones: more takes memory, changes little
+BATCH_CHARACTERS = 4_000_000  # encoded at a time, on all cores
+PIECE_CHARACTERS = 1_000_000  # longer documents are encoded in pieces of about this size
 BUILT_IN_TOKENIZERS = ("bpe", "char", "byte", "gpt2")
 
 
@@ -52,9 +51,18 @@ TEXTFILE_BPE_VOCAB_SIZE = 4096
 
 # ------------------------------------------------------------------------------------------- preparing
 
-def prepare(documents: Callable[[], Iterator[Document]], folder: str | os.PathLike, *, tokenizer: str = "bpe",
-            bpe_vocab_size: int = 4096, val_fraction: float = VAL_FRACTION, source: str = "", progress: bool = False,
-            only_if_missing: bool = False) -> dict | None:
+
+def prepare(
+    documents: Callable[[], Iterator[Document]],
+    folder: str | os.PathLike,
+    *,
+    tokenizer: str = "bpe",
+    bpe_vocab_size: int = 4096,
+    val_fraction: float = VAL_FRACTION,
+    source: str = "",
+    progress: bool = False,
+    only_if_missing: bool = False,
+) -> dict | None:
     """Tokenize documents into a dataset in `folder`; returns its meta.json (None if `only_if_missing` found one).
 
     documents: starts an iteration over (name, text); called twice, and has to give the same both times.
@@ -63,8 +71,9 @@ def prepare(documents: Callable[[], Iterator[Document]], folder: str | os.PathLi
     Safe against other processes preparing the same folder; an interrupt leaves the folder as it was.
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction:g} is not between 0 and 1; use for example 0.1 to validate on a "
-                         "tenth of the text.")
+        raise ValueError(
+            f"val_fraction={val_fraction:g} is not between 0 and 1; use for example 0.1 to validate on a tenth of the text."
+        )
     folder = Path(folder)
     with _lock(folder):
         if only_if_missing:
@@ -94,11 +103,12 @@ def ensure_prepared(name_or_path: str | os.PathLike) -> None:
         return
     corpus = EMBEDDED[name]
     try:
-        prepare(corpus.documents, folder, bpe_vocab_size=corpus.bpe_vocab_size, source=corpus.source,
-                only_if_missing=True)
+        prepare(corpus.documents, folder, bpe_vocab_size=corpus.bpe_vocab_size, source=corpus.source, only_if_missing=True)
     except OSError as error:
-        raise DatasetError(f"The dataset {name} cannot be written to {folder} ({error.strerror or error}); prepare it "
-                           f"elsewhere with python data/{name}/prepare.py --out=DIR, then use --dataset=DIR.") from None
+        raise DatasetError(
+            f"The dataset {name} cannot be written to {folder} ({error.strerror or error}); prepare it "
+            f"elsewhere with python data/{name}/prepare.py --out=DIR, then use --dataset=DIR."
+        ) from None
 
 
 def _split_into_parts(documents: Callable, count: int, val_fraction: float) -> Callable[[], Iterator[tuple[str, str]]]:
@@ -110,11 +120,13 @@ def _split_into_parts(documents: Callable, count: int, val_fraction: float) -> C
             for (_, text), validation in zip(documents(), for_validation):
                 yield ("val" if validation else "train"), text
     else:
+
         def parts():
-            (_, text), = documents()
+            ((_, text),) = documents()
             position = corpora.split_position(text, val_fraction)
             yield "train", text[:position]
             yield "val", text[position:]
+
     return parts
 
 
@@ -139,9 +151,9 @@ def _training_texts(parts: Callable) -> Iterator[str]:
             left -= len(text)
 
 
-def _encoded(coder: tokenization.Tokenizer,
-             parts: Iterator[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], list[int]]]:
+def _encoded(coder: tokenization.Tokenizer, parts: Iterator[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], list[int]]]:
     """Yield ((split, text), ids) in order, encoding a batch of texts at a time."""
+
     def encode(batch: list) -> Iterator:
         pieces = [_pieces(text) if coder.byte_level else [text] for _, text in batch]
         encoded = iter(coder.encode_batch([piece for some in pieces for piece in some]))
@@ -178,7 +190,7 @@ def _lock(folder: Path) -> Iterator[None]:
     """Be the only process that prepares `folder`; wait for another one to finish. A lock dies with its process."""
     try:
         import fcntl
-    except ImportError:                          # Windows: one process at a time is the user's care
+    except ImportError:  # Windows: one process at a time is the user's care
         folder.mkdir(parents=True, exist_ok=True)
         yield
         return
@@ -187,19 +199,19 @@ def _lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             file = open(path, "w")
-        except FileNotFoundError:                # the process before us removed the folder it had made
+        except FileNotFoundError:  # the process before us removed the folder it had made
             continue
         fcntl.flock(file, fcntl.LOCK_EX)
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()                             # the process before us removed the file: lock the new one
+        file.close()  # the process before us removed the file: lock the new one
     try:
         yield
     finally:
-        shutil.rmtree(folder / STAGING, ignore_errors=True)          # an interrupt may hit before the writer can tidy up
+        shutil.rmtree(folder / STAGING, ignore_errors=True)  # an interrupt may hit before the writer can tidy up
         path.unlink(missing_ok=True)
         file.close()
-        with contextlib.suppress(OSError):       # keeps every folder that has something in it
+        with contextlib.suppress(OSError):  # keeps every folder that has something in it
             folder.rmdir()
 
 
@@ -208,39 +220,42 @@ def _show(items: Iterator, progress: bool, label: str, total: int | None = None)
     if progress:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
+
             return tqdm(items, desc=label, total=total, unit=" documents", leave=False)
     return items
 
 
 # ------------------------------------------------------------------------------------------- command lines
 
+
 def prepare_embedded(name: str, arguments: Sequence[str] | None = None) -> int:
     """The command line of data/pydocs/prepare.py and data/pystdlib/prepare.py. Returns the exit code."""
     corpus = EMBEDDED[name]
-    parser = _parser(f"data/{name}/prepare.py", f"Prepare data/{name}: {corpus.summary} of this Python.",
-                     corpus.bpe_vocab_size)
+    parser = _parser(f"data/{name}/prepare.py", f"Prepare data/{name}: {corpus.summary} of this Python.", corpus.bpe_vocab_size)
     options = parser.parse_args(arguments)
     _check_options(parser, options)
-    return _run(options, lambda: (corpus.documents, options.out or DATA_DIR / name, corpus.source),
-                corpus.bpe_vocab_size)
+    return _run(options, lambda: (corpus.documents, options.out or DATA_DIR / name, corpus.source), corpus.bpe_vocab_size)
 
 
 def prepare_textfile(arguments: Sequence[str] | None = None) -> int:
     """The command line of data/textfile/prepare.py. Returns the exit code."""
-    parser = _parser("data/textfile/prepare.py", "Prepare a dataset from your own texts: .txt (a file is one "
-                     "document), .jsonl (a line) or .parquet (a row) files, folders and globs of them.",
-                     TEXTFILE_BPE_VOCAB_SIZE)
+    parser = _parser(
+        "data/textfile/prepare.py",
+        "Prepare a dataset from your own texts: .txt (a file is one "
+        "document), .jsonl (a line) or .parquet (a row) files, folders and globs of them.",
+        TEXTFILE_BPE_VOCAB_SIZE,
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, folder or glob")
     parser.add_argument("--name", help="write to data/NAME; train with --dataset=NAME")
-    parser.add_argument("--text_key", default="text", metavar="KEY",
-                        help="field (.jsonl) or column (.parquet) with the text [text]")
+    parser.add_argument(
+        "--text_key", default="text", metavar="KEY", help="field (.jsonl) or column (.parquet) with the text [text]"
+    )
     options = parser.parse_args(arguments)
     _check_options(parser, options)
     if (options.name is None) == (options.out is None):
         parser.error("give either --name=NAME (written to data/NAME) or --out=DIR")
     name = options.name
-    if name is not None and (Path(name).name != name or name in ("", ".", "..")
-                             or (DATA_DIR / name / "prepare.py").exists()):
+    if name is not None and (Path(name).name != name or name in ("", ".", "..") or (DATA_DIR / name / "prepare.py").exists()):
         parser.error(f"--name={name} is taken or not a plain name; choose another one, or give --out=DIR")
 
     def job():
@@ -253,13 +268,19 @@ def prepare_textfile(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(program: str, description: str, bpe_vocab_size: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python {program}", description=description, allow_abbrev=False)
-    parser.add_argument("--tokenizer", default="bpe", metavar="bpe|char|byte|gpt2|FOLDER",
-                        help="bpe is trained on the spot; FOLDER holds a Hugging Face tokenizer.json [bpe]")
+    parser.add_argument(
+        "--tokenizer",
+        default="bpe",
+        metavar="bpe|char|byte|gpt2|FOLDER",
+        help="bpe is trained on the spot; FOLDER holds a Hugging Face tokenizer.json [bpe]",
+    )
     parser.add_argument("--vocab_size", type=int, help=f"size of the bpe vocabulary [{bpe_vocab_size}]")
-    parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION,
-                        help=f"share of the text kept for validation [{VAL_FRACTION}]")
-    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), metavar="DIR",
-                        help="write to this folder instead of data/")
+    parser.add_argument(
+        "--val_fraction", type=float, default=VAL_FRACTION, help=f"share of the text kept for validation [{VAL_FRACTION}]"
+    )
+    parser.add_argument(
+        "--out", type=lambda text: Path(text).expanduser(), metavar="DIR", help="write to this folder instead of data/"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -271,18 +292,24 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
     if not 0 < options.val_fraction < 1:
         parser.error(f"--val_fraction={options.val_fraction:g} is not between 0 and 1")
     if options.tokenizer not in BUILT_IN_TOKENIZERS and not Path(options.tokenizer).expanduser().exists():
-        parser.error(f"--tokenizer={options.tokenizer} is neither {', '.join(BUILT_IN_TOKENIZERS)} nor an existing "
-                     "folder")
+        parser.error(f"--tokenizer={options.tokenizer} is neither {', '.join(BUILT_IN_TOKENIZERS)} nor an existing folder")
 
 
 def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int:
     """Prepare, print what was made, and turn an error into one sentence on stderr and exit code 1."""
     folder = options.out
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)    # terminated, it cleans up as when interrupted
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # terminated, it cleans up as when interrupted
         documents, folder, source = job()
-        prepare(documents, folder, tokenizer=options.tokenizer, bpe_vocab_size=options.vocab_size or bpe_vocab_size,
-                val_fraction=options.val_fraction, source=source, progress=sys.stderr is not None and sys.stderr.isatty())
+        prepare(
+            documents,
+            folder,
+            tokenizer=options.tokenizer,
+            bpe_vocab_size=options.vocab_size or bpe_vocab_size,
+            val_fraction=options.val_fraction,
+            source=source,
+            progress=sys.stderr is not None and sys.stderr.isatty(),
+        )
         print(TokenDataset.open(folder.absolute()).describe())
         dataset = folder.name if folder.absolute().parent == DATA_DIR else shlex.quote(str(folder.absolute()))
         print(f"train with   python train.py --dataset={dataset}")
@@ -294,7 +321,9 @@ def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int
         if options.debug:
             raise
         if isinstance(error, OSError):
-            error = (f"{error.strerror or error} ({error.filename or folder}); check that the file is readable, and "
-                     f"that {folder} may be written and has room.")
+            error = (
+                f"{error.strerror or error} ({error.filename or folder}); check that the file is readable, and "
+                f"that {folder} may be written and has room."
+            )
         print(f"error: {error}", file=sys.stderr)
         return 1

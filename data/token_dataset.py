@@ -22,23 +22,24 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-UINT16_VOCAB = 2 ** 16               # the largest vocabulary whose ids fit in uint16
-FULL_CHECK_BYTES = 256 * 2 ** 20     # splits below this are hashed and scanned whole when opened: ~0.2 s at most
-SAMPLE_BYTES = 2 ** 20               # larger ones are sampled: this much at SAMPLES places
+UINT16_VOCAB = 2**16  # the largest vocabulary whose ids fit in uint16
+FULL_CHECK_BYTES = 256 * 2**20  # splits below this are hashed and scanned whole when opened: ~0.2 s at most
+SAMPLE_BYTES = 2**20  # larger ones are sampled: this much at SAMPLES places
 SAMPLES = 64
 
 DATA_DIR = Path(__file__).resolve().parent
-STAGING = ".staging"                 # where a writer works; readers never look into it
-PUBLISHING = ".publishing"           # exists while finished files are moved into place: the folder is not consistent
+STAGING = ".staging"  # where a writer works; readers never look into it
+PUBLISHING = ".publishing"  # exists while finished files are moved into place: the folder is not consistent
 
 
 class DatasetError(Exception):
@@ -62,6 +63,7 @@ def is_prepared(folder: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------- writing
 
+
 class DatasetWriter:
     """Writes a dataset document by document, and shows it to readers only when it is whole.
 
@@ -78,19 +80,20 @@ class DatasetWriter:
     shard_tokens: start a new file (train_00000.bin, train_00001.bin, …) after this many tokens.
     """
 
-    def __init__(self, folder: str | os.PathLike, tokenizer, *, source: str = "", append_eos: bool = False,
-                 shard_tokens: int | None = None):
+    def __init__(
+        self, folder: str | os.PathLike, tokenizer, *, source: str = "", append_eos: bool = False, shard_tokens: int | None = None
+    ):
         if append_eos and tokenizer.eos_id is None:
             raise ValueError(f"append_eos needs a tokenizer with an eos id, and {tokenizer.name!r} has none.")
         self.folder = Path(folder)
         self.tokenizer, self.source, self.append_eos = tokenizer, source, append_eos
         self.dtype = "uint16" if tokenizer.vocab_size <= UINT16_VOCAB else "uint32"
         self._staging = self.folder / STAGING
-        shutil.rmtree(self._staging, ignore_errors=True)             # what a killed writer left
+        shutil.rmtree(self._staging, ignore_errors=True)  # what a killed writer left
         self._staging.mkdir(parents=True)
         self._splits = {split: _SplitWriter(self._staging, split, DTYPES[self.dtype], shard_tokens) for split in SPLITS}
 
-    def __enter__(self) -> "DatasetWriter":
+    def __enter__(self) -> DatasetWriter:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -102,8 +105,10 @@ class DatasetWriter:
         if self.append_eos:
             ids = np.append(ids, self.tokenizer.eos_id)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
-            raise ValueError(f"the tokenizer {self.tokenizer.name!r} gave ids from {ids.min()} to {ids.max()}, outside "
-                             f"of its vocabulary of {self.tokenizer.vocab_size:,}.")
+            raise ValueError(
+                f"the tokenizer {self.tokenizer.name!r} gave ids from {ids.min()} to {ids.max()}, outside "
+                f"of its vocabulary of {self.tokenizer.vocab_size:,}."
+            )
         self._splits[split].write(ids, text_bytes)
 
     def publish(self) -> dict:
@@ -112,16 +117,14 @@ class DatasetWriter:
             "format_version": FORMAT_VERSION,
             "dtype": self.dtype,
             "vocab_size": self.tokenizer.vocab_size,
-            "tokenizer": {"kind": self.tokenizer.kind, "name": self.tokenizer.name,
-                          "fingerprint": self.tokenizer.fingerprint},
+            "tokenizer": {"kind": self.tokenizer.kind, "name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
             "special_ids": {"eos_id": self.tokenizer.eos_id},
             "splits": {split: writer.finish() for split, writer in self._splits.items()},
             "source": self.source,
         }
         for split, described in meta["splits"].items():
             if not described["tokens"]:
-                raise DatasetError(f"The {split} split of {self.folder} would be empty; give more text or another "
-                                   "val_fraction.")
+                raise DatasetError(f"The {split} split of {self.folder} would be empty; give more text or another val_fraction.")
         self.tokenizer.save(self._staging)
         nanogpt = {"vocab_size": self.tokenizer.vocab_size}
         if hasattr(self.tokenizer, "characters"):
@@ -154,7 +157,7 @@ class DatasetWriter:
     def discard(self) -> None:
         """Close and remove what has not been published. Harmless after `publish`."""
         for writer in self._splits.values():
-            with contextlib.suppress(OSError):                       # a full disk refuses the last bytes once more
+            with contextlib.suppress(OSError):  # a full disk refuses the last bytes once more
                 writer.close()
         shutil.rmtree(self._staging, ignore_errors=True)
 
@@ -205,7 +208,7 @@ class _SplitWriter:
 def _fsync(path: Path) -> None:
     """Make a file, or the entries of a folder, survive a power cut."""
     if path.is_dir() and os.name == "nt":
-        return                                                       # Windows cannot open folders, nor needs to
+        return  # Windows cannot open folders, nor needs to
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -215,12 +218,13 @@ def _fsync(path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- reading
 
+
 class TokenSplit:
     """One split of a dataset: `len()` tokens, read by position across its files through memory maps."""
 
     def __init__(self, name: str, files: Sequence[Path], dtype: np.dtype, text_bytes: int | None = None):
         self.name, self.files, self.dtype = name, list(files), dtype
-        self.bytes = text_bytes                                      # UTF-8 bytes of text; None where nobody counted
+        self.bytes = text_bytes  # UTF-8 bytes of text; None where nobody counted
         self.size = sum(path.stat().st_size for path in self.files)
         # ends[i]: position after the last token of file i
         self._ends = np.cumsum([path.stat().st_size // dtype.itemsize for path in self.files])
@@ -246,8 +250,8 @@ class TokenSplit:
         while done < len(out):
             shard = int(np.searchsorted(self._ends, start + done, side="right"))
             first = start + done - (int(self._ends[shard - 1]) if shard else 0)
-            chunk = self._map(shard)[first:first + len(out) - done]
-            out[done:done + len(chunk)] = chunk
+            chunk = self._map(shard)[first : first + len(out) - done]
+            out[done : done + len(chunk)] = chunk
             done += len(chunk)
         return out
 
@@ -261,8 +265,10 @@ class TokenSplit:
             self._maps[shard] = (file, np.memmap(file, self.dtype, "r", shape=(tokens,)) if whole else None)
         file, array = self._maps[shard]
         if array is None or os.fstat(file.fileno()).st_size < tokens * self.dtype.itemsize:
-            raise DatasetError(f"{self.files[shard]} became shorter while it was in use ({tokens:,} tokens expected); "
-                               f"prepare or copy the dataset again.")
+            raise DatasetError(
+                f"{self.files[shard]} became shorter while it was in use ({tokens:,} tokens expected); "
+                f"prepare or copy the dataset again."
+            )
         return array
 
     def largest_id(self, full: bool) -> int:
@@ -282,21 +288,22 @@ class TokenDataset:
         self._splits = splits
 
     @classmethod
-    def open(cls, name_or_path: str | os.PathLike, *, vocab_size: int | None = None) -> "TokenDataset":
+    def open(cls, name_or_path: str | os.PathLike, *, vocab_size: int | None = None) -> TokenDataset:
         """Open and check a dataset. `vocab_size` is the model's: every id has to be below it. Prepares nothing."""
         folder = resolve_dataset(name_or_path)
         if not folder.is_dir():
-            raise DatasetError(f"No dataset {str(name_or_path)!r}: there is no folder {folder}. "
-                               f"{_how_to_prepare(folder)}")
+            raise DatasetError(f"No dataset {str(name_or_path)!r}: there is no folder {folder}. {_how_to_prepare(folder)}")
         if (folder / PUBLISHING).exists():
-            raise DatasetError(f"The dataset in {folder} is half prepared (the preparation is still running, or was "
-                               f"interrupted). {_how_to_prepare(folder)}")
+            raise DatasetError(
+                f"The dataset in {folder} is half prepared (the preparation is still running, or was "
+                f"interrupted). {_how_to_prepare(folder)}"
+            )
         dataset = cls._open_with_meta(folder) if (folder / "meta.json").exists() else cls._open_nanogpt(folder)
         dataset._check_ids(vocab_size)
         return dataset
 
     @classmethod
-    def _open_with_meta(cls, folder: Path) -> "TokenDataset":
+    def _open_with_meta(cls, folder: Path) -> TokenDataset:
         meta = _read_meta(folder)
         dtype, splits = DTYPES[meta["dtype"]], {}
         for name, described in meta["splits"].items():
@@ -305,15 +312,17 @@ class TokenDataset:
                 _check_size(path, file["size"], dtype)
             splits[name] = split = TokenSplit(name, paths, dtype, described["bytes"])
             if len(split) != described["tokens"]:
-                raise DatasetError(f"meta.json of {folder} says {name} has {described['tokens']:,} tokens of "
-                                   f"{meta['dtype']}, but its files hold {len(split):,} of that dtype; dtype or tokens "
-                                   f"there is wrong. {_how_to_prepare(folder)}")
+                raise DatasetError(
+                    f"meta.json of {folder} says {name} has {described['tokens']:,} tokens of "
+                    f"{meta['dtype']}, but its files hold {len(split):,} of that dtype; dtype or tokens "
+                    f"there is wrong. {_how_to_prepare(folder)}"
+                )
             if split.size < FULL_CHECK_BYTES:
                 _check_hashes(paths, described["files"])
         return cls(folder, meta, splits)
 
     @classmethod
-    def _open_nanogpt(cls, folder: Path) -> "TokenDataset":
+    def _open_nanogpt(cls, folder: Path) -> TokenDataset:
         if not (folder / "train.bin").exists():
             raise DatasetError(f"{folder} holds no prepared dataset (no train.bin). {_how_to_prepare(folder)}")
         splits = {}
@@ -324,8 +333,10 @@ class TokenDataset:
                 splits[name] = split = TokenSplit(name, [path], DTYPES["uint16"])
                 head = split.read(0, min(len(split), SAMPLE_BYTES))
                 if len(head) >= 64 and head[::2].any() and not head[1::2].any():
-                    raise DatasetError(f"{path} has a zero at every second place, so it seems to hold uint32 ids, and "
-                                       f"without a meta.json it would be read as uint16. {_how_to_prepare(folder)}")
+                    raise DatasetError(
+                        f"{path} has a zero at every second place, so it seems to hold uint32 ids, and "
+                        f"without a meta.json it would be read as uint16. {_how_to_prepare(folder)}"
+                    )
         return cls(folder, None, splits)
 
     def facts(self) -> dict:
@@ -334,37 +345,47 @@ class TokenDataset:
         if self.meta is None:
             return {}
         kept = ("tokens", "bytes", "documents")
-        return {"tokenizer": self.meta.get("tokenizer"),
-                "splits": {name: {key: split.get(key) for key in kept} for name, split in self.meta["splits"].items()}}
+        return {
+            "tokenizer": self.meta.get("tokenizer"),
+            "splits": {name: {key: split.get(key) for key in kept} for name, split in self.meta["splits"].items()},
+        }
 
     def _check_ids(self, model_vocab: int | None) -> None:
         """Compare ids and vocabularies; without meta.json, write the note that says how the files were read."""
         if model_vocab is not None and self.vocab_size is not None and self.vocab_size > model_vocab:
-            raise DatasetError(f"The dataset {self.folder} has a vocabulary of {self.vocab_size:,}, more than the "
-                               f"model's vocab_size={model_vocab:,}; use --vocab_size={self.vocab_size} or another "
-                               "dataset.")
+            raise DatasetError(
+                f"The dataset {self.folder} has a vocabulary of {self.vocab_size:,}, more than the "
+                f"model's vocab_size={model_vocab:,}; use --vocab_size={self.vocab_size} or another "
+                "dataset."
+            )
         limits = [limit for limit in (self.vocab_size, model_vocab) if limit is not None]
         largest, whole = 0, True
         for split in self._splits.values():
             full = split.size < FULL_CHECK_BYTES
             if self.meta is not None and not full:
-                continue                                             # too large to scan: the loader checks each batch
+                continue  # too large to scan: the loader checks each batch
             found = split.largest_id(full)
             if limits and found >= min(limits):
                 owner = "its meta.json" if min(limits) == self.vocab_size else "the model"
-                raise DatasetError(f"{split.label} holds the token id {found:,}, but {owner} has "
-                                   f"vocab_size={min(limits):,}; the dataset is damaged or was prepared for another "
-                                   f"vocabulary (at least {found + 1:,}).")
+                raise DatasetError(
+                    f"{split.label} holds the token id {found:,}, but {owner} has "
+                    f"vocab_size={min(limits):,}; the dataset is damaged or was prepared for another "
+                    f"vocabulary (at least {found + 1:,})."
+                )
             largest, whole = max(largest, found), whole and full
         if self.meta is None:
-            self.note = (f"{self.folder} has no meta.json: read as uint16 (largest id {largest:,}"
-                         f"{'' if whole else ' in samples'}); bits per byte are not known.")
+            self.note = (
+                f"{self.folder} has no meta.json: read as uint16 (largest id {largest:,}"
+                f"{'' if whole else ' in samples'}); bits per byte are not known."
+            )
 
     def split(self, name: str) -> TokenSplit:
         """The split "train" or "val"."""
         if name not in self._splits:
-            raise DatasetError(f"The dataset {self.folder} has no {name} split (it has: {', '.join(self._splits)}). "
-                               f"{_how_to_prepare(self.folder)}")
+            raise DatasetError(
+                f"The dataset {self.folder} has no {name} split (it has: {', '.join(self._splits)}). "
+                f"{_how_to_prepare(self.folder)}"
+            )
         return self._splits[name]
 
     @property
@@ -384,20 +405,25 @@ class TokenDataset:
             hashes = {name: [file["sha256"] for file in split["files"]] for name, split in self.meta["splits"].items()}
             content = [self.meta["dtype"], self.meta["tokenizer"]["fingerprint"], hashes]
         else:
-            content = {name: [split.size, _sha256(split.files[0], full=split.size < FULL_CHECK_BYTES)]
-                       for name, split in self._splits.items()}
+            content = {
+                name: [split.size, _sha256(split.files[0], full=split.size < FULL_CHECK_BYTES)]
+                for name, split in self._splits.items()
+            }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def tokenizer(self):
         """The tokenizer the dataset was made with, or None when the folder does not hold it."""
         if not hasattr(self, "_tokenizer"):
             from data.tokenization import load_tokenizer
+
             self._tokenizer = load_tokenizer(self.folder)
             expected = self.meta["tokenizer"]["fingerprint"] if self.meta and self._tokenizer else None
             if expected and self._tokenizer.fingerprint != expected:
-                raise DatasetError(f"{self.folder / 'tokenizer.json'} is not the tokenizer the dataset was made with "
-                                   f"(fingerprint {self._tokenizer.fingerprint}, meta.json says {expected}). "
-                                   f"{_how_to_prepare(self.folder)}")
+                raise DatasetError(
+                    f"{self.folder / 'tokenizer.json'} is not the tokenizer the dataset was made with "
+                    f"(fingerprint {self._tokenizer.fingerprint}, meta.json says {expected}). "
+                    f"{_how_to_prepare(self.folder)}"
+                )
         return self._tokenizer
 
     def verify(self) -> None:
@@ -406,17 +432,18 @@ class TokenDataset:
             if self.meta:
                 _check_hashes(split.files, self.meta["splits"][name]["files"])
                 if (found := split.largest_id(full=True)) >= self.vocab_size:
-                    raise DatasetError(f"{split.label} holds the token id {found:,}, but its vocab_size is "
-                                       f"{self.vocab_size:,}.")
+                    raise DatasetError(f"{split.label} holds the token id {found:,}, but its vocab_size is {self.vocab_size:,}.")
         self.tokenizer()
 
     def describe(self) -> str:
         """A few lines for people: where it is, its vocabulary, and the size of each split."""
         lines = [f"dataset      {self.folder}", f"fingerprint  {self.fingerprint}"]
         if self.meta:
-            lines += [f"source       {self.meta['source']}",
-                      f"tokenizer    {self.meta['tokenizer']['name']}, vocabulary {self.vocab_size:,}, eos id "
-                      f"{self.eos_id}, {self.meta['dtype']}"]
+            lines += [
+                f"source       {self.meta['source']}",
+                f"tokenizer    {self.meta['tokenizer']['name']}, vocabulary {self.vocab_size:,}, eos id "
+                f"{self.eos_id}, {self.meta['dtype']}",
+            ]
         else:
             lines.append(f"note         {self.note}")
         for name, split in self._splits.items():
@@ -430,13 +457,13 @@ class TokenDataset:
 
 # ------------------------------------------------------------------------------------------- checks
 
+
 def _how_to_prepare(folder: Path) -> str:
     """The command that makes the dataset in `folder`, as a sentence."""
     inside = folder.parent.resolve() == DATA_DIR
     if inside and (DATA_DIR / folder.name / "prepare.py").exists():
         if folder.name == "textfile":
-            return ("Prepare your own text with: python data/textfile/prepare.py FILE --name=NAME, then use "
-                    "--dataset=NAME")
+            return "Prepare your own text with: python data/textfile/prepare.py FILE --name=NAME, then use --dataset=NAME"
         return f"Prepare it with: python data/{folder.name}/prepare.py"
     target = f"--name={folder.name}" if inside else f"--out={folder}"
     return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}"
@@ -452,8 +479,10 @@ def _read_meta(folder: Path) -> dict:
     except (ValueError, OSError) as error:
         raise DatasetError(f"{path} cannot be read as JSON ({error}). {_how_to_prepare(folder)}") from None
     if (version := meta.get("format_version")) != FORMAT_VERSION:
-        raise DatasetError(f"{path} has format_version {version!r}, and this program reads {FORMAT_VERSION} only; "
-                           f"update the program, or prepare the dataset again. {_how_to_prepare(folder)}")
+        raise DatasetError(
+            f"{path} has format_version {version!r}, and this program reads {FORMAT_VERSION} only; "
+            f"update the program, or prepare the dataset again. {_how_to_prepare(folder)}"
+        )
 
     def need(values: dict, key: str, kind: type | tuple, where: str = ""):
         value = values.get(key) if isinstance(values, dict) else None
@@ -467,8 +496,9 @@ def _read_meta(folder: Path) -> dict:
     need(need(meta, "tokenizer", dict), "fingerprint", str, "tokenizer.")
     need(meta["tokenizer"], "name", str, "tokenizer.")
     if need(meta, "dtype", str) not in DTYPES:
-        raise DatasetError(f"{path} has the dtype {meta['dtype']!r}, which is not one of {', '.join(DTYPES)}. "
-                           f"{_how_to_prepare(folder)}")
+        raise DatasetError(
+            f"{path} has the dtype {meta['dtype']!r}, which is not one of {', '.join(DTYPES)}. {_how_to_prepare(folder)}"
+        )
     meta.setdefault("source", "")
     splits = need(meta, "splits", dict)
     for name in dict.fromkeys([*SPLITS, *splits]):
@@ -479,8 +509,9 @@ def _read_meta(folder: Path) -> dict:
             for key, kind in (("name", str), ("size", int), ("sha256", str)):
                 need(file, key, kind, f"splits.{name}.files.")
             if Path(file["name"]).name != file["name"]:
-                raise DatasetError(f"{path} names the file {file['name']!r}, which is not in its folder. "
-                                   f"{_how_to_prepare(folder)}")
+                raise DatasetError(
+                    f"{path} names the file {file['name']!r}, which is not in its folder. {_how_to_prepare(folder)}"
+                )
     return meta
 
 
@@ -489,20 +520,23 @@ def _check_size(path: Path, expected: int, dtype: np.dtype) -> None:
         raise DatasetError(f"{path} is missing. {_how_to_prepare(path.parent)}")
     size = path.stat().st_size
     if size != expected:
-        raise DatasetError(f"{path} has {size:,} bytes, but meta.json says {expected:,}; it is truncated or was "
-                           f"replaced. {_how_to_prepare(path.parent)}")
+        raise DatasetError(
+            f"{path} has {size:,} bytes, but meta.json says {expected:,}; it is truncated or was "
+            f"replaced. {_how_to_prepare(path.parent)}"
+        )
     if size == 0:
         raise DatasetError(f"{path} is empty. {_how_to_prepare(path.parent)}")
     if size % dtype.itemsize:
-        raise DatasetError(f"{path} has {size:,} bytes, which is not a whole number of {dtype.name} ids; it is "
-                           f"truncated or no token file. {_how_to_prepare(path.parent)}")
+        raise DatasetError(
+            f"{path} has {size:,} bytes, which is not a whole number of {dtype.name} ids; it is "
+            f"truncated or no token file. {_how_to_prepare(path.parent)}"
+        )
 
 
 def _check_hashes(paths: Sequence[Path], described: Sequence[dict]) -> None:
     for path, file in zip(paths, described):
         if _sha256(path) != file["sha256"]:
-            raise DatasetError(f"{path} is damaged: its sha256 is not the one in meta.json. "
-                               f"{_how_to_prepare(path.parent)}")
+            raise DatasetError(f"{path} is damaged: its sha256 is not the one in meta.json. {_how_to_prepare(path.parent)}")
 
 
 def _chunks(path: Path, full: bool = True):
@@ -526,11 +560,12 @@ def _sha256(path: Path, full: bool = True) -> str:
 
 # ------------------------------------------------------------------------------------------- command line
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`info DIR` prints what a dataset is; `verify DIR` checks every byte of it. Returns the exit code."""
     import argparse
-    parser = argparse.ArgumentParser(prog="python -m data.token_dataset",
-                                     description="Inspect or check a prepared dataset.")
+
+    parser = argparse.ArgumentParser(prog="python -m data.token_dataset", description="Inspect or check a prepared dataset.")
     parser.add_argument("command", choices=("info", "verify"))
     parser.add_argument("dataset", help="name of a dataset in data/, or path of its folder")
     options = parser.parse_args(arguments)

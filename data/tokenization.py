@@ -20,13 +20,13 @@ import codecs
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Iterable, Sequence
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"            # Hugging Face's name for what tokenizer.json has no room for
+CONFIG_FILE = "tokenizer_config.json"  # Hugging Face's name for what tokenizer.json has no room for
 # What well-known tokenizers call the end of a document; asked only where tokenizer_config.json does not say.
 EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
@@ -84,7 +84,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = len(self._pieces)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], eos: bool = False) -> "CharTokenizer":
+    def from_texts(cls, texts: Iterable[str], eos: bool = False) -> CharTokenizer:
         """The characters that occur in the texts."""
         characters: set[str] = set()
         for text in texts:
@@ -97,9 +97,11 @@ class CharTokenizer(Tokenizer):
         except KeyError:
             unknown = sorted(set(text) - self._ids.keys())
             shown = ", ".join(repr(character) for character in unknown[:10]) + (", …" if len(unknown) > 10 else "")
-            raise ValueError(f"The character vocabulary of {len(self.characters)} has no {shown}; leave these "
-                             f"characters out, or use a dataset prepared with --tokenizer=bpe or byte, which know "
-                             "every text.") from None
+            raise ValueError(
+                f"The character vocabulary of {len(self.characters)} has no {shown}; leave these "
+                f"characters out, or use a dataset prepared with --tokenizer=bpe or byte, which know "
+                "every text."
+            ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join([self._pieces[i] for i in ids])
@@ -138,10 +140,12 @@ class Gpt2Tokenizer(Tokenizer):
         tiktoken = _import("tiktoken", "--tokenizer=gpt2")
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:                                   # requests raises many kinds; each means: no files
-            raise ValueError(f"tiktoken cannot get the files of the GPT-2 tokenizer ({type(error).__name__}); connect "
-                             f"to the network once, point TIKTOKEN_CACHE_DIR to a folder that has them, or use "
-                             "--tokenizer=bpe.") from None
+        except Exception as error:  # requests raises many kinds; each means: no files
+            raise ValueError(
+                f"tiktoken cannot get the files of the GPT-2 tokenizer ({type(error).__name__}); connect "
+                f"to the network once, point TIKTOKEN_CACHE_DIR to a folder that has them, or use "
+                "--tokenizer=bpe."
+            ) from None
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
@@ -164,50 +168,65 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, backend, *, kind: str, name: str, eos_id: int | None):
         from tokenizers import decoders
+
         self._backend = backend
-        self._backend.encode_special_tokens = True                   # "<|endoftext|>" in a text is text
+        self._backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
         self._backend.no_truncation()
         self._backend.no_padding()
         self.kind, self.name, self.eos_id = kind, name, eos_id
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())   # ids may have gaps
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())  # ids may have gaps
         self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "HuggingFaceTokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
         """Byte-level BPE with GPT-2's pre-tokenisation. A short text yields fewer than `vocab_size` tokens."""
         tokenizers = _import("tokenizers", "--tokenizer=bpe")
         from tokenizers import decoders, models, pre_tokenizers, trainers
+
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + 1:
-            raise ValueError(f"vocab_size={vocab_size} is too small for a byte-level BPE: 256 bytes and {END_OF_TEXT} "
-                             f"need {len(alphabet) + 1}; use a larger one, or --tokenizer=byte.")
+            raise ValueError(
+                f"vocab_size={vocab_size} is too small for a byte-level BPE: 256 bytes and {END_OF_TEXT} "
+                f"need {len(alphabet) + 1}; use a larger one, or --tokenizer=byte."
+            )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.decoder = decoders.ByteLevel()
-        backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(alphabet),
-                                                               special_tokens=[END_OF_TEXT], show_progress=False))
+        backend.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size, initial_alphabet=sorted(alphabet), special_tokens=[END_OF_TEXT], show_progress=False
+            ),
+        )
         return cls(backend, kind="bpe", name=f"bpe-{backend.get_vocab_size()}", eos_id=backend.token_to_id(END_OF_TEXT))
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> "HuggingFaceTokenizer":
+    def from_pretrained(cls, path: str | os.PathLike) -> HuggingFaceTokenizer:
         """Read a local tokenizer.json, or a folder that has one. Nothing is downloaded."""
         tokenizers = _import("tokenizers", "a Hugging Face tokenizer")
         path = Path(path).expanduser()
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"There is no tokenizer {file}; --tokenizer takes char, byte, bpe, gpt2, or a folder with "
-                             "a Hugging Face tokenizer.json.")
+            raise ValueError(
+                f"There is no tokenizer {file}; --tokenizer takes char, byte, bpe, gpt2, or a folder with "
+                "a Hugging Face tokenizer.json."
+            )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:                                   # the library raises bare Exception
-            raise ValueError(f"{file} is not a Hugging Face tokenizer ({error}); export one with "
-                             "tokenizer.save_pretrained(folder).") from None
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"{file} is not a Hugging Face tokenizer ({error}); export one with tokenizer.save_pretrained(folder)."
+            ) from None
         config = _read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
         eos = config.get("eos_token")
         candidates = [eos.get("content") if isinstance(eos, dict) else eos] if eos else EOS_NAMES
         eos_ids = [i for i in map(backend.token_to_id, candidates) if i is not None]
-        return cls(backend, kind=config.get("kitbash_kind", "hf"), eos_id=eos_ids[0] if eos_ids else None,
-                   name=config.get("kitbash_name", file.resolve().parent.name))
+        return cls(
+            backend,
+            kind=config.get("kitbash_kind", "hf"),
+            eos_id=eos_ids[0] if eos_ids else None,
+            name=config.get("kitbash_name", file.resolve().parent.name),
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -239,8 +258,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, folder: str | os.PathLike) -> None:
         eos = None if self.eos_id is None else self._backend.id_to_token(self.eos_id)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos,
-                  "kitbash_kind": self.kind, "kitbash_name": self.name}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos,
+            "kitbash_kind": self.kind,
+            "kitbash_name": self.name,
+        }
         self._backend.save(str(Path(folder) / TOKENIZER_FILE))
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -263,17 +286,18 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
         return Gpt2Tokenizer()
     if kind == "hf":
         return HuggingFaceTokenizer.from_pretrained(path)
-    raise ValueError(f"{path} is of the unknown kind {kind!r} (known: char, byte, gpt2, or Hugging Face's form); "
-                     "update the program.")
+    raise ValueError(
+        f"{path} is of the unknown kind {kind!r} (known: char, byte, gpt2, or Hugging Face's form); update the program."
+    )
 
 
 class StreamDecoder:
     """Turns ids that come one at a time into text, a whole UTF-8 character at a time.
 
-        stream = StreamDecoder(tokenizer)
-        for token in tokens:
-            print(stream.push(token), end="", flush=True)
-        print(stream.flush())
+    stream = StreamDecoder(tokenizer)
+    for token in tokens:
+        print(stream.push(token), end="", flush=True)
+    print(stream.flush())
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -292,7 +316,7 @@ class StreamDecoder:
         text = self._new_text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        self._ids, self._shown = self._ids[self._shown:], len(self._ids) - self._shown
+        self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
         return text
 
     def flush(self) -> str:
@@ -303,8 +327,8 @@ class StreamDecoder:
         return text
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[:self._shown])
-        return self._tokenizer.decode(self._ids)[len(before):]
+        before = self._tokenizer.decode(self._ids[: self._shown])
+        return self._tokenizer.decode(self._ids)[len(before) :]
 
 
 def _byte_spelling() -> dict[str, int]:
@@ -321,15 +345,17 @@ def _read_json(path: Path) -> dict:
             raise ValueError("it is not an object")
         return content
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); restore the file, or prepare the dataset "
-                         "again.") from None
+        raise ValueError(f"{path} cannot be read as JSON ({error}); restore the file, or prepare the dataset again.") from None
 
 
 def _import(library: str, purpose: str):
     """Import an optional library, or say what needs it."""
     import importlib
+
     try:
         return importlib.import_module(library)
     except ImportError:
-        raise ValueError(f"{purpose} needs the package {library!r}, which is not installed: pip install {library}, "
-                         f"or use --tokenizer=byte, which needs nothing.") from None
+        raise ValueError(
+            f"{purpose} needs the package {library!r}, which is not installed: pip install {library}, "
+            f"or use --tokenizer=byte, which needs nothing."
+        ) from None

@@ -24,14 +24,23 @@ PROJECT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # run as a script, this folder comes first on the path, and flops.py would hide the package
     sys.path[0] = str(PROJECT)
 
+from command_line import Parser, UsageError, guarded
 from flops_parameter_counting.cost_report import STRATEGIES, plot, show_backward, show_cost, show_grid, show_validation
 from flops_parameter_counting.flops import breakdown, elementwise, flops_per_token
-from flops_parameter_counting.hardware import GPUS, Gpu, find_gpu
+from flops_parameter_counting.hardware import GPUS, find_gpu
 from flops_parameter_counting.parameters import count_padding, count_parameters
-from flops_parameter_counting.scaling_laws import (LAWS, Candidate, Question, ScalingLaw, best_plan, candidates,
-                                                   embedding_parameters, positive, read_question)
+from flops_parameter_counting.scaling_laws import (
+    LAWS,
+    Candidate,
+    Question,
+    ScalingLaw,
+    best_plan,
+    candidates,
+    embedding_parameters,
+    positive,
+    read_question,
+)
 from model_config import PRESETS, ModelConfig, did_you_mean, resolve
-from training.command_line import Parser, UsageError, guarded
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 # What is compared where no --gpu is given.
@@ -40,12 +49,16 @@ COMPARED = ("B200", "H200 SXM", "H100 SXM", "A100 SXM 80GB", "H20", "L40S", "RTX
 
 # ------------------------------------------------------------------------------------------- the command line
 
+
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(prog="detailed_cost_analysis.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
-                        help="architecture keys to change, e.g. n_layer=24")
+    parser = Parser(
+        prog="detailed_cost_analysis.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="architecture keys to change, e.g. n_layer=24")
     asked = parser.add_argument_group("what is asked (one of them)").add_mutually_exclusive_group(required=True)
     asked.add_argument("--model_config", metavar="MODEL", help="a preset, a config/*.py, or a Hugging Face config.json")
     asked.add_argument("--backward_config", metavar="FILE", help="gear, hours, MFU and data limits → the best N and D")
@@ -78,8 +91,11 @@ def make_parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, checked. Raises UsageError with all that is wrong with them."""
     options = make_parser().parse_intermixed_args(argv)
-    problems = [f"--{key}={getattr(options, key)} must be at least 1." for key in ("batch_size", "context", "gpus")
-                if getattr(options, key) is not None and getattr(options, key) < 1]
+    problems = [
+        f"--{key}={getattr(options, key)} must be at least 1."
+        for key in ("batch_size", "context", "gpus")
+        if getattr(options, key) is not None and getattr(options, key) < 1
+    ]
     for key in ("tokens", "grid_search"):
         if getattr(options, key) is not None:
             try:
@@ -121,6 +137,7 @@ def _card(name: str) -> tuple[str, float]:
 
 # ------------------------------------------------------------------------------------------- which model
 
+
 def find_file(name: str, folder: Path, endings: tuple[str, ...]) -> Path | None:
     """A file as it is named, else below `folder`, with one of the endings added if need be."""
     for base in (Path(name), folder / name):
@@ -138,11 +155,14 @@ def read_model(options: argparse.Namespace) -> tuple[str, ModelConfig, dict]:
     path = find_file(name, CONFIGS / "models", (".json",)) or find_file(name, PROJECT, (".py",))
     if path is None:
         known = [*PRESETS, *(file.stem for file in sorted((CONFIGS / "models").glob("*.json")))]
-        raise UsageError(f"--model_config={name} is neither a preset nor a file{did_you_mean(name, known)}. There is: "
-                         f"{', '.join(known)}, and any config/*.py or Hugging Face config.json.")
+        raise UsageError(
+            f"--model_config={name} is neither a preset nor a file{did_you_mean(name, known)}. There is: "
+            f"{', '.join(known)}, and any config/*.py or Hugging Face config.json."
+        )
     if path.suffix == ".py":
         return (name, *_read_recipe(path, options.overrides))
     from training.huggingface import ConversionError, config_from_hf
+
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -161,8 +181,20 @@ def read_model(options: argparse.Namespace) -> tuple[str, ModelConfig, dict]:
 
 
 # Sizes without which a config.json says nothing of a model.
-_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size", "rms_norm_eps",
-          "max_position_embeddings", "n_layer", "n_head", "n_embd", "n_positions", "layer_norm_epsilon")
+_SIZES = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "n_positions",
+    "layer_norm_epsilon",
+)
 
 
 def _resolve(preset: str, overrides: dict) -> ModelConfig:
@@ -175,24 +207,39 @@ def _resolve(preset: str, overrides: dict) -> ModelConfig:
 def _read_recipe(path: Path, overrides: list[str]) -> tuple[ModelConfig, dict]:
     """A config/*.py → the model, and the run it describes, as far as that does not depend on a dataset."""
     from configurator import configure
+
     train = configure([str(path), *(f"--{word}" for word in overrides)]).train
     config = train.model_config()
     sequences = train.sequences_per_iteration(config.block_size)
     length = train.max_tokens or (train.max_iters * sequences * config.block_size if train.max_iters else None)
-    note = None if train.vocab_size else ("The recipe takes its vocabulary from the dataset; counted with the preset's, "
-                                          f"{config.vocab_size}. Give vocab_size=… for another.")
-    return config, dict(batch_size=min(train.batch_size, sequences), sequences=sequences, optimizer=train.optimizer,
-                        tokens=length, checkpointing=train.activation_checkpointing, note=note,
-                        dtype="bfloat16" if train.dtype == "auto" else train.dtype)
+    note = (
+        None
+        if train.vocab_size
+        else (
+            "The recipe takes its vocabulary from the dataset; counted with the preset's, "
+            f"{config.vocab_size}. Give vocab_size=… for another."
+        )
+    )
+    return config, dict(
+        batch_size=min(train.batch_size, sequences),
+        sequences=sequences,
+        optimizer=train.optimizer,
+        tokens=length,
+        checkpointing=train.activation_checkpointing,
+        note=note,
+        dtype="bfloat16" if train.dtype == "auto" else train.dtype,
+    )
 
 
 # ------------------------------------------------------------------------------------------- what it costs
 
+
 def cost(options: argparse.Namespace) -> dict:
     """N, FLOPs, memory, time and price of a model: everything that --model_config shows, as JSON-ready figures."""
     name, config, recipe = read_model(options)
-    run = dict(batch_size=8, context=min(config.block_size, 8192), dtype="bfloat16", checkpointing="none",
-               optimizer="adamw", tokens=None)
+    run = dict(
+        batch_size=8, context=min(config.block_size, 8192), dtype="bfloat16", checkpointing="none", optimizer="adamw", tokens=None
+    )
     given = {key: getattr(options, key) for key in run if getattr(options, key) is not None}
     run = {**run, **recipe, **given}
     tokens, sequences, note = run.pop("tokens"), run.pop("sequences", None), run.pop("note", None)
@@ -200,17 +247,31 @@ def cost(options: argparse.Namespace) -> dict:
     n, padding = count_parameters(config), count_padding(config)
     rows = breakdown(config, run["context"], run["checkpointing"])
     answer = dict(
-        model=dict(name=name, architecture=config.name, fingerprint=config.fingerprint, parameters=n, padding=padding,
-                   note=note),
-        run=dict(run, tokens=tokens), flops_per_token=dataclasses.asdict(flops),
-        components=[dict(name=row.name, count=row.count, parameters=row.parameters, forward=row.forward,
-                         backward=row.backward, recompute=row.recompute) for row in rows],
+        model=dict(name=name, architecture=config.name, fingerprint=config.fingerprint, parameters=n, padding=padding, note=note),
+        run=dict(run, tokens=tokens),
+        flops_per_token=dataclasses.asdict(flops),
+        components=[
+            dict(
+                name=row.name,
+                count=row.count,
+                parameters=row.parameters,
+                forward=row.forward,
+                backward=row.backward,
+                recompute=row.recompute,
+            )
+            for row in rows
+        ],
         elementwise_forward={name: round(value) for name, value in elementwise(config, run["context"]).items()},
-        time=times(options, flops.full, run["dtype"], tokens))
+        time=times(options, flops.full, run["dtype"], tokens),
+    )
     if tokens:
         law = LAWS[options.law]
-        answer["predicted"] = dict(law=law.name, loss=law.loss(_law_size(law, config), tokens),
-                                   tokens_per_parameter=tokens / n, compute=tokens * flops.full)
+        answer["predicted"] = dict(
+            law=law.name,
+            loss=law.loss(_law_size(law, config), tokens),
+            tokens_per_parameter=tokens / n,
+            compute=tokens * flops.full,
+        )
     return {**answer, **memory(config, run, sequences, options)}
 
 
@@ -225,16 +286,27 @@ def times(options: argparse.Namespace, flops: int, dtype: str, tokens: float | N
     for gpu in [options.gpu] if options.gpu else [find_gpu(name)[0] for name in COMPARED]:
         peak = gpu.peak(dtype)
         if peak is None:
-            raise UsageError(f"No dense {dtype} peak of {gpu.name} is known, so no time can be given; choose another "
-                             "--dtype or --gpu.")
+            raise UsageError(
+                f"No dense {dtype} peak of {gpu.name} is known, so no time can be given; choose another --dtype or --gpu."
+            )
         rate = options.gpus * peak.flops * options.mfu / flops
         hours = tokens / rate / 3600 if tokens else None
         gpu_hours = hours * options.gpus if tokens else None
         priced = tokens and options.price_per_gpu_hour is not None
-        rows.append(dict(gpu=gpu.name, gpus=options.gpus, peak_flops=peak.flops, source=peak.source, mfu=options.mfu,
-                         tokens_per_s=rate, hours=hours, gpu_hours=gpu_hours,
-                         mfu_needed=options.mfu * hours / options.hours if tokens and options.hours else None,
-                         price=gpu_hours * options.price_per_gpu_hour if priced else None))
+        rows.append(
+            dict(
+                gpu=gpu.name,
+                gpus=options.gpus,
+                peak_flops=peak.flops,
+                source=peak.source,
+                mfu=options.mfu,
+                tokens_per_s=rate,
+                hours=hours,
+                gpu_hours=gpu_hours,
+                mfu_needed=options.mfu * hours / options.hours if tokens and options.hours else None,
+                price=gpu_hours * options.price_per_gpu_hour if priced else None,
+            )
+        )
     return rows
 
 
@@ -248,21 +320,32 @@ def memory(config: ModelConfig, run: dict, sequences: int | None, options: argpa
     def estimate(strategy: str, gpus: int):
         steps = -(-sequences // (run["batch_size"] * gpus)) if sequences else 1
         return estimate_memory(config, **run, parallelism=strategy, world_size=gpus, gradient_accumulation_steps=steps)
+
     try:
         one = estimate("none", 1)
-        by_gpus = [dict(gpus=gpus, **{strategy: (estimate(strategy, gpus) if gpus > 1 else one).total
-                                      for strategy in STRATEGIES})
-                   for gpus in sorted({1, 2, 4, 8, 16, 32, 64, options.gpus})]
+        by_gpus = [
+            dict(gpus=gpus, **{strategy: (estimate(strategy, gpus) if gpus > 1 else one).total for strategy in STRATEGIES})
+            for gpus in sorted({1, 2, 4, 8, 16, 32, 64, options.gpus})
+        ]
         answer = dict(memory=dict(parts=one.parts, total=one.total, by_gpus=by_gpus))
         if options.card:
             sizes = {**{f"{size} GB": float(size) for size in CARD_SIZES_GB}, options.card[0]: options.card[1]}
             alone = {key: value for key, value in run.items() if key != "batch_size"}
             strategy = options.parallelism or ("none" if options.gpus == 1 else "fsdp")
             gpus = 1 if strategy == "none" else options.gpus
-            answer["fit"] = dict(asked=options.card[0], parallelism=strategy, gpus=gpus, cards=[
-                dict(card=card, gb=size, micro_batch=largest_micro_batch(config, size, **alone, parallelism=strategy,
-                                                                         world_size=gpus))
-                for card, size in sorted(sizes.items(), key=lambda item: (item[1], item[0]))])
+            answer["fit"] = dict(
+                asked=options.card[0],
+                parallelism=strategy,
+                gpus=gpus,
+                cards=[
+                    dict(
+                        card=card,
+                        gb=size,
+                        micro_batch=largest_micro_batch(config, size, **alone, parallelism=strategy, world_size=gpus),
+                    )
+                    for card, size in sorted(sizes.items(), key=lambda item: (item[1], item[0]))
+                ],
+            )
     except ValueError as error:
         raise UsageError(str(error)) from error
     return answer
@@ -270,14 +353,16 @@ def memory(config: ModelConfig, run: dict, sequences: int | None, options: argpa
 
 # ------------------------------------------------------------------------------------------- what a budget buys
 
+
 def find_question(name: str) -> Question:
     """The file of --backward_config. Raises UsageError."""
     path = find_file(name, CONFIGS / "scaling_laws", (".jsonc", ".json", ".json5"))
     if path is None:
-        known = [str(file.relative_to(CONFIGS / "scaling_laws").with_suffix(""))
-                 for file in sorted((CONFIGS / "scaling_laws").rglob("*.jsonc"))]
-        raise UsageError(f"--backward_config={name} is no file{did_you_mean(name, known)}. There is: "
-                         f"{', '.join(known)}.")
+        known = [
+            str(file.relative_to(CONFIGS / "scaling_laws").with_suffix(""))
+            for file in sorted((CONFIGS / "scaling_laws").rglob("*.jsonc"))
+        ]
+        raise UsageError(f"--backward_config={name} is no file{did_you_mean(name, known)}. There is: {', '.join(known)}.")
     try:
         return read_question(path)
     except ValueError as error:
@@ -292,61 +377,100 @@ def backward(question: Question) -> dict:
     hours = question.hours * question.count
     limited = question.unique < math.inf
     return dict(
-        law=dict(name=law.name, source=law.source), compute=compute,
-        gear=dict(gpu=question.gpu.name, count=question.count, hours=question.hours, mfu=question.mfu,
-                  dtype=question.dtype, peak=str(question.gpu.peak(question.dtype)), gpu_hours=hours,
-                  price=hours * question.price_per_gpu_hour if question.price_per_gpu_hour else None),
+        law=dict(name=law.name, source=law.source),
+        compute=compute,
+        gear=dict(
+            gpu=question.gpu.name,
+            count=question.count,
+            hours=question.hours,
+            mfu=question.mfu,
+            dtype=question.dtype,
+            peak=str(question.gpu.peak(question.dtype)),
+            gpu_hours=hours,
+            price=hours * question.price_per_gpu_hour if question.price_per_gpu_hour else None,
+        ),
         data=dict(unique_tokens=question.unique, max_epochs=question.max_epochs) if limited else None,
-        closed_form=_plan(law, compute), limited=_plan(law, compute, **limits) if limited else None,
-        shapes=_shapes(found, compute, question.unique, question.hours))
+        closed_form=_plan(law, compute),
+        limited=_plan(law, compute, **limits) if limited else None,
+        shapes=_shapes(found, compute, question.unique, question.hours),
+    )
 
 
 def grid_search(options: argparse.Namespace) -> dict:
     """The best N and D for --grid_search FLOPs: every law's closed form, and shapes of --preset by --law."""
     compute, keys = options.grid_search, dict(word.split("=", 1) for word in options.overrides)
     try:
-        found = candidates(LAWS[options.law], compute, options.preset,
-                           **{"vocab_size": 32000, "block_size": 2048, **keys})
+        found = candidates(LAWS[options.law], compute, options.preset, **{"vocab_size": 32000, "block_size": 2048, **keys})
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return dict(compute=compute, law=dict(name=options.law, source=LAWS[options.law].source),
-                laws=[dict(_plan(law, compute), law=law.name) for law in LAWS.values()],
-                shapes=_shapes(found, compute, math.inf, None))
+    return dict(
+        compute=compute,
+        law=dict(name=options.law, source=LAWS[options.law].source),
+        laws=[dict(_plan(law, compute), law=law.name) for law in LAWS.values()],
+        shapes=_shapes(found, compute, math.inf, None),
+    )
 
 
 def _plan(law: ScalingLaw, compute: float, unique: float = math.inf, max_epochs: float = math.inf) -> dict:
     plan = best_plan(law, compute, unique, max_epochs)
-    return dict(parameters=plan.parameters, tokens=plan.tokens, loss=plan.loss,
-                tokens_per_parameter=plan.tokens / plan.parameters, share_of_compute=plan.compute / compute,
-                epochs=plan.tokens / unique if unique < math.inf else None)
+    return dict(
+        parameters=plan.parameters,
+        tokens=plan.tokens,
+        loss=plan.loss,
+        tokens_per_parameter=plan.tokens / plan.parameters,
+        share_of_compute=plan.compute / compute,
+        epochs=plan.tokens / unique if unique < math.inf else None,
+    )
 
 
 def _shapes(found: list[Candidate], compute: float, unique: float, hours: float | None, most: int = 10) -> list[dict]:
     """The best candidates; a run that the data end early takes less than the hours there are."""
-    return [dict(architecture=one.config.name, n_layer=one.config.n_layer, n_head=one.config.n_head,
-                 n_embd=one.config.n_embd, d_ff=one.config.d_ff, parameters=one.parameters, tokens=one.tokens,
-                 flops_per_token=one.flops_per_token, epochs=one.tokens / unique if unique < math.inf else None,
-                 loss=one.loss, hours=hours and hours * one.tokens * one.flops_per_token / compute)
-            for one in found[:most]]
+    return [
+        dict(
+            architecture=one.config.name,
+            n_layer=one.config.n_layer,
+            n_head=one.config.n_head,
+            n_embd=one.config.n_embd,
+            d_ff=one.config.d_ff,
+            parameters=one.parameters,
+            tokens=one.tokens,
+            flops_per_token=one.flops_per_token,
+            epochs=one.tokens / unique if unique < math.inf else None,
+            loss=one.loss,
+            hours=hours and hours * one.tokens * one.flops_per_token / compute,
+        )
+        for one in found[:most]
+    ]
 
 
 # ------------------------------------------------------------------------------------------- is the counting right
+
 
 def validate() -> dict:
     """N of the published models in configs/models, counted and built, against configs/published.json."""
     from model_builder import build_model
     from training.huggingface import config_from_hf
+
     published = json.loads((CONFIGS / "published.json").read_text(encoding="utf-8"))
     rows = []
     for name, known in published.items():
         config = config_from_hf(json.loads((CONFIGS / "models" / f"{name}.json").read_text(encoding="utf-8")))
         counted, built = count_parameters(config), build_model(config, device="meta").num_parameters()
-        rows.append(dict(model=name, published=known["parameters"], counted=counted, built=built,
-                         met=counted == built == known["parameters"], source=known["source"]))
+        rows.append(
+            dict(
+                model=name,
+                published=known["parameters"],
+                counted=counted,
+                built=built,
+                met=counted == built == known["parameters"],
+                source=known["source"],
+            )
+        )
     return dict(models=rows, missed=[row["model"] for row in rows if not row["met"]])
 
 
 # ------------------------------------------------------------------------------------------- main
+
 
 def run(options: argparse.Namespace) -> int:
     """Answer what is asked; returns the exit code."""

@@ -43,8 +43,9 @@ def flops_per_token(config: ModelConfig, context: int | None = None, checkpointi
     seen = {part: min(context, part.window or context) for part in all_parts if part.attention}
     full = sum(12 * part.attention * seen[part] for part in all_parts if part.attention)
     # a causal token sees half of a full context on average, and of a window w all but the first w tokens see all
-    causal = sum(12 * part.attention * (seen[part] - Fraction(seen[part] ** 2, 2 * context))
-                 for part in all_parts if part.attention)
+    causal = sum(
+        12 * part.attention * (seen[part] - Fraction(seen[part] ** 2, 2 * context)) for part in all_parts if part.attention
+    )
     again = 0
     if checkpointing == "full":
         again = 2 * sum(part.matmul for part in all_parts if part.name.startswith("blocks.")) + full // 3
@@ -52,6 +53,7 @@ def flops_per_token(config: ModelConfig, context: int | None = None, checkpointi
 
 
 # ------------------------------------------------------------------------------------------- part by part
+
 
 @dataclass(frozen=True)
 class ComponentFlops:
@@ -84,8 +86,9 @@ def breakdown(config: ModelConfig, context: int | None = None, checkpointing: st
         if part.attention:  # the projections have names of their own: this is softmax(q·kᵀ)·v
             name = f"{name} (window {part.window})" if part.window else f"{name} (q·k, ·v)"
         forward, causal = _forward(part, context)
-        one = ComponentFlops(name, 1, part.parameters, forward, 2 * forward,
-                             forward if in_block and checkpointing == "full" else 0, 3 * causal)
+        one = ComponentFlops(
+            name, 1, part.parameters, forward, 2 * forward, forward if in_block and checkpointing == "full" else 0, 3 * causal
+        )
         found[name] = _sum(found[name], one) if name in found else one
     return list(found.values())
 
@@ -94,13 +97,17 @@ def _forward(part: Part, context: int) -> tuple[int, Fraction]:
     """One part's forward FLOPs a token: at full attention, and under a causal mask."""
     seen = min(context, part.window or context)
     products = 2 * part.matmul
-    return (products + 4 * part.attention * seen,
-            products + 4 * part.attention * (seen - Fraction(seen ** 2, 2 * context)))
+    return (products + 4 * part.attention * seen, products + 4 * part.attention * (seen - Fraction(seen**2, 2 * context)))
 
 
 def _sum(one: ComponentFlops, other: ComponentFlops) -> ComponentFlops:
-    return ComponentFlops(one.name, *(getattr(one, key) + getattr(other, key) for key in
-                                      ("count", "parameters", "forward", "backward", "recompute", "causal")))
+    return ComponentFlops(
+        one.name,
+        *(
+            getattr(one, key) + getattr(other, key)
+            for key in ("count", "parameters", "forward", "backward", "recompute", "causal")
+        ),
+    )
 
 
 # ------------------------------------------------------------------------------------------- what is not counted

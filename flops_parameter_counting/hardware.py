@@ -9,7 +9,6 @@ because MFU against a guess is worse than none. For a CPU, where nobody publishe
 
 from __future__ import annotations
 
-import functools
 import re
 import time
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ class Peak:
 
 
 # -------------------------------------------------------------------------------------- published peaks
+
 
 @dataclass(frozen=True)
 class _Device:
@@ -65,18 +65,39 @@ _BLACKWELL_DATASHEET = "NVIDIA Blackwell datasheet, individual GPU specification
 _DEVICES = (
     _Device(r"GB200", _BLACKWELL_DATASHEET, bf16=2500, fp16=2500, tf32=1250, fp32=80, fp8=5000),
     _Device(r"B200", _BLACKWELL_DATASHEET, bf16=2250, fp16=2250, tf32=1100, fp32=75, fp8=4500),
-    _Device(r"GH200 (480GB|120GB|144G HBM3e)", "NVIDIA GH200 Grace Hopper Superchip datasheet",
-            bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979,
-            compared="not verified: the figures of the H100 SXM, whose GH100 chip it carries"),
+    _Device(
+        r"GH200 (480GB|120GB|144G HBM3e)",
+        "NVIDIA GH200 Grace Hopper Superchip datasheet",
+        bf16=989,
+        fp16=989,
+        tf32=494,
+        fp32=67,
+        fp8=1979,
+        compared="not verified: the figures of the H100 SXM, whose GH100 chip it carries",
+    ),
     _Device(r"H200", _H200_DATASHEET, bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
-    _Device(r"H200 NVL", _H200_DATASHEET, bf16=835, fp16=835, tf32=417, fp32=60, fp8=1670,
-            compared="bf16 as quoted elsewhere; the other columns, of the H100 NVL with the same chip: not verified"),
+    _Device(
+        r"H200 NVL",
+        _H200_DATASHEET,
+        bf16=835,
+        fp16=835,
+        tf32=417,
+        fp32=60,
+        fp8=1670,
+        compared="bf16 as quoted elsewhere; the other columns, of the H100 NVL with the same chip: not verified",
+    ),
     _Device(r"H100 80GB HBM3", _H100_DATASHEET + " (SXM)", bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
     _Device(r"H100 NVL", _H100_DATASHEET + " (NVL)", bf16=835, fp16=835, tf32=417, fp32=60, fp8=1670),
     _Device(r"H100 PCIe", _H100_DATASHEET + " (PCIe)", bf16=756, fp16=756, tf32=378, fp32=51, fp8=1513),
     _Device(r"H20(-3e)?", "NVIDIA H20 GPU datasheet", bf16=148, fp16=148, tf32=74, fp32=44, fp8=296),
-    _Device(r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", "NVIDIA A100 Tensor Core GPU datasheet",
-            bf16=312, fp16=312, tf32=156, fp32=19.5),
+    _Device(
+        r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe",
+        "NVIDIA A100 Tensor Core GPU datasheet",
+        bf16=312,
+        fp16=312,
+        tf32=156,
+        fp32=19.5,
+    ),
     _Device(r"A40", "NVIDIA A40 datasheet", bf16=149.7, fp16=149.7, tf32=74.8, fp32=37.4),
     _Device(r"A10", "NVIDIA A10 Tensor Core GPU datasheet", bf16=125, fp16=125, tf32=62.5, fp32=31.2),
     _Device(r"RTX A6000", _GA102_WHITEPAPER + ", table 3", bf16=154.8, fp16=154.8, tf32=77.4, fp32=38.7),
@@ -89,12 +110,31 @@ _DEVICES = (
     _Device(r"V100-SXM2-(16|32)GB", _V100_DATASHEET + " (NVLink)", fp16=125, fp32=15.7),
     _Device(r"V100-PCIE-(16|32)GB", _V100_DATASHEET + " (PCIe)", fp16=112, fp32=14),
     _Device(r"V100S-PCIE-32GB", _V100_DATASHEET + " (V100S)", fp16=130, fp32=16.4),
-    _Device(r"Instinct MI300X( VF| OAM)?", "AMD Instinct MI300X data sheet (AMD footnote MI300-18)",
-            bf16=1307.4, fp16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9),
+    _Device(
+        r"Instinct MI300X( VF| OAM)?",
+        "AMD Instinct MI300X data sheet (AMD footnote MI300-18)",
+        bf16=1307.4,
+        fp16=1307.4,
+        tf32=653.7,
+        fp32=163.4,
+        fp8=2614.9,
+    ),
 )
 
-_COLUMN = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "tf32": "tf32",
-           "bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8": "fp8", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
+_COLUMN = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+    "tf32": "tf32",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "fp8": "fp8",
+    "float8_e4m3fn": "fp8",
+    "float8_e5m2": "fp8",
+}
 
 
 def peak_flops(device_name: str, dtype_name: str) -> Peak | None:
@@ -112,6 +152,7 @@ def peak_flops(device_name: str, dtype_name: str) -> Peak | None:
 
 # ---------------------------------------------------------------------------------------- names people use
 
+
 @dataclass(frozen=True)
 class Gpu:
     """A GPU one can buy: the name people use, the name CUDA or ROCm reports, and its memory in GB as sold."""
@@ -126,21 +167,40 @@ class Gpu:
 
 
 # Of several that fit a short name, the first is meant: what a data centre most likely has.
-GPUS = tuple(Gpu(*row) for row in (
-    ("H100 SXM", "NVIDIA H100 80GB HBM3", 80), ("H100 PCIe", "NVIDIA H100 PCIe", 80),
-    ("H100 NVL", "NVIDIA H100 NVL", 94),
-    ("H200 SXM", "NVIDIA H200", 141), ("H200 NVL", "NVIDIA H200 NVL", 141),
-    ("B200", "NVIDIA B200", 180), ("GB200", "NVIDIA GB200", 186), ("GH200", "NVIDIA GH200 480GB", 96),
-    ("H20", "NVIDIA H20", 96), ("H20-3e", "NVIDIA H20-3e", 141),
-    ("A100 SXM 80GB", "NVIDIA A100-SXM4-80GB", 80), ("A100 SXM 40GB", "NVIDIA A100-SXM4-40GB", 40),
-    ("A100 PCIe 80GB", "NVIDIA A100 80GB PCIe", 80), ("A100 PCIe 40GB", "NVIDIA A100-PCIE-40GB", 40),
-    ("A40", "NVIDIA A40", 48), ("A10", "NVIDIA A10", 24), ("RTX A6000", "NVIDIA RTX A6000", 48),
-    ("L40S", "NVIDIA L40S", 48), ("L40", "NVIDIA L40", 48), ("L4", "NVIDIA L4", 24), ("T4", "Tesla T4", 16),
-    ("RTX 4090", "NVIDIA GeForce RTX 4090", 24), ("RTX 3090", "NVIDIA GeForce RTX 3090", 24),
-    ("V100 SXM2 32GB", "Tesla V100-SXM2-32GB", 32), ("V100 SXM2 16GB", "Tesla V100-SXM2-16GB", 16),
-    ("V100 PCIe 32GB", "Tesla V100-PCIE-32GB", 32), ("V100 PCIe 16GB", "Tesla V100-PCIE-16GB", 16),
-    ("V100S PCIe 32GB", "Tesla V100S-PCIE-32GB", 32), ("MI300X", "AMD Instinct MI300X", 192),
-))
+GPUS = tuple(
+    Gpu(*row)
+    for row in (
+        ("H100 SXM", "NVIDIA H100 80GB HBM3", 80),
+        ("H100 PCIe", "NVIDIA H100 PCIe", 80),
+        ("H100 NVL", "NVIDIA H100 NVL", 94),
+        ("H200 SXM", "NVIDIA H200", 141),
+        ("H200 NVL", "NVIDIA H200 NVL", 141),
+        ("B200", "NVIDIA B200", 180),
+        ("GB200", "NVIDIA GB200", 186),
+        ("GH200", "NVIDIA GH200 480GB", 96),
+        ("H20", "NVIDIA H20", 96),
+        ("H20-3e", "NVIDIA H20-3e", 141),
+        ("A100 SXM 80GB", "NVIDIA A100-SXM4-80GB", 80),
+        ("A100 SXM 40GB", "NVIDIA A100-SXM4-40GB", 40),
+        ("A100 PCIe 80GB", "NVIDIA A100 80GB PCIe", 80),
+        ("A100 PCIe 40GB", "NVIDIA A100-PCIE-40GB", 40),
+        ("A40", "NVIDIA A40", 48),
+        ("A10", "NVIDIA A10", 24),
+        ("RTX A6000", "NVIDIA RTX A6000", 48),
+        ("L40S", "NVIDIA L40S", 48),
+        ("L40", "NVIDIA L40", 48),
+        ("L4", "NVIDIA L4", 24),
+        ("T4", "Tesla T4", 16),
+        ("RTX 4090", "NVIDIA GeForce RTX 4090", 24),
+        ("RTX 3090", "NVIDIA GeForce RTX 3090", 24),
+        ("V100 SXM2 32GB", "Tesla V100-SXM2-32GB", 32),
+        ("V100 SXM2 16GB", "Tesla V100-SXM2-16GB", 16),
+        ("V100 PCIe 32GB", "Tesla V100-PCIE-32GB", 32),
+        ("V100 PCIe 16GB", "Tesla V100-PCIE-16GB", 16),
+        ("V100S PCIe 32GB", "Tesla V100S-PCIE-32GB", 32),
+        ("MI300X", "AMD Instinct MI300X", 192),
+    )
+)
 
 _BRANDS = {"nvidia", "amd", "tesla", "geforce", "instinct", "gpu"}
 _VARIANT = re.compile(r"(\d+gb|sxm|pcie|nvl|rtx)$")  # words that name no GPU by themselves
@@ -155,15 +215,18 @@ def find_gpu(name: str) -> tuple[Gpu, list[str]]:
             return gpu, []
     words = _words(name)
     named = any(not _VARIANT.match(word) for word in words)
-    fitting = [gpu for gpu in GPUS if named and (words <= _words(gpu.name) | _words(gpu.reported)
-                                                 or _squeezed(name) == _squeezed(gpu.name))]
+    fitting = [
+        gpu
+        for gpu in GPUS
+        if named and (words <= _words(gpu.name) | _words(gpu.reported) or _squeezed(name) == _squeezed(gpu.name))
+    ]
     if not fitting:
         import difflib
+
         short = {gpu.name.lower(): gpu.name for gpu in GPUS}
         near = difflib.get_close_matches(name.lower(), short, n=3, cutoff=0.4)
         hint = f"nearest: {', '.join(short[key] for key in near)}; " if near else ""
-        raise ValueError(f"{name!r} is no GPU whose figures are known here ({hint}known: "
-                         f"{', '.join(gpu.name for gpu in GPUS)}).")
+        raise ValueError(f"{name!r} is no GPU whose figures are known here ({hint}known: {', '.join(gpu.name for gpu in GPUS)}).")
     return fitting[0], [gpu.name for gpu in fitting[1:]]
 
 
@@ -242,6 +305,7 @@ def _torch_dtype(dtype):
 
 # ------------------------------------------------------------------------------------------- best dtype
 
+
 def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
     """Instruction-set flags of this CPU as Linux names them, from /proc/cpuinfo (or the text given); empty if unknown."""
     if cpuinfo is None:
@@ -255,7 +319,7 @@ def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
 
 
 def best_dtype(device, flags=None) -> str:
-    """"bfloat16" where the hardware computes in it, else "float32": what dtype='auto' means.
+    """ "bfloat16" where the hardware computes in it, else "float32": what dtype='auto' means.
 
     GPUs: compute capability 8.0 and up (and AMD's, which report 9.0). CPUs: AVX512-BF16 or AMX-BF16. PyTorch runs
     bfloat16 on lesser devices too, and its own checks say so, but emulated: slower than float32.

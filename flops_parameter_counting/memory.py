@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 from flops_parameter_counting.memory_pieces import CHECKPOINTING, CHUNK_BYTES, DTYPES, Piece, measured_pieces
 from model_config import ModelConfig
@@ -29,6 +29,7 @@ STRATEGIES = ("none", "ddp", "zero1", "zero2", "fsdp", "hsdp")
 
 
 # ------------------------------------------------------------------------------------------- the estimate
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -61,15 +62,29 @@ class MemoryEstimate:
         return "\n".join(f"{name:<28} {size / 1e9:>9.3f} GB" for name, size in rows) + f"\npeak: {self.moment}"
 
 
-_GROUPS = {"weights": ("weights (fp32)", "weights (compute dtype)"), "gradients": ("gradients",),
-           "optimizer": ("optimizer",), "logits": ("logits",),
-           "overhead": ("temporaries", "optimizer temporaries", "communication", "token ids")}
+_GROUPS = {
+    "weights": ("weights (fp32)", "weights (compute dtype)"),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer",),
+    "logits": ("logits",),
+    "overhead": ("temporaries", "optimizer temporaries", "communication", "token ids"),
+}
 
 
-def estimate_memory(config: ModelConfig, *, batch_size: int, context: int | None = None, dtype: str = "bfloat16",
-                    checkpointing: str = "none", optimizer: str = "adamw", parallelism: str = "none",
-                    world_size: int = 1, shard_size: int | None = None, device: str = "cuda",
-                    gradient_accumulation_steps: int = 1) -> MemoryEstimate:
+def estimate_memory(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context: int | None = None,
+    dtype: str = "bfloat16",
+    checkpointing: str = "none",
+    optimizer: str = "adamw",
+    parallelism: str = "none",
+    world_size: int = 1,
+    shard_size: int | None = None,
+    device: str = "cuda",
+    gradient_accumulation_steps: int = 1,
+) -> MemoryEstimate:
     """Peak memory of a training step whose micro-batches have `batch_size` sequences of `context` tokens [block_size].
 
     `gradient_accumulation_steps`: micro-batches a step on one process. `world_size`: processes; of these `shard_size`
@@ -77,12 +92,30 @@ def estimate_memory(config: ModelConfig, *, batch_size: int, context: int | None
     Raises ValueError that says what is wrong with an option.
     """
     context = config.block_size if context is None else context
-    _check(config, batch_size, context, dtype, checkpointing, optimizer, parallelism, world_size, shard_size, device,
-           gradient_accumulation_steps)
+    _check(
+        config,
+        batch_size,
+        context,
+        dtype,
+        checkpointing,
+        optimizer,
+        parallelism,
+        world_size,
+        shard_size,
+        device,
+        gradient_accumulation_steps,
+    )
     shards = {"ddp": 1, "hsdp": shard_size or world_size // 2}.get(parallelism, world_size)
     chain, tables = measured_pieces(config, batch_size, context, dtype, checkpointing, device, parallelism != "none")
-    plan = _Plan(parallelism, shards, 4 if dtype == "float32" else 2, optimizer, gradient_accumulation_steps > 1, chain,
-                 config.padded_vocab_size * config.n_embd if config.weight_tying else 0)
+    plan = _Plan(
+        parallelism,
+        shards,
+        4 if dtype == "float32" else 2,
+        optimizer,
+        gradient_accumulation_steps > 1,
+        chain,
+        config.padded_vocab_size * config.n_embd if config.weight_tying else 0,
+    )
     moment, held = max(_moments(plan), key=lambda found: found[1].total())
     held = dict(held + plan.always() + Counter({"position tables": tables, "token ids": 16 * batch_size * context}))
     groups = {group: sum(held.get(name, 0) for name in names) for group, names in _GROUPS.items()}
@@ -98,6 +131,7 @@ def largest_micro_batch(config: ModelConfig, card_gb: float, **options) -> int:
 
     def spare(batch_size: int) -> float:
         return usable - estimate_memory(config, batch_size=batch_size, **options).total
+
     fits, too_many, room = 1, math.inf, spare(1)
     if room < 0:
         return 0
@@ -113,32 +147,58 @@ def largest_micro_batch(config: ModelConfig, card_gb: float, **options) -> int:
     return fits
 
 
-def _check(config, batch_size, context, dtype, checkpointing, optimizer, parallelism, world_size, shard_size, device,
-           gradient_accumulation_steps) -> None:
-    problems = [f"{name}={value!r} is not known; use one of {', '.join(known)}."
-                for name, value, known in (("dtype", dtype, DTYPES), ("checkpointing", checkpointing, CHECKPOINTING),
-                                           ("optimizer", optimizer, OPTIMIZERS), ("device", device, CHUNK_BYTES),
-                                           ("parallelism", parallelism, STRATEGIES)) if value not in known]
-    problems += [f"{name}={value!r} must be a whole number of at least 1."
-                 for name, value in (("batch_size", batch_size), ("context", context), ("world_size", world_size),
-                                     ("gradient_accumulation_steps", gradient_accumulation_steps))
-                 if not isinstance(value, int) or value < 1]
+def _check(
+    config,
+    batch_size,
+    context,
+    dtype,
+    checkpointing,
+    optimizer,
+    parallelism,
+    world_size,
+    shard_size,
+    device,
+    gradient_accumulation_steps,
+) -> None:
+    problems = [
+        f"{name}={value!r} is not known; use one of {', '.join(known)}."
+        for name, value, known in (
+            ("dtype", dtype, DTYPES),
+            ("checkpointing", checkpointing, CHECKPOINTING),
+            ("optimizer", optimizer, OPTIMIZERS),
+            ("device", device, CHUNK_BYTES),
+            ("parallelism", parallelism, STRATEGIES),
+        )
+        if value not in known
+    ]
+    problems += [
+        f"{name}={value!r} must be a whole number of at least 1."
+        for name, value in (
+            ("batch_size", batch_size),
+            ("context", context),
+            ("world_size", world_size),
+            ("gradient_accumulation_steps", gradient_accumulation_steps),
+        )
+        if not isinstance(value, int) or value < 1
+    ]
     if not problems:
         if context > config.block_size:
             problems.append(f"context={context} is longer than block_size={config.block_size}.")
         if parallelism == "none" and world_size != 1:
-            problems.append(f"world_size={world_size} needs a strategy; choose parallelism from "
-                            f"{', '.join(STRATEGIES[1:])}.")
+            problems.append(f"world_size={world_size} needs a strategy; choose parallelism from {', '.join(STRATEGIES[1:])}.")
         if parallelism == "hsdp" and (world_size < 4 or world_size % 2):
             problems.append(f"parallelism='hsdp' needs an even number of processes, at least 4; it has {world_size}.")
         if shard_size is not None and (parallelism != "hsdp" or shard_size < 1 or world_size % shard_size):
-            problems.append(f"shard_size={shard_size} is for parallelism='hsdp' and divides world_size; here it is "
-                            f"{parallelism!r} with world_size={world_size}.")
+            problems.append(
+                f"shard_size={shard_size} is for parallelism='hsdp' and divides world_size; here it is "
+                f"{parallelism!r} with world_size={world_size}."
+            )
     if problems:
         raise ValueError("\n".join(problems))
 
 
 # ------------------------------------------------------------------------------------------- the course of a step
+
 
 def _moments(plan: _Plan) -> Iterator[tuple[str, Counter]]:
     """(when, what is held then and not always) for every moment of a step that can be its fullest.
@@ -165,9 +225,10 @@ class _Plan:
 
     'none' casts parameters inside the blocks (the pieces show it). All others are FSDP2's `fully_shard` over units:
     each block, embedding and head (together where they are tied). A unit's parameters are gathered in the compute
-    dtype, of `size` bytes a number, but the embedding's unit in fp32; its gradients come out so and are reduced in fp32. 'fsdp' and 'hsdp' gather a
-    unit when it is at work, and the next one meanwhile; the others keep what they gathered until the last backward is
-    through with it. 'ddp' and 'zero1' reduce after the last micro-batch only, and add the others up whole, in fp32.
+    dtype, of `size` bytes a number, but the embedding's unit in fp32; its gradients come out so and are reduced
+    in fp32. 'fsdp' and 'hsdp' gather a unit when it is at work, and the next one meanwhile; the others keep what they
+    gathered until the last backward is through with it. 'ddp' and 'zero1' reduce after the last micro-batch only, and add the
+    others up whole, in fp32.
     """
 
     strategy: str
@@ -200,8 +261,9 @@ class _Plan:
     def always(self) -> Counter:
         """fp32 masters and optimizer state: AdamW's two numbers a parameter, Muon's one for the blocks' matrices."""
         muon = sum(piece.matrices for piece in self.chain[1:-1]) if self.optimizer == "muon" else 0
-        return Counter({"weights (fp32)": 4 * self.parameters // self.shards,
-                        "optimizer": (8 * self.parameters - 4 * muon) // self.shards})
+        return Counter(
+            {"weights (fp32)": 4 * self.parameters // self.shards, "optimizer": (8 * self.parameters - 4 * muon) // self.shards}
+        )
 
     def in_forward(self, place: int) -> Counter:
         """Gathered parameters, the next unit's already, and the gradients of the micro-batches before."""
@@ -218,12 +280,11 @@ class _Plan:
         The head's gradient of a tied table waits for the embedding's. Their sum is a third tensor, unless the first was
         cast (in half precision) and may be written into.
         """
-        behind = sum(piece.parameters for piece in self.chain[place + 1:])
+        behind = sum(piece.parameters for piece in self.chain[place + 1 :])
         adding = self.tied * 4 if place == 0 and self.size == 4 else 0
         if self.strategy == "none":
             waiting = self.tied if behind else 0
-            return Counter({"gradients": 4 * (self.parameters + waiting if self.accumulates else behind),
-                            "temporaries": adding})
+            return Counter({"gradients": 4 * (self.parameters + waiting if self.accumulates else behind), "temporaries": adding})
         head = self.chain[-1].parameters if self.tied and behind else 0
         held = self.gradients(self.parameters if self.accumulates else behind - head)
         held += Counter({"gradients": 4 * head})
@@ -233,8 +294,7 @@ class _Plan:
             here = sum(map(self.gathered, range(len(self.chain) if self.accumulates else place + 1)))
         once = self.strategy in ("ddp", "zero1") and self.accumulates
         leaving = 0 if once else 4 * (self.root if place == 0 and self.tied else self.unit(place + 1))
-        return held + Counter({"weights (compute dtype)": 4 * self.root + here, "communication": leaving,
-                               "temporaries": adding})
+        return held + Counter({"weights (compute dtype)": 4 * self.root + here, "communication": leaving, "temporaries": adding})
 
     def in_update(self) -> Counter:
         """All gradients; with Muon what its iteration needs for the largest matrix: fp32 update, bf16 matrices."""

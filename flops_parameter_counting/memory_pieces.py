@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # As in training/objectives.py and training/activation_checkpointing.py, which this package does not know (a test does).
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _aten = torch.ops.aten
-KEPT = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default]
+KEPT = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,11 @@ class Piece:
 
 # ------------------------------------------------------------------------------------------- the pieces of a model
 
+
 @lru_cache(maxsize=512)
-def measured_pieces(config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str,
-                    cast: bool) -> tuple[list[Piece], int]:
+def measured_pieces(
+    config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str, cast: bool
+) -> tuple[list[Piece], int]:
     """Embedding, every block, head with loss, each measured; and the bytes of the position tables they share.
 
     `cast`: parameters are in the compute dtype already, as a sharding strategy gathers them; but for the embedding's, and
@@ -93,8 +100,11 @@ def measured_pieces(config: ModelConfig, batch_size: int, context: int, dtype: s
             measured[name] = _measure(block, lambda x: _Incoming.apply(run(x, tables, None)), x, "residual stream")
         tail = made(_Tail(config, CHUNK_BYTES[device]), cast and not config.weight_tying)
         measured["tail"] = _measure(tail, tail, x, "residual stream", (config.vocab_size, config.padded_vocab_size))
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-                for t in (tables if isinstance(tables, tuple) else (tables,)) if isinstance(t, Tensor)}
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in (tables if isinstance(tables, tuple) else (tables,))
+        if isinstance(t, Tensor)
+    }
     return [measured[name] for name in ("front", *config.layer_pattern, "tail")], sum(storages.values())
 
 
@@ -106,14 +116,15 @@ class _Front(nn.Module):
         self.config, self.dtype = config, dtype
         self.embedding = Embedding(config.padded_vocab_size, config.n_embd)
         self.position = build("position_encoding", config.position_encoding, config)
-        self.embedding_norm = (build("normalization", config.normalization, config, config.n_embd)
-                               if config.embedding_norm else nn.Identity())
+        self.embedding_norm = (
+            build("normalization", config.normalization, config, config.n_embd) if config.embedding_norm else nn.Identity()
+        )
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids).to(self.dtype)
         if self.config.embedding_scale:
-            x = x * self.config.n_embd ** 0.5
+            x = x * self.config.n_embd**0.5
         return self.dropout(self.embedding_norm(self.position.embed(x, torch.arange(ids.size(1)))))
 
 
@@ -131,7 +142,7 @@ class _Tail(nn.Module):
         logits = self.head(self.norm(x))
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        logits = logits[..., :self.config.vocab_size].flatten(0, 1)
+        logits = logits[..., : self.config.vocab_size].flatten(0, 1)
         if self.rows >= len(logits):
             return F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.int64), reduction="sum")
         return _LossInChunks.apply(logits, max(1, self.rows))
@@ -145,7 +156,7 @@ class _LossInChunks(torch.autograd.Function):
         ctx.save_for_backward(logits, logits.new_empty(len(logits), dtype=torch.float32))
         ctx.rows = rows
         for start in range(0, min(len(logits), 3 * rows), rows):
-            chunk = logits[start:start + rows].float()
+            chunk = logits[start : start + rows].float()
         return chunk.new_empty(())
 
     @staticmethod
@@ -194,8 +205,14 @@ class _Ledger(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 casts = function is _aten._to_copy.default and args[0].untyped_storage()._cdata in self.parameters
-                self.enter(tensor, "weights (compute dtype)" if casts else
-                           "logits" if tensor.ndim and tensor.size(-1) in self.vocabulary else self.at_work[-1])
+                self.enter(
+                    tensor,
+                    "weights (compute dtype)"
+                    if casts
+                    else "logits"
+                    if tensor.ndim and tensor.size(-1) in self.vocabulary
+                    else self.at_work[-1],
+                )
         if self.live.total() > self.most:
             self.restart()
         return result
@@ -245,9 +262,14 @@ def _measure(module: nn.Module, run: Callable, source: Tensor, label: str, vocab
     """
     parameters = list(module.parameters())
     ledger = _Ledger([*parameters, source], vocabulary)
-    handles = [handle for child, name in _labels(module) for handle in (
-        child.register_forward_pre_hook(lambda *_, name=name: ledger.at_work.append(name)),
-        child.register_forward_hook(lambda *_: ledger.at_work.pop() and None, always_call=True))]
+    handles = [
+        handle
+        for child, name in _labels(module)
+        for handle in (
+            child.register_forward_pre_hook(lambda *_, name=name: ledger.at_work.append(name)),
+            child.register_forward_hook(lambda *_: ledger.at_work.pop() and None, always_call=True),
+        )
+    ]
     handles += [p.register_post_accumulate_grad_hook(lambda p: ledger.relabel(p.grad, "gradients")) for p in parameters]
 
     def micro_batch() -> tuple[Counter, Counter, Counter]:
@@ -262,13 +284,21 @@ def _measure(module: nn.Module, run: Callable, source: Tensor, label: str, vocab
             end.backward()
         source.grad = None
         return saved, forward, ledger.fullest - existing
+
     saved, forward, backward = micro_batch()
     again = micro_batch()[-1]
     for handle in handles:
         handle.remove()
     matrices = [tuple(p.shape) for p in parameters if p.ndim == 2]
-    return Piece(saved, forward, backward, again, sum(p.numel() for p in parameters), sum(a * b for a, b in matrices),
-                 max(matrices, key=math.prod, default=(0, 0)))
+    return Piece(
+        saved,
+        forward,
+        backward,
+        again,
+        sum(p.numel() for p in parameters),
+        sum(a * b for a, b in matrices),
+        max(matrices, key=math.prod, default=(0, 0)),
+    )
 
 
 def _labels(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -288,6 +318,7 @@ def _labels(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 # ------------------------------------------------------------------------------------------- what a GPU does otherwise
 
+
 def _on_a_gpu(forward: Callable, *inputs):
     """Run a forward with the kernels of a GPU; where checkpointing runs it again, too."""
     with _GpuKernels():
@@ -298,13 +329,22 @@ class _GpuKernels(TorchFunctionMode):
     """Lets tensors without a GPU save what they would save on one: its fused attention, dropout and RMSNorm."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        stand_in = {F.scaled_dot_product_attention: _gpu_attention, F.dropout: _gpu_dropout,
-                    F.rms_norm: _gpu_rms_norm}.get(function, function)
+        stand_in = {F.scaled_dot_product_attention: _gpu_attention, F.dropout: _gpu_dropout, F.rms_norm: _gpu_rms_norm}.get(
+            function, function
+        )
         return stand_in(*args, **(kwargs or {}))
 
 
-def _gpu_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-                   is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+def _gpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """The kernel PyTorch prefers: flash where it can, else memory-efficient, else the plain one with all the scores.
 
     Flash has half precision, heads up to 256 and no mask; the memory-efficient one no shared heads (PyTorch up to 2.13;
@@ -315,8 +355,9 @@ def _gpu_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = N
     if q.size(1) == k.size(1):
         mask = attn_mask if attn_mask is None else attn_mask.expand(q.size(0), q.size(1), q.size(2), k.size(2))
         return _aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout_p, is_causal, scale=scale)[0]
-    return _aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale,
-                                                    enable_gqa=enable_gqa)[0]
+    return _aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[
+        0
+    ]
 
 
 def _as_flash(block: nn.Module) -> None:

@@ -20,8 +20,7 @@ def parts(config: ModelConfig) -> list[Part]:
     if config.embedding_norm:
         found += [replace(part, name=f"embedding_{part.name}") for part in norm]
     for layer, block in enumerate(config.layer_pattern):
-        found += [replace(part, name=f"blocks.{layer}.{part.name}")
-                  for part in component("block", block).build.parts(config)]
+        found += [replace(part, name=f"blocks.{layer}.{part.name}") for part in component("block", block).build.parts(config)]
     found += [replace(part, name=f"final_{part.name}") for part in norm]
     return found + [Part("head", parameters=0 if config.weight_tying else table, matmul=table)]
 

@@ -41,14 +41,13 @@ class ScalingLaw:
     def __post_init__(self):
         for key in ("A", "B", "alpha", "beta", "gamma"):
             if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{key}={getattr(self, key)} of the scaling law {self.name!r} must be positive and "
-                                 "finite.")
+                raise ValueError(f"{key}={getattr(self, key)} of the scaling law {self.name!r} must be positive and finite.")
         if not 0 <= self.E < math.inf:
             raise ValueError(f"E={self.E} of the scaling law {self.name!r} must not be negative.")
 
     def loss(self, n: float, d: float) -> float:
         """Predicted loss of n parameters after d tokens, each seen once."""
-        return self.E + (self.A * n ** -self.alpha + self.B * d ** -self.beta) ** self.gamma
+        return self.E + (self.A * n**-self.alpha + self.B * d**-self.beta) ** self.gamma
 
     def optimum(self, compute: float) -> tuple[float, float]:
         """(N*, D*): the lowest loss for `compute` FLOPs at 6·N·D, in closed form. Raises ValueError if not positive."""
@@ -60,7 +59,7 @@ class ScalingLaw:
 
     def matching_parameters(self, d: float) -> float:
         """The N for which d tokens are compute-optimal: αA·N^-α = βB·d^-β."""
-        return (self.alpha * self.A / (self.beta * self.B) * d ** self.beta) ** (1 / self.alpha)
+        return (self.alpha * self.A / (self.beta * self.B) * d**self.beta) ** (1 / self.alpha)
 
     def loss_with_repeats(self, n: float, d: float, unique: float) -> float:
         """Predicted loss of n parameters after d tokens of a dataset of `unique`: `loss` of their effective values.
@@ -90,21 +89,49 @@ def kaplan(name: str, n_c: float, d_c: float, alpha_n: float, alpha_d: float, so
     for key, value in dict(N_c=n_c, D_c=d_c, alpha_N=alpha_n, alpha_D=alpha_d).items():
         if not 0 < value < math.inf:
             raise ValueError(f"{key}={value} of the scaling law {name!r} must be positive and finite.")
-    return ScalingLaw(name, E=0.0, A=n_c ** (alpha_n / alpha_d), B=d_c, alpha=alpha_n / alpha_d, beta=1.0,
-                      gamma=alpha_d, embeddings=False, source=source)
+    return ScalingLaw(
+        name,
+        E=0.0,
+        A=n_c ** (alpha_n / alpha_d),
+        B=d_c,
+        alpha=alpha_n / alpha_d,
+        beta=1.0,
+        gamma=alpha_d,
+        embeddings=False,
+        source=source,
+    )
 
 
-LAWS: dict[str, ScalingLaw] = {law.name: law for law in (
-    ScalingLaw("hoffmann", E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28,
-               source="Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, approach 3"),
-    ScalingLaw("besiroglu", E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658,
-               source="Besiroglu et al. 2024, Chinchilla Scaling: A replication attempt"),
-    kaplan("kaplan", 8.8e13, 5.4e13, 0.076, 0.095,
-           source="Kaplan et al. 2020, Scaling Laws for Neural Language Models, eq. 1.5"),
-)}
+LAWS: dict[str, ScalingLaw] = {
+    law.name: law
+    for law in (
+        ScalingLaw(
+            "hoffmann",
+            E=1.69,
+            A=406.4,
+            B=410.7,
+            alpha=0.34,
+            beta=0.28,
+            source="Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, approach 3",
+        ),
+        ScalingLaw(
+            "besiroglu",
+            E=1.8172,
+            A=482.01,
+            B=2085.43,
+            alpha=0.3478,
+            beta=0.3658,
+            source="Besiroglu et al. 2024, Chinchilla Scaling: A replication attempt",
+        ),
+        kaplan(
+            "kaplan", 8.8e13, 5.4e13, 0.076, 0.095, source="Kaplan et al. 2020, Scaling Laws for Neural Language Models, eq. 1.5"
+        ),
+    )
+}
 
 
 # ------------------------------------------------------------------------------------------- with limits
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -134,6 +161,7 @@ def best_plan(law: ScalingLaw, compute: float, unique: float = math.inf, max_epo
 
     def loss(log_n: float) -> float:
         return law.loss_with_repeats(math.exp(log_n), tokens(math.exp(log_n)), unique)
+
     low, high = math.log(n) - 12, math.log(n) + 12
     grid = [low + (high - low) * i / 400 for i in range(401)]
     nearest = min(range(401), key=lambda i: loss(grid[i]))
@@ -158,8 +186,9 @@ def golden_section(function, low: float, high: float, tolerance: float = 1e-10) 
     return (low + high) / 2
 
 
-def isoflop(law: ScalingLaw, compute: float, span: float = 30.0, points: int = 61,
-            unique: float = math.inf) -> list[tuple[float, float, float]]:
+def isoflop(
+    law: ScalingLaw, compute: float, span: float = 30.0, points: int = 61, unique: float = math.inf
+) -> list[tuple[float, float, float]]:
     """(N, D, loss) along 6·N·D = compute, with N from 1/span to span times the optimum, evenly in its logarithm."""
     best, _ = law.optimum(compute)
     sizes = [best * span ** (2 * i / (points - 1) - 1) for i in range(points)]
@@ -167,6 +196,7 @@ def isoflop(law: ScalingLaw, compute: float, span: float = 30.0, points: int = 6
 
 
 # ------------------------------------------------------------------------------------------- models one can build
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -183,8 +213,9 @@ _WIDTHS = (*range(64, 1024, 64), *range(1024, 4096, 128), *range(4096, 8192, 256
 _WIDTH_PER_LAYER = (64, 80, 96, 112, 128)  # GPT-2 124M to LLaMA 70B lie in this range
 
 
-def candidates(law: ScalingLaw, compute: float, preset: str = "llama", *, unique: float = math.inf,
-               max_epochs: float = math.inf, **keys) -> list[Candidate]:
+def candidates(
+    law: ScalingLaw, compute: float, preset: str = "llama", *, unique: float = math.inf, max_epochs: float = math.inf, **keys
+) -> list[Candidate]:
     """Shapes of a preset within a factor of 3 of the best N, best first, with their own FLOPs a token instead of 6·N.
 
     Usual proportions: widths in steps of 64 to 512, 64 to 128 of width for each layer, heads of 64 (from width 1536
@@ -197,7 +228,7 @@ def candidates(law: ScalingLaw, compute: float, preset: str = "llama", *, unique
     for width in _WIDTHS:
         heads = max(1, width // (head_dim or (128 if width >= 1536 else 64)))
         for depth in sorted({max(1, round(width / ratio)) for ratio in _WIDTH_PER_LAYER}):
-            if not wanted / 9 < 12 * depth * width ** 2 + 2 * width * vocab_size < wanted * 9:
+            if not wanted / 9 < 12 * depth * width**2 + 2 * width * vocab_size < wanted * 9:
                 continue  # far off: not worth resolving
             try:
                 config = resolve(preset, **{"n_layer": depth, "n_embd": width, "n_head": heads, **keys})
@@ -211,8 +242,10 @@ def candidates(law: ScalingLaw, compute: float, preset: str = "llama", *, unique
             if wanted / 3 < law_n < wanted * 3:
                 found[config] = Candidate(config, n, flops, tokens, law.loss_with_repeats(law_n, tokens, unique))
     if not found:
-        raise ValueError(f"No shape of preset {preset!r} has about {wanted:.3g} parameters"
-                         + (f": {problem}" if problem else "; change the budget or the vocabulary."))
+        raise ValueError(
+            f"No shape of preset {preset!r} has about {wanted:.3g} parameters"
+            + (f": {problem}" if problem else "; change the budget or the vocabulary.")
+        )
     return sorted(found.values(), key=lambda candidate: candidate.loss)
 
 
@@ -222,6 +255,7 @@ def embedding_parameters(config: ModelConfig) -> int:
 
 
 # ------------------------------------------------------------------------------------------- what a file asks
+
 
 @dataclass(frozen=True)
 class Question:
@@ -266,8 +300,11 @@ def read_question(path) -> Question:
     problems: list[str] = []
     if not isinstance(asked, dict):
         raise ValueError(f"{path} must hold an object with law, gear, and if need be data and model.")
-    problems += [f"{key!r} is not a section{did_you_mean(key, ('law', 'gear', 'data', 'model'))}."
-                 for key in asked if key not in ("law", "gear", "data", "model")]
+    problems += [
+        f"{key!r} is not a section{did_you_mean(key, ('law', 'gear', 'data', 'model'))}."
+        for key in asked
+        if key not in ("law", "gear", "data", "model")
+    ]
     sections = {name: asked.get(name, {}) for name in ("gear", "data", "model")}
     for name, section in sections.items():
         if not isinstance(section, dict):
@@ -305,8 +342,19 @@ def read_question(path) -> Question:
         problems += [f"model: {line}" for line in str(error).split("\n")]
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
-    return Question(law, gpu, int(values["count"]), values["hours"], values["mfu"], dtype, values["price_per_gpu_hour"],
-                    values["unique_tokens"], values["max_epochs"], preset, model)
+    return Question(
+        law,
+        gpu,
+        int(values["count"]),
+        values["hours"],
+        values["mfu"],
+        dtype,
+        values["price_per_gpu_hour"],
+        values["unique_tokens"],
+        values["max_epochs"],
+        preset,
+        model,
+    )
 
 
 def _law(asked, problems: list[str]) -> ScalingLaw | None:
@@ -314,20 +362,23 @@ def _law(asked, problems: list[str]) -> ScalingLaw | None:
     if isinstance(asked, str) and asked in LAWS:
         return LAWS[asked]
     if not isinstance(asked, dict):
-        problems.append("law is missing." if asked is None else
-                        f"law={asked!r} is not one of {', '.join(LAWS)}, nor an object with its constants.")
+        problems.append(
+            "law is missing."
+            if asked is None
+            else f"law={asked!r} is not one of {', '.join(LAWS)}, nor an object with its constants."
+        )
         return None
     form = asked.get("form", "chinchilla")
     if form not in _LAW_KEYS:
         problems.append(f"law.form={form!r} is not one of {', '.join(_LAW_KEYS)}.")
         return None
     keys = _LAW_KEYS[form]
-    problems += [f"law.{key} is not known{did_you_mean(key, keys)}." for key in asked
-                 if key not in (*keys, "name", "form", "source")]
+    problems += [
+        f"law.{key} is not known{did_you_mean(key, keys)}." for key in asked if key not in (*keys, "name", "form", "source")
+    ]
     missing = [key for key in keys if key not in asked]
     problems += [f"law.{key} is missing." for key in missing]
-    wrong = [key for key in keys if key in asked
-             and (type(asked[key]) not in (int, float) or not math.isfinite(asked[key]))]
+    wrong = [key for key in keys if key in asked and (type(asked[key]) not in (int, float) or not math.isfinite(asked[key]))]
     problems += [f"law.{key}={asked[key]!r} is not a number." for key in wrong]
     if missing or wrong:
         return None

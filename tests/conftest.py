@@ -26,13 +26,23 @@ def run_python():
     Runs this Python on `arguments` ("train.py", "--help") with at most 2 threads. `env` adds to the environment. A script
     run from another folder is named by its full path: ROOT / "train.py". Does not check the exit code.
     """
-    def run(*arguments, cwd=ROOT, timeout: float = 120, env: dict[str, str] | None = None,
-            input: str | None = None) -> subprocess.CompletedProcess:
+
+    def run(
+        *arguments, cwd=ROOT, timeout: float = 120, env: dict[str, str] | None = None, input: str | None = None
+    ) -> subprocess.CompletedProcess:
         threads = os.environ.get("OMP_NUM_THREADS", "2")
         limits = {"OMP_NUM_THREADS": threads if threads == "1" else "2", "PYTHONIOENCODING": "utf-8"}
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, timeout=timeout, input=input,
-                              capture_output=True, text=True, encoding="utf-8",
-                              env={**os.environ, **limits, **(env or {})})
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            timeout=timeout,
+            input=input,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, **limits, **(env or {})},
+        )
+
     return run
 
 
@@ -42,6 +52,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
     import argparse
 
     from data.preparation import prepare
+
     folder = tmp_path_factory.mktemp("data") / "tiny"
     text = Path(argparse.__file__).read_text(encoding="utf-8")[:67_000]
     prepare(lambda: iter([("argparse.py", text)]), folder, tokenizer="byte")

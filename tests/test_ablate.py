@@ -24,14 +24,13 @@ import ablate
 from ablation.effects import effects_in_words
 from ablation.execution import being_trained, gpu_of_slot
 from ablation.planning import make_plan
+from command_line import UsageError
 from configurator import configure
 from model_builder import build_model
 from model_config import components, resolve
 from training.checkpoint import CheckpointStore
-from training.command_line import UsageError
 
-SHAPE = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--device=cpu", "--dtype=float32",
-         "--threads=1")
+SHAPE = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--device=cpu", "--dtype=float32", "--threads=1")
 SEEDS = (1337, 1338)
 
 
@@ -42,8 +41,7 @@ def plan_of(dataset: Path, *arguments: str):
 
 def models(plan) -> dict:
     """Variant name → the model that train.py would build from the planned command line."""
-    return {variant.name: configure(plan.arguments(variant, plan.seeds[0])).train.model_config(256)
-            for variant in plan.variants}
+    return {variant.name: configure(plan.arguments(variant, plan.seeds[0])).train.model_config(256) for variant in plan.variants}
 
 
 def counted(model, match: str) -> float:
@@ -58,8 +56,11 @@ def counted(model, match: str) -> float:
 
 # ------------------------------------------------------------------------------------------- the plan
 
-FACTORS = {"normalization": ("layernorm", "rmsnorm", "layernorm_nobias"), "dropout": ("0.0", "0.1"),
-           "position_encoding": ("learned_absolute", "rope")}
+FACTORS = {
+    "normalization": ("layernorm", "rmsnorm", "layernorm_nobias"),
+    "dropout": ("0.0", "0.1"),
+    "position_encoding": ("learned_absolute", "rope"),
+}
 VARY_FACTORS = [f"--vary={key}={','.join(values)}" for key, values in FACTORS.items()]
 
 
@@ -70,7 +71,11 @@ def test_one_factor_at_a_time_is_the_baseline_and_each_other_value(tiny_dataset)
     changed = [{key for key in FACTORS if v.choice[key] != plan.base.choice[key]} for v in plan.variants[1:]]
     assert all(len(keys) == 1 for keys in changed)
     assert {variant.name for variant in plan.variants[1:]} == {
-        "normalization=rmsnorm", "normalization=layernorm_nobias", "position_encoding=rope", "dropout=0.1"}
+        "normalization=rmsnorm",
+        "normalization=layernorm_nobias",
+        "position_encoding=rope",
+        "dropout=0.1",
+    }
 
 
 def test_a_grid_is_every_combination(tiny_dataset):
@@ -86,11 +91,12 @@ def test_a_grid_without_the_configs_own_value_has_no_baseline(tiny_dataset):
 
 
 def test_every_run_has_its_folder_its_seeds_and_goes_on_by_itself(tiny_dataset):
-    plan = plan_of(tiny_dataset, *SHAPE, "--vary=ffn_type=standard,swiglu", "--seed=7", "--data_seed=70", "--seeds=3",
-                   "--out_dir=somewhere")
+    plan = plan_of(
+        tiny_dataset, *SHAPE, "--vary=ffn_type=standard,swiglu", "--seed=7", "--data_seed=70", "--seeds=3", "--out_dir=somewhere"
+    )
     assert plan.seeds == ((7, 70), (8, 71), (9, 72))
     for variant, seeds in itertools.product(plan.variants, plan.seeds):
-        train = configure([word for word in plan.arguments(variant, seeds)]).train
+        train = configure(list(plan.arguments(variant, seeds))).train
         assert (train.seed, train.data_seed, train.init_from) == (*seeds, "auto")
         assert Path(train.out_dir) == plan.folder(variant, seeds) and Path(train.out_dir).parts[0] == "somewhere"
     assert len({plan.folder(v, s) for v in plan.variants for s in plan.seeds}) == 6
@@ -99,14 +105,26 @@ def test_every_run_has_its_folder_its_seeds_and_goes_on_by_itself(tiny_dataset):
 def test_values_with_commas_are_separated_by_semicolons(tiny_dataset):
     plan = plan_of(tiny_dataset, *SHAPE, "--vary=layer_pattern=transformer;transformer,mlp;mlp,transformer")
     assert {model.layer_pattern for model in models(plan).values()} == {
-        ("transformer", "transformer"), ("transformer", "mlp"), ("mlp", "transformer")}
+        ("transformer", "transformer"),
+        ("transformer", "mlp"),
+        ("mlp", "transformer"),
+    }
     assert all("/" not in variant.folder and len(variant.folder) < 130 for variant in plan.variants)
 
 
-@pytest.mark.parametrize("key, values", [
-    ("learning_rate", ("1e-5", "3e-4")), ("optimizer", ("adamw", "muon")), ("weight_decay", ("0", "0.1")),
-    ("arch_preset", ("gpt2", "gpt2_postnorm", "llama")), ("norm_position", tuple(components("norm_position"))),
-    ("qk_norm", ("False", "full")), ("attention_backend", ("sdpa", "manual")), ("n_kv_head", ("1", "2"))])
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        ("learning_rate", ("1e-5", "3e-4")),
+        ("optimizer", ("adamw", "muon")),
+        ("weight_decay", ("0", "0.1")),
+        ("arch_preset", ("gpt2", "gpt2_postnorm", "llama")),
+        ("norm_position", tuple(components("norm_position"))),
+        ("qk_norm", ("False", "full")),
+        ("attention_backend", ("sdpa", "manual")),
+        ("n_kv_head", ("1", "2")),
+    ],
+)
 def test_any_key_may_be_varied_and_its_value_arrives(tiny_dataset, key, values):
     plan = plan_of(tiny_dataset, *SHAPE, f"--vary={key}={','.join(values)}")
     own = str(plan.base.choice[key])
@@ -124,18 +142,38 @@ def test_varied_parts_build_models_that_differ(tiny_dataset):
 
 # ------------------------------------------------------------------------------------------- equal sizes
 
-MATCHED = [(vary, match) for match in ("params", "flops") for vary in (
-    "ffn_type=standard,swiglu,geglu", "weight_tying=True,False", "n_kv_head=4,1", "n_layer=8,5,12", "n_embd=64,80",
-    "position_encoding=learned_absolute,rope,none", "norm_position=pre,post,sandwich", "bias=True,False",
-    "layer_pattern=transformer;transformer*3,mlp", "arch_preset=custom,llama")]
+MATCHED = [
+    (vary, match)
+    for match in ("params", "flops")
+    for vary in (
+        "ffn_type=standard,swiglu,geglu",
+        "weight_tying=True,False",
+        "n_kv_head=4,1",
+        "n_layer=8,5,12",
+        "n_embd=64,80",
+        "position_encoding=learned_absolute,rope,none",
+        "norm_position=pre,post,sandwich",
+        "bias=True,False",
+        "layer_pattern=transformer;transformer*3,mlp",
+        "arch_preset=custom,llama",
+    )
+]
 # 8 layers of 4·64² + 2·64·256 weights are 12 of 4·64² + 2·64·128, or 117 where attention's products count too
 MATCHED += [("d_ff=256,128", "params"), ("ffn_expansion_ratio=4,2", "params"), ("d_ff=256,117", "flops")]
 
 
 @pytest.mark.parametrize("vary, match", MATCHED)
 def test_matched_variants_have_the_baselines_size_counted_independently(tiny_dataset, vary, match):
-    plan = plan_of(tiny_dataset, "--arch_preset=custom", "--n_layer=8", "--n_head=4", "--n_embd=64", "--block_size=32",
-                   f"--vary={vary}", f"--match={match}")
+    plan = plan_of(
+        tiny_dataset,
+        "--arch_preset=custom",
+        "--n_layer=8",
+        "--n_head=4",
+        "--n_embd=64",
+        "--block_size=32",
+        f"--vary={vary}",
+        f"--match={match}",
+    )
     built = models(plan)
     assert len(built) > 1
     wanted = counted(configure(plan.arguments(plan.base, (1, 1))).train.model_config(256), match)
@@ -192,34 +230,41 @@ def test_a_multiple_given_in_a_config_does_not_hinder(tiny_dataset, tmp_path):
 
 # ------------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("arguments, fragments", [
-    (["--vary=normalisation=layernorm,rmsnorm"], ["'normalisation' is not a key (did you mean 'normalization'?)"]),
-    (["--vary=normalization=layernorm,rmsnrom"], ["normalization='rmsnrom' is not registered (did you mean 'rmsnorm'"]),
-    (["--vary=n_layer=2,two"], ["n_layer='two' is not a whole number"]),
-    (["--vary=n_head=2,3"], ["n_head=3", "does not divide n_embd=32"]),
-    (["--vary=rope_theta=5000,10000"], ["rope_theta=5000", "no effect"]),
-    (["--vary=normalization=rmsnorm", "--vary=normalization=layernorm"], ["normalization is given twice"]),
-    (["--vary=n_layer=2,3,3"], ["3 is given twice"]),
-    (["--vary=normalization"], ["names no values", "--vary normalization=a,b"]),
-    (["--vary=normalization=layernorm"], ["varies nothing", "normalization=layernorm already"]),
-    (["--vary=arch_preset=llama,team"], ["same experiment"]),
-    (["--vary=seed=1,2"], ["seed cannot be varied", "--seeds"]),
-    (["--vary=out_dir=a,b"], ["out_dir cannot be varied"]),
-    (["--vary=use_fsdp=True,False"], ["vary parallelism itself"]),
-    (["--seeds=0"], ["--seeds=0 must be at least 1"]),
-    (["--jobs=-1"], ["--jobs=-1 must be at least 1"]),
-    (["--seeds=two"], ["invalid int value: 'two'"]),
-    (["--match=size"], ["'params'", "'flops'"]),
-    (["--init_from=resume"], ["--init_from cannot be given"]),
-    (["--eval_only"], ["--eval_only cannot be given"]),
-    (["--print_config"], ["--dry_run shows"]),
-    (["config/no_such.py"], ["does not exist"]),
-    (["--no_such_key=1"], ["--no_such_key is not a key"]),
-    (["--vary=batch_size=4,8", "--max_iters=10"], ["batch_size=8 would train on", "--max_tokens"]),
-    (["--vary=batch_size=4,8", "--max_tokens=6400"], ["would be validated on", "--eval_iters=0"]),
-    (["--seeds=0", "--n_embd=80x", "--vary=n_layers=2,3", "--vary=activation=gleu,relu"],
-     ["--seeds=0", "n_embd='80x'", "'n_layers' is not a key", "activation='gleu' is not registered"]),
-], ids=lambda value: " ".join(value) if value[0].startswith(("--", "config")) else "")
+
+@pytest.mark.parametrize(
+    "arguments, fragments",
+    [
+        (["--vary=normalisation=layernorm,rmsnorm"], ["'normalisation' is not a key (did you mean 'normalization'?)"]),
+        (["--vary=normalization=layernorm,rmsnrom"], ["normalization='rmsnrom' is not registered (did you mean 'rmsnorm'"]),
+        (["--vary=n_layer=2,two"], ["n_layer='two' is not a whole number"]),
+        (["--vary=n_head=2,3"], ["n_head=3", "does not divide n_embd=32"]),
+        (["--vary=rope_theta=5000,10000"], ["rope_theta=5000", "no effect"]),
+        (["--vary=normalization=rmsnorm", "--vary=normalization=layernorm"], ["normalization is given twice"]),
+        (["--vary=n_layer=2,3,3"], ["3 is given twice"]),
+        (["--vary=normalization"], ["names no values", "--vary normalization=a,b"]),
+        (["--vary=normalization=layernorm"], ["varies nothing", "normalization=layernorm already"]),
+        (["--vary=arch_preset=llama,team"], ["same experiment"]),
+        (["--vary=seed=1,2"], ["seed cannot be varied", "--seeds"]),
+        (["--vary=out_dir=a,b"], ["out_dir cannot be varied"]),
+        (["--vary=use_fsdp=True,False"], ["vary parallelism itself"]),
+        (["--seeds=0"], ["--seeds=0 must be at least 1"]),
+        (["--jobs=-1"], ["--jobs=-1 must be at least 1"]),
+        (["--seeds=two"], ["invalid int value: 'two'"]),
+        (["--match=size"], ["'params'", "'flops'"]),
+        (["--init_from=resume"], ["--init_from cannot be given"]),
+        (["--eval_only"], ["--eval_only cannot be given"]),
+        (["--print_config"], ["--dry_run shows"]),
+        (["config/no_such.py"], ["does not exist"]),
+        (["--no_such_key=1"], ["--no_such_key is not a key"]),
+        (["--vary=batch_size=4,8", "--max_iters=10"], ["batch_size=8 would train on", "--max_tokens"]),
+        (["--vary=batch_size=4,8", "--max_tokens=6400"], ["would be validated on", "--eval_iters=0"]),
+        (
+            ["--seeds=0", "--n_embd=80x", "--vary=n_layers=2,3", "--vary=activation=gleu,relu"],
+            ["--seeds=0", "n_embd='80x'", "'n_layers' is not a key", "activation='gleu' is not registered"],
+        ),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith(("--", "config")) else "",
+)
 def test_bad_input_is_said_in_a_sentence_before_anything_runs(tmp_path, tiny_dataset, capsys, arguments, fragments):
     out = tmp_path / "out"
     assert ablate.main([*SHAPE, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--batch_size=4", *arguments]) == 2
@@ -244,15 +289,22 @@ def test_an_out_dir_that_cannot_be_made_is_said(tmp_path, tiny_dataset, capsys):
 
 
 def test_other_batch_sizes_compare_where_tokens_and_validation_are_the_same(tiny_dataset):
-    plan = plan_of(tiny_dataset, *SHAPE, "--batch_size=4", "--vary=batch_size=4,8", "--max_tokens=6400",
-                   "--eval_iters=0")
+    plan = plan_of(tiny_dataset, *SHAPE, "--batch_size=4", "--vary=batch_size=4,8", "--max_tokens=6400", "--eval_iters=0")
     assert [variant.tokens for variant in plan.variants] == [6400, 6400]
 
 
 def test_a_dry_run_prints_every_command_sizes_and_cost_and_trains_nothing(tmp_path, tiny_dataset, capsys):
     out = tmp_path / "out"
-    words = [*SHAPE, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--vary=ffn_type=standard,swiglu", "--seeds=2",
-             "--price_per_gpu_hour=2.5", "--max_iters=10", "--dry_run"]
+    words = [
+        *SHAPE,
+        f"--dataset={tiny_dataset}",
+        f"--out_dir={out}",
+        "--vary=ffn_type=standard,swiglu",
+        "--seeds=2",
+        "--price_per_gpu_hour=2.5",
+        "--max_iters=10",
+        "--dry_run",
+    ]
     assert ablate.main(words) == 0
     printed = capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("python train.py ")]
@@ -275,13 +327,23 @@ def test_the_commands_of_the_page_are_plans_and_what_it_says_of_sizes_is_true():
 
 # ------------------------------------------------------------------------------------------- what a factor does
 
+
 def test_the_effects_of_a_grid_are_paired_differences_of_its_margins(tiny_dataset):
     """Against scipy's paired t test and margins taken by hand."""
-    plan = plan_of(tiny_dataset, *SHAPE, "--grid", "--vary=position_encoding=rope,learned_absolute",
-                   "--vary=ffn_type=standard,swiglu", "--seeds=4")
-    figures = {"defaults": [3.00, 3.10, 3.05, 3.08], "position_encoding=rope": [2.80, 2.91, 2.84, 2.88],
-               "ffn_type=swiglu": [2.97, 3.06, 3.02, 3.04],
-               "position_encoding=rope, ffn_type=swiglu": [2.70, 2.83, 2.75, 2.79]}
+    plan = plan_of(
+        tiny_dataset,
+        *SHAPE,
+        "--grid",
+        "--vary=position_encoding=rope,learned_absolute",
+        "--vary=ffn_type=standard,swiglu",
+        "--seeds=4",
+    )
+    figures = {
+        "defaults": [3.00, 3.10, 3.05, 3.08],
+        "position_encoding=rope": [2.80, 2.91, 2.84, 2.88],
+        "ffn_type=swiglu": [2.97, 3.06, 3.02, 3.04],
+        "position_encoding=rope, ffn_type=swiglu": [2.70, 2.83, 2.75, 2.79],
+    }
     assert set(figures) == {variant.name for variant in plan.variants}
     said = effects_in_words(plan, {name: dict(zip(plan.seeds, losses)) for name, losses in figures.items()}, "val_loss")
     plain, rope, swiglu, both = (figures[name] for name in figures)
@@ -291,6 +353,7 @@ def test_the_effects_of_a_grid_are_paired_differences_of_its_margins(tiny_datase
 
     def minus(one, other):
         return [a - b for a, b in zip(one, other)]
+
     effects = [minus(mean(rope, both), mean(plain, swiglu)), minus(mean(swiglu, both), mean(plain, rope))]
     with_standard, with_swiglu = minus(rope, plain), minus(both, swiglu)
     samples = [*effects, minus(*effects), minus(with_swiglu, with_standard)]
@@ -304,16 +367,19 @@ def test_the_effects_of_a_grid_are_paired_differences_of_its_margins(tiny_datase
         assert ("p < 0.001" if adjusted[i] < 0.001 else f"p = {adjusted[i]:.2g}") in sentence, sentence
         assert sentence.startswith("no difference shown") == (adjusted[i] >= 0.05)
     assert said[0].startswith("averaged over ffn_type: position_encoding=rope has a lower validation loss than pos")
-    rope_by, swiglu_by, apart, together = (f"{statistics.fmean(sample):+.4f}"
-                                           for sample in (*effects, with_standard, with_swiglu))
-    assert said[2].startswith(f"position_encoding=rope ({rope_by}) does more for the validation loss than "
-                              f"ffn_type=swiglu ({swiglu_by}), difference ")
+    rope_by, swiglu_by, apart, together = (
+        f"{statistics.fmean(sample):+.4f}" for sample in (*effects, with_standard, with_swiglu)
+    )
+    assert said[2].startswith(
+        f"position_encoding=rope ({rope_by}) does more for the validation loss than ffn_type=swiglu ({swiglu_by}), difference "
+    )
     assert f"depends on ffn_type: {apart} with ffn_type=standard and {together} with ffn_type=swiglu" in said[3]
 
 
 def test_effects_need_every_combination(tiny_dataset):
-    plan = plan_of(tiny_dataset, *SHAPE, "--grid", "--vary=position_encoding=rope,learned_absolute",
-                   "--vary=ffn_type=standard,swiglu")
+    plan = plan_of(
+        tiny_dataset, *SHAPE, "--grid", "--vary=position_encoding=rope,learned_absolute", "--vary=ffn_type=standard,swiglu"
+    )
     values = {variant.name: {plan.seeds[0]: 3.0} for variant in plan.variants}
     del values["ffn_type=swiglu"]
     assert "not finished: ffn_type=swiglu" in effects_in_words(plan, values, "val_loss")[0]
@@ -321,15 +387,30 @@ def test_effects_need_every_combination(tiny_dataset):
 
 # ------------------------------------------------------------------------------------------- the runs
 
-TRAINED = (*SHAPE, "--batch_size=4", "--max_iters=60", "--eval_interval=20", "--eval_iters=4", "--save_interval=10",
-           "--log_interval=1", "--vary=position_encoding=learned_absolute,rope", "--seeds=2")
+TRAINED = (
+    *SHAPE,
+    "--batch_size=4",
+    "--max_iters=60",
+    "--eval_interval=20",
+    "--eval_iters=4",
+    "--save_interval=10",
+    "--log_interval=1",
+    "--vary=position_encoding=learned_absolute,rope",
+    "--seeds=2",
+)
 FOLDERS = [f"{variant}/seed_{seed}" for seed in SEEDS for variant in ("baseline", "position_encoding=rope")]
 
 
 def start(out_dir: Path, dataset: Path, *arguments: str) -> subprocess.Popen:
     words = [*TRAINED, f"--dataset={dataset}", f"--out_dir={out_dir}", *arguments]
-    return subprocess.Popen([sys.executable, "ablate.py", *words], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "ablate.py", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
@@ -398,8 +479,11 @@ def test_killed_or_not_one_or_two_at_a_time_the_losses_are_the_same(killed_study
     whole = whole_study[0]
     for folder in FOLDERS:
         assert losses(killed / folder) == losses(whole / folder) and len(losses(whole / folder)) == 60
-    ends = [[event["val_loss"] for event in events(out / folder) if event["event"] == "eval"][-1]
-            for out in (killed, whole) for folder in FOLDERS]
+    ends = [
+        [event["val_loss"] for event in events(out / folder) if event["event"] == "eval"][-1]
+        for out in (killed, whole)
+        for folder in FOLDERS
+    ]
     assert ends[:4] == ends[4:]
 
 
@@ -414,8 +498,7 @@ def test_variants_are_paired_by_their_seeds(whole_study):
 
 def test_every_variant_trained_the_model_that_was_asked_for(whole_study):
     shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256)
-    asked = {"baseline": resolve("gpt2", **shape),
-             "position_encoding=rope": resolve("gpt2", **shape, position_encoding="rope")}
+    asked = {"baseline": resolve("gpt2", **shape), "position_encoding=rope": resolve("gpt2", **shape, position_encoding="rope")}
     assert len({model.fingerprint for model in asked.values()}) == 2
     for folder in FOLDERS:
         logged = events(whole_study[0] / folder)[0]["model"]
@@ -428,9 +511,16 @@ def test_the_comparison_is_printed_and_written(whole_study):
     assert "defaults (baseline)" in output and "paired t over 2 seeds" in output
     document = json.loads((out / "comparison.json").read_text())
     assert document["baseline"] == "defaults" and len(document["runs"]) == 4
-    finals = {name: [event["val_loss"] for folder in FOLDERS if folder.startswith(place)
-                     for event in events(out / folder) if event["event"] == "eval" and event["step"] == 60]
-              for name, place in (("defaults", "baseline"), ("position_encoding=rope", "position"))}
+    finals = {
+        name: [
+            event["val_loss"]
+            for folder in FOLDERS
+            if folder.startswith(place)
+            for event in events(out / folder)
+            if event["event"] == "eval" and event["step"] == 60
+        ]
+        for name, place in (("defaults", "baseline"), ("position_encoding=rope", "position"))
+    }
     means = {group["name"]: group["val_loss"]["mean"] for group in document["groups"]}
     assert means == {name: pytest.approx(statistics.fmean(values), rel=1e-12) for name, values in finals.items()}
     for name in ("comparison.html", "comparison.md", "comparison.png", "ablation.json"):
@@ -453,20 +543,25 @@ def test_a_finished_study_is_compared_again_without_training(whole_study, tiny_d
 
 def test_more_seeds_and_factors_add_to_a_study(whole_study, tiny_dataset, capsys):
     out = whole_study[0]
-    assert ablate.main([*TRAINED, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--seeds=3",
-                        "--vary=bias=True,False", "--dry_run"]) == 0
+    assert (
+        ablate.main(
+            [*TRAINED, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--seeds=3", "--vary=bias=True,False", "--dry_run"]
+        )
+        == 0
+    )
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python train.py")]
     assert len(commands) == 9 and sum(line.endswith("# finished") for line in commands) == 4
 
 
 def test_a_folder_with_runs_of_another_configuration_is_refused(whole_study, tiny_dataset, capsys):
     out = whole_study[0]
-    for other, said in (("--max_iters=61", "max_iters=60, where this study has max_iters=61"),
-                        ("--learning_rate=0.5", "learning_rate=0.0006, where this study has learning_rate=0.5")):
+    for other, said in (
+        ("--max_iters=61", "max_iters=60, where this study has max_iters=61"),
+        ("--learning_rate=0.5", "learning_rate=0.0006, where this study has learning_rate=0.5"),
+    ):
         assert ablate.main([*TRAINED, f"--dataset={tiny_dataset}", f"--out_dir={out}", other]) == 2
         assert said in capsys.readouterr().err
-    assert ablate.main([*TRAINED, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--log_interval=7",
-                        "--dry_run"]) == 0
+    assert ablate.main([*TRAINED, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--log_interval=7", "--dry_run"]) == 0
 
 
 def test_interrupted_the_running_training_saves_and_the_command_says_how_to_go_on(tmp_path, tiny_dataset):
@@ -488,12 +583,27 @@ def test_interrupted_the_running_training_saves_and_the_command_says_how_to_go_o
 
 def test_a_run_that_fails_is_named_with_its_last_lines_and_the_others_are_compared(tmp_path, tiny_dataset, capsys):
     out = tmp_path / "study"
-    assert ablate.main([*SHAPE, "--batch_size=4", "--max_iters=8", "--eval_iters=1", "--log_interval=1", "--seeds=1",
-                        "--nonfinite_limit=2", "--grad_clip=0", "--lr_schedule=constant", f"--dataset={tiny_dataset}",
-                        f"--out_dir={out}", "--vary=learning_rate=6e-4,1e30"]) == 1
+    assert (
+        ablate.main(
+            [
+                *SHAPE,
+                "--batch_size=4",
+                "--max_iters=8",
+                "--eval_iters=1",
+                "--log_interval=1",
+                "--seeds=1",
+                "--nonfinite_limit=2",
+                "--grad_clip=0",
+                "--lr_schedule=constant",
+                f"--dataset={tiny_dataset}",
+                f"--out_dir={out}",
+                "--vary=learning_rate=6e-4,1e30",
+            ]
+        )
+        == 1
+    )
     said = capsys.readouterr()
-    assert all(text in said.err for text in ("failed: train.py exited with 1", "updates were skipped",
-                                             "1 of 2 runs failed"))
+    assert all(text in said.err for text in ("failed: train.py exited with 1", "updates were skipped", "1 of 2 runs failed"))
     assert "note: left out: learning_rate=1" in said.out and "defaults (baseline)" in said.out
     assert json.loads((out / "comparison.json").read_text())["runs"][0]["outcome"] == "finished"
 

@@ -21,8 +21,21 @@ from tests.distributed.launching import shared_launcher
 from training.checkpoint import CheckpointStore, load_model
 from training.checkpoint_commands import main
 
-SMALL = ("--arch_preset=llama", "--n_layer=2", "--n_head=3", "--n_embd=33", "--position_encoding=learned_absolute", "--block_size=16",
-         "--batch_size=4", "--log_interval=1", "--eval_iters=1", "--device=cpu", "--dtype=float32", "--threads=1", "--max_iters=4")
+SMALL = (
+    "--arch_preset=llama",
+    "--n_layer=2",
+    "--n_head=3",
+    "--n_embd=33",
+    "--position_encoding=learned_absolute",
+    "--block_size=16",
+    "--batch_size=4",
+    "--log_interval=1",
+    "--eval_iters=1",
+    "--device=cpu",
+    "--dtype=float32",
+    "--threads=1",
+    "--max_iters=4",
+)
 KINDS = ("alone", "fsdp")  # saved by one process; sharded over two, unevenly: 33 rows are 17 and 16
 
 
@@ -48,7 +61,9 @@ def latest(out_dir: Path) -> Path:
 
 def model_of(checkpoint: Path) -> torch.nn.Module:
     """The architecture of a checkpoint, without weights."""
-    return build_model(ModelConfig.from_dict(json.loads((checkpoint / "state.json").read_text())["model"]["config"]), device="meta")
+    return build_model(
+        ModelConfig.from_dict(json.loads((checkpoint / "state.json").read_text())["model"]["config"]), device="meta"
+    )
 
 
 def rows(text: str) -> dict[str, str]:
@@ -68,6 +83,7 @@ def spoil(file: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- inspect
+
 
 def test_inspect_says_what_is_in_a_checkpoint(out_dir, capsys):
     checkpoint = latest(out_dir)
@@ -110,16 +126,19 @@ def test_inspect_takes_an_out_dir_a_folder_of_checkpoints_or_one(out_dir, capsys
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda folder: spoil(sorted(folder.glob("shard-*"))[-1]), ("checksum",)),
-    (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json is missing",)),
-    (lambda folder: sorted(folder.glob("shard-*"))[0].write_bytes(b"\x01"), ("shard-00001",)),
-    (lambda folder: sorted(folder.glob("shard-*"))[0].write_bytes(b"\xff" * 100), ("shard-00001",)),
-    (lambda folder: (folder / "state.json").write_text("{}"), ("format None",)),
-    (lambda folder: (folder / "state.json").unlink(), ("state.json",)),
-    (lambda folder: (folder / "manifest.json").write_text("nonsense"), ("manifest.json",)),
-    (lambda folder: (folder / "manifest.json").write_text("{}"), ("manifest",)),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda folder: spoil(sorted(folder.glob("shard-*"))[-1]), ("checksum",)),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json is missing",)),
+        (lambda folder: sorted(folder.glob("shard-*"))[0].write_bytes(b"\x01"), ("shard-00001",)),
+        (lambda folder: sorted(folder.glob("shard-*"))[0].write_bytes(b"\xff" * 100), ("shard-00001",)),
+        (lambda folder: (folder / "state.json").write_text("{}"), ("format None",)),
+        (lambda folder: (folder / "state.json").unlink(), ("state.json",)),
+        (lambda folder: (folder / "manifest.json").write_text("nonsense"), ("manifest.json",)),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), ("manifest",)),
+    ],
+)
 def test_inspect_of_a_damaged_checkpoint_says_what_and_fails(out_dirs, tmp_path, capsys, damage, words):
     folder = Path(shutil.copytree(latest(out_dirs["fsdp"]), tmp_path / "step_000000004"))
     damage(folder)
@@ -139,6 +158,7 @@ def test_inspect_of_nothing_and_a_bad_command_line_are_sentences(tmp_path, capsy
 
 # ------------------------------------------------------------------------------------------- consolidate
 
+
 def test_the_consolidated_model_is_one_plain_safetensors_file_with_the_shards_put_together(out_dir, tmp_path, capsys):
     """Put together here by hand: fsdp shards the first dimension, in the order of the ranks."""
     assert main(["consolidate", str(out_dir), str(tmp_path / "one")]) == 0
@@ -153,7 +173,11 @@ def test_the_consolidated_model_is_one_plain_safetensors_file_with_the_shards_pu
     assert found.keys() == expected.keys() == {f"model.{name}" for name, _ in model_of(latest(out_dir)).named_parameters()}
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert sorted(file.name for file in (tmp_path / "one").iterdir()) == [
-        "manifest.json", "model.safetensors", "state.json", "tokenizer.json"]
+        "manifest.json",
+        "model.safetensors",
+        "state.json",
+        "tokenizer.json",
+    ]
 
 
 def test_both_runs_have_the_same_model_within_rounding(out_dirs, tmp_path):
@@ -173,7 +197,9 @@ def test_everything_takes_the_consolidated_folder_and_says_the_same(out_dir, tmp
     texts = []
     for path in (out_dir, one):
         capsys.readouterr()
-        assert sample.main([str(path), "--prompt=def ", "--max_new_tokens=12", "--seed=3", "--device=cpu", "--dtype=float32"]) == 0
+        assert (
+            sample.main([str(path), "--prompt=def ", "--max_new_tokens=12", "--seed=3", "--device=cpu", "--dtype=float32"]) == 0
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("def ")
     assert main(["inspect", str(one), "--tensors"]) == 0
@@ -182,15 +208,22 @@ def test_everything_takes_the_consolidated_folder_and_says_the_same(out_dir, tmp
 
 
 def test_the_command_runs_from_anywhere_and_prints_the_folder(out_dirs, tmp_path, run_python):
-    result = run_python("-m", "training.checkpoint", "consolidate", out_dirs["fsdp"], "one", cwd=tmp_path,
-                        env={"PYTHONPATH": str(ROOT)})
+    result = run_python(
+        "-m", "training.checkpoint", "consolidate", out_dirs["fsdp"], "one", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "one\n", "")
 
 
 def test_convert_exports_the_same_from_the_consolidated_folder(tiny_dataset, tmp_path):
     arguments = [a for a in SMALL if "position" not in a]  # Hugging Face's Llama has rotary positions
-    group = shared_launcher().run(*arguments, "--n_head=2", "--n_embd=32", "--parallelism=zero1", f"--dataset={tiny_dataset}",
-                                  f"--out_dir={tmp_path / 'out'}")
+    group = shared_launcher().run(
+        *arguments,
+        "--n_head=2",
+        "--n_embd=32",
+        "--parallelism=zero1",
+        f"--dataset={tiny_dataset}",
+        f"--out_dir={tmp_path / 'out'}",
+    )
     assert set(group.codes.values()) == {0}, group.err
     assert main(["consolidate", str(tmp_path / "out"), str(tmp_path / "one")]) == 0
     for source in ("out", "one"):
@@ -203,8 +236,15 @@ def test_a_consolidated_model_cannot_be_resumed_but_started_from(out_dirs, tiny_
     one = tmp_path / "one"
     assert main(["consolidate", str(out_dirs["fsdp"]), str(one)]) == 0
     capsys.readouterr()
-    run = [f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / 'new'}", "--batch_size=4", "--device=cpu", "--dtype=float32",
-           "--threads=1", "--eval_iters=1"]
+    run = [
+        f"--dataset={tiny_dataset}",
+        f"--out_dir={tmp_path / 'new'}",
+        "--batch_size=4",
+        "--device=cpu",
+        "--dtype=float32",
+        "--threads=1",
+        "--eval_iters=1",
+    ]
     assert train.main([*run, f"--init_from={one}"]) == 1
     error = capsys.readouterr().err
     assert "cannot be resumed" in error and f"--init_from=weights:{one}" in error and len(error.splitlines()) == 1
@@ -219,7 +259,7 @@ def test_consolidate_needs_an_intact_model_and_a_new_folder(out_dirs, tmp_path, 
     source = Path(shutil.copytree(latest(out_dirs["fsdp"]), tmp_path / "step_000000004"))
     files = json.loads((source / "manifest.json").read_text())["files"]
     spoil(next(source / name for name, entry in files.items() if entry.get("holds") == ["optimizer"]))
-    assert main(["consolidate", str(source), str(tmp_path / "one")]) == 0      # does not need the optimizer
+    assert main(["consolidate", str(source), str(tmp_path / "one")]) == 0  # does not need the optimizer
     assert main(["consolidate", str(source), str(tmp_path / "one")]) == 2
     assert "exists already" in capsys.readouterr().err
     spoil(next(source / name for name, entry in files.items() if entry.get("holds") == ["model"]))
@@ -228,8 +268,10 @@ def test_consolidate_needs_an_intact_model_and_a_new_folder(out_dirs, tmp_path, 
 
 
 def test_a_consolidation_that_is_cut_short_leaves_no_checkpoint(out_dirs, tmp_path, run_python):
-    limited = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)); "
-               "from training.checkpoint_commands import main; sys.exit(main(sys.argv[1:]))")
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)); "
+        "from training.checkpoint_commands import main; sys.exit(main(sys.argv[1:]))"
+    )
     result = run_python("-c", limited, "consolidate", out_dirs["fsdp"], tmp_path / "one")
     assert result.returncode == 1 and "File too large" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "one" / "manifest.json").exists()
@@ -258,7 +300,7 @@ def watch():
         most[0] = max(most[0], anonymous())
         time.sleep(0.002)
 thread = threading.Thread(target=watch); thread.start()
-assert main(["consolidate", "{tmp_path}", "{tmp_path / 'one'}"]) == 0
+assert main(["consolidate", "{tmp_path}", "{tmp_path / "one"}"]) == 0
 over.append(1); thread.join()
 print(json.dumps(dict(size=size, extra=most[0] - before)))"""
     result = run_python("-c", script, cwd=ROOT)

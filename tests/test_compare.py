@@ -21,48 +21,99 @@ from conftest import ROOT
 
 import compare_architectures
 import training_logger
+from command_line import Failure, UsageError
 from comparison import NotComparable, compare, group_runs, load_runs, table
 from comparison.inference import ALPHA, POWER, Verdict, adjust, detectable, difference, estimate
 from comparison.report import sentence
 from configurator import configure
 from model_config import resolve
-from training.command_line import Failure, UsageError
 from training.train_config import KEYS
 from training_logger import TrainingLogger
 
-DATASET = {"name": "pydocs", "fingerprint": "f1", "tokenizer": {"name": "bpe-256", "fingerprint": "t1"},
-           "splits": {"train": {"tokens": 90_000, "bytes": 300_000, "documents": 9},
-                      "val": {"tokens": 1_001, "bytes": 3_000, "documents": 1}}}
+DATASET = {
+    "name": "pydocs",
+    "fingerprint": "f1",
+    "tokenizer": {"name": "bpe-256", "fingerprint": "t1"},
+    "splits": {
+        "train": {"tokens": 90_000, "bytes": 300_000, "documents": 9},
+        "val": {"tokens": 1_001, "bytes": 3_000, "documents": 1},
+    },
+}
 TOKENS_PER_STEP = 64
 
 
-def make_run(folder: Path, *options: str, val_loss: float = 3.0, steps: int = 40, first: int = 1, length: int = 40,
-             outcome: str | None = "finished", resumed_from: dict | None = None, val_tokens: int = 1000,
-             bits_per_byte: float | None = 1.5, step_ms: float = 20.0, loss: float = 3.2, dataset: dict = DATASET,
-             dtype: str = "float32", eval_interval: int = 10, hardware: str = "CPU one",
-             started: str | None = None) -> Path:
+def make_run(
+    folder: Path,
+    *options: str,
+    val_loss: float = 3.0,
+    steps: int = 40,
+    first: int = 1,
+    length: int = 40,
+    outcome: str | None = "finished",
+    resumed_from: dict | None = None,
+    val_tokens: int = 1000,
+    bits_per_byte: float | None = 1.5,
+    step_ms: float = 20.0,
+    loss: float = 3.2,
+    dataset: dict = DATASET,
+    dtype: str = "float32",
+    eval_interval: int = 10,
+    hardware: str = "CPU one",
+    started: str | None = None,
+) -> Path:
     """A run's log, written by the logger itself with the configuration that `options` give; returns the .jsonl.
 
     Logs every fifth step; evaluates every `eval_interval` steps, the last time with `val_loss`. outcome None: killed.
     """
-    configuration = configure(["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--vocab_size=256",
-                               f"--max_iters={length}", f"--out_dir={folder}", *options])
+    configuration = configure(
+        [
+            "--n_layer=2",
+            "--n_head=2",
+            "--n_embd=32",
+            "--block_size=16",
+            "--vocab_size=256",
+            f"--max_iters={length}",
+            f"--out_dir={folder}",
+            *options,
+        ]
+    )
     model = configuration.train.model_config(256)
     config, origins = configuration.resolved(model)
     log = TrainingLogger(folder, resumed_from=resumed_from)
-    log.start(config=config, origins=origins, dtype=dtype, length=length, tokens_per_iteration=TOKENS_PER_STEP,
-              dataset=dataset, hardware={"device_name": hardware},
-              model=dict(name=model.name, fingerprint=model.fingerprint, config=model.to_dict(), parameters=12_345,
-                         flops_per_token={"full": 1000, "causal": 900, "hardware": 1000}))
+    log.start(
+        config=config,
+        origins=origins,
+        dtype=dtype,
+        length=length,
+        tokens_per_iteration=TOKENS_PER_STEP,
+        dataset=dataset,
+        hardware={"device_name": hardware},
+        model=dict(
+            name=model.name,
+            fingerprint=model.fingerprint,
+            config=model.to_dict(),
+            parameters=12_345,
+            flops_per_token={"full": 1000, "causal": 900, "hardware": 1000},
+        ),
+    )
     for step in range(first, steps + 1):
         tokens = step * TOKENS_PER_STEP
         if step % 5 == 0:
-            log.step(step, tokens, loss=loss + 1 / step, lr=1e-3, grad_norm=0.5, mfu=0.25, memory_gb=0.5,
-                     tokens_per_s=TOKENS_PER_STEP * 1e3 / step_ms,
-                     step_ms={"data": 0.0, "compute": step_ms, "optimizer": 0.0, "total": step_ms})
+            log.step(
+                step,
+                tokens,
+                loss=loss + 1 / step,
+                lr=1e-3,
+                grad_norm=0.5,
+                mfu=0.25,
+                memory_gb=0.5,
+                tokens_per_s=TOKENS_PER_STEP * 1e3 / step_ms,
+                step_ms={"data": 0.0, "compute": step_ms, "optimizer": 0.0, "total": step_ms},
+            )
         if step % eval_interval == 0:
-            log.evaluation(step, tokens, val_loss=val_loss + (steps - step) / 10, val_tokens=val_tokens,
-                           bits_per_byte=bits_per_byte)
+            log.evaluation(
+                step, tokens, val_loss=val_loss + (steps - step) / 10, val_tokens=val_tokens, bits_per_byte=bits_per_byte
+            )
     if outcome:
         log.end(outcome, step=steps, tokens=steps * TOKENS_PER_STEP)
     if started:  # tests make several runs within a second
@@ -74,8 +125,10 @@ def make_run(folder: Path, *options: str, val_loss: float = 3.0, steps: int = 40
 
 def seeds_of(folder: Path, name: str, losses, *options: str, **facts) -> list[Path]:
     """A run a loss, with seeds 1, 2, 3 …"""
-    return [make_run(folder / f"{name}-{seed}", f"--seed={seed}", f"--data_seed={seed}", *options, val_loss=loss,
-                     **facts) for seed, loss in enumerate(losses, start=1)]
+    return [
+        make_run(folder / f"{name}-{seed}", f"--seed={seed}", f"--data_seed={seed}", *options, val_loss=loss, **facts)
+        for seed, loss in enumerate(losses, start=1)
+    ]
 
 
 def compared(*folders: Path, by=(), **options):
@@ -128,7 +181,8 @@ def test_tests_and_intervals_are_scipys(a, b):
         assert (test.low, test.high) == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
     found = estimate(list(left))
     assert (found.low, found.high) == pytest.approx(
-        scipy.stats.t.interval(0.95, a - 1, left.mean(), scipy.stats.sem(left)), rel=1e-9)
+        scipy.stats.t.interval(0.95, a - 1, left.mean(), scipy.stats.sem(left)), rel=1e-9
+    )
 
 
 def test_pairing_needs_every_seed_of_the_smaller_side():
@@ -187,6 +241,7 @@ def test_repetitions_without_scatter_agree_or_differ():
 
 # Runs.
 
+
 def test_a_run_is_summed_up_as_its_log_has_it(tmp_path):
     path = make_run(tmp_path / "a", "--seed=7", val_loss=2.5)
     [run] = load_runs([tmp_path])
@@ -213,7 +268,7 @@ def test_the_json_the_jsonl_and_their_folder_are_one_run(tmp_path):
 def test_a_run_killed_in_mid_line_still_compares(tmp_path, capsys):
     seeds_of(tmp_path, "whole", [3.0, 3.1])
     path = make_run(tmp_path / "killed", "--seed=3", "--data_seed=3", steps=33, outcome=None)
-    path.write_bytes(path.read_bytes()[:-25])   # the evaluation at step 30
+    path.write_bytes(path.read_bytes()[:-25])  # the evaluation at step 30
     killed = load_runs([path])[0]
     assert (killed.steps, killed.outcome, killed.val_loss) == (30, "running", pytest.approx(3.0 + 13 / 10))
     code, out, err = command(tmp_path, capsys=capsys)
@@ -230,7 +285,7 @@ def test_a_run_killed_before_its_first_document_or_evaluation_is_read(tmp_path):
 
 
 def test_the_time_of_an_evaluation_between_two_logged_steps_lies_between_theirs(tmp_path):
-    [run] = load_runs([make_run(tmp_path, eval_interval=8)])   # logged are 5, 10, 15 …; a step takes 20 ms
+    [run] = load_runs([make_run(tmp_path, eval_interval=8)])  # logged are 5, 10, 15 …; a step takes 20 ms
     assert run.evals["step"] == [8, 16, 24, 32, 40]
     assert run.evals["seconds"] == pytest.approx([0.16, 0.32, 0.48, 0.64, 0.8])
 
@@ -241,10 +296,20 @@ def resumed(parent: Path, step: int) -> dict:
 
 def test_a_resumed_chain_is_one_run_and_the_later_log_counts(tmp_path):
     first = make_run(tmp_path, steps=30, outcome=None, loss=9.0, started="2026-01-01T00:00:00+00:00")
-    second = make_run(tmp_path, "--init_from=resume", first=21, steps=30, resumed_from=resumed(first, 20), loss=5.0,
-                      step_ms=40.0, outcome="stopped", started="2026-01-01T01:00:00+00:00")
-    third = make_run(tmp_path, "--init_from=auto", first=31, resumed_from=resumed(second, 30), loss=3.0,
-                     started="2026-01-01T02:00:00+00:00")
+    second = make_run(
+        tmp_path,
+        "--init_from=resume",
+        first=21,
+        steps=30,
+        resumed_from=resumed(first, 20),
+        loss=5.0,
+        step_ms=40.0,
+        outcome="stopped",
+        started="2026-01-01T01:00:00+00:00",
+    )
+    third = make_run(
+        tmp_path, "--init_from=auto", first=31, resumed_from=resumed(second, 30), loss=3.0, started="2026-01-01T02:00:00+00:00"
+    )
     [run] = load_runs([tmp_path])
     assert run.paths == tuple(path.with_suffix("") for path in (first, second, third)) and run.finished
     assert run.started.startswith("2026-01-01T00")
@@ -256,18 +321,22 @@ def test_a_resumed_chain_is_one_run_and_the_later_log_counts(tmp_path):
 
 
 def test_the_best_loss_is_of_the_validation_set_that_the_run_ended_with(tmp_path):
-    first = make_run(tmp_path, steps=20, outcome="stopped", val_loss=1.0, val_tokens=500,
-                     started="2026-01-01T00:00:00+00:00")
-    make_run(tmp_path, "--init_from=resume", first=21, resumed_from=resumed(first, 20), val_loss=3.0,
-             started="2026-01-01T01:00:00+00:00")
+    first = make_run(tmp_path, steps=20, outcome="stopped", val_loss=1.0, val_tokens=500, started="2026-01-01T00:00:00+00:00")
+    make_run(
+        tmp_path,
+        "--init_from=resume",
+        first=21,
+        resumed_from=resumed(first, 20),
+        val_loss=3.0,
+        started="2026-01-01T01:00:00+00:00",
+    )
     [run] = load_runs([tmp_path])
     assert min(run.evals["val_loss"]) == 1.0 and run.best_val_loss == 3.0
 
 
 def test_steps_between_the_last_log_line_and_the_checkpoint_take_their_time_too(tmp_path):
-    first = make_run(tmp_path, steps=12, outcome="stopped", started="2026-01-01T00:00:00+00:00")   # logged up to 10
-    make_run(tmp_path, "--init_from=resume", first=13, resumed_from=resumed(first, 12),
-             started="2026-01-01T01:00:00+00:00")
+    first = make_run(tmp_path, steps=12, outcome="stopped", started="2026-01-01T00:00:00+00:00")  # logged up to 10
+    make_run(tmp_path, "--init_from=resume", first=13, resumed_from=resumed(first, 12), started="2026-01-01T01:00:00+00:00")
     [run] = load_runs([tmp_path])
     assert run.curve["seconds"] == pytest.approx([step * 0.020 for step in run.curve["step"]])
 
@@ -284,18 +353,41 @@ def test_warnings_in_a_log_are_noted_once_for_all_runs_that_have_them(tmp_path):
 
 def test_what_was_logged_after_the_step_that_is_resumed_from_is_superseded(tmp_path):
     first = make_run(tmp_path, steps=20, outcome="stopped", started="2026-01-01T00:00:00+00:00")
-    make_run(tmp_path, "--init_from=resume", first=11, steps=40, resumed_from=resumed(first, 10), loss=7.0,
-             outcome=None, started="2026-01-01T01:00:00+00:00")
-    make_run(tmp_path, "--init_from=resume", first=11, steps=15, resumed_from=resumed(first, 10), loss=5.0,
-             outcome=None, started="2026-01-01T02:00:00+00:00")
+    make_run(
+        tmp_path,
+        "--init_from=resume",
+        first=11,
+        steps=40,
+        resumed_from=resumed(first, 10),
+        loss=7.0,
+        outcome=None,
+        started="2026-01-01T01:00:00+00:00",
+    )
+    make_run(
+        tmp_path,
+        "--init_from=resume",
+        first=11,
+        steps=15,
+        resumed_from=resumed(first, 10),
+        loss=5.0,
+        outcome=None,
+        started="2026-01-01T02:00:00+00:00",
+    )
     [run] = load_runs([tmp_path])
     assert run.curve["step"] == [5, 10, 15] and round(run.curve["loss"][-1]) == 5 and run.evals["step"] == [10]
 
 
 def test_a_finished_run_stays_one_when_another_folder_continues_it(tmp_path):
     first = make_run(tmp_path / "a")
-    make_run(tmp_path / "b", f"--init_from={tmp_path}/a/checkpoints/step_20", "--max_iters=60", first=21, steps=60,
-             length=60, resumed_from=resumed(first, 20))
+    make_run(
+        tmp_path / "b",
+        f"--init_from={tmp_path}/a/checkpoints/step_20",
+        "--max_iters=60",
+        first=21,
+        steps=60,
+        length=60,
+        resumed_from=resumed(first, 20),
+    )
     runs = {Path(run.name).parent.name: run for run in load_runs([tmp_path])}
     assert {name: run.steps for name, run in runs.items()} == {"a": 40, "b": 60}
     assert runs["b"].curve["step"] == list(range(5, 61, 5)) and len(runs["b"].paths) == 2
@@ -304,8 +396,7 @@ def test_a_finished_run_stays_one_when_another_folder_continues_it(tmp_path):
 
 def test_a_moved_folder_keeps_its_chain_and_a_lost_first_part_is_said(tmp_path):
     first = make_run(tmp_path / "a", steps=20, outcome="stopped", started="2026-01-01T00:00:00+00:00")
-    make_run(tmp_path / "a", "--init_from=resume", first=21, resumed_from=resumed(first, 20),
-             started="2026-01-01T01:00:00+00:00")
+    make_run(tmp_path / "a", "--init_from=resume", first=21, resumed_from=resumed(first, 20), started="2026-01-01T01:00:00+00:00")
     (tmp_path / "a").rename(tmp_path / "moved")
     [run] = load_runs([tmp_path / "moved"])
     assert len(run.paths) == 2 and run.curve["step"][0] == 5
@@ -356,19 +447,36 @@ def test_latest_takes_the_runs_that_started_last(tmp_path):
 
 # Groups.
 
+
 def other_value(key: str):
     """A value of a configuration key that is not its default."""
-    return {"optimizer": "muon", "lr_schedule": "linear", "dtype": "float32", "activation_checkpointing": "full",
-            "device": "cpu", "notice": "hello", "out_dir": "elsewhere", "init_from": "auto", "min_lr": 1e-5,
-            "lr_decay_iters": 77, "learning_rate": 1e-5, "beta1": 0.5, "beta2": 0.5, "muon_momentum": 0.5,
-            "adam_eps": 1e-3, "lr_decay_fraction": 0.5, "compile": True}.get(key, 3)
+    return {
+        "optimizer": "muon",
+        "lr_schedule": "linear",
+        "dtype": "float32",
+        "activation_checkpointing": "full",
+        "device": "cpu",
+        "notice": "hello",
+        "out_dir": "elsewhere",
+        "init_from": "auto",
+        "min_lr": 1e-5,
+        "lr_decay_iters": 77,
+        "learning_rate": 1e-5,
+        "beta1": 0.5,
+        "beta2": 0.5,
+        "muon_momentum": 0.5,
+        "adam_eps": 1e-3,
+        "lr_decay_fraction": 0.5,
+        "compile": True,
+    }.get(key, 3)
 
 
 NOT_BY_THEMSELVES = ("eval_only", "parallelism", "epochs", "max_tokens", "max_iters", "total_batch_tokens", "dataset")
 
 
-@pytest.mark.parametrize("key", [name for name, field in KEYS.items() if name not in NOT_BY_THEMSELVES and
-                                 field.metadata["group"] != "architecture"])
+@pytest.mark.parametrize(
+    "key", [name for name, field in KEYS.items() if name not in NOT_BY_THEMSELVES and field.metadata["group"] != "architecture"]
+)
 def test_a_key_separates_groups_where_it_makes_another_experiment(tmp_path, key):
     [run] = load_runs([make_run(tmp_path / "a")])
     other = replace(run, config={**run.config, key: other_value(key)})
@@ -406,20 +514,26 @@ def test_the_same_seeds_twice_are_no_repetition(tmp_path):
 
 
 def test_labels_say_what_is_particular_to_each_group(tmp_path):
-    for number, options in enumerate((("--arch_preset=gpt2",), ("--arch_preset=gpt2", "--normalization=rmsnorm"),
-                                      ("--arch_preset=gpt2", "--learning_rate=1e-5"))):
+    for number, options in enumerate(
+        (
+            ("--arch_preset=gpt2",),
+            ("--arch_preset=gpt2", "--normalization=rmsnorm"),
+            ("--arch_preset=gpt2", "--learning_rate=1e-5"),
+        )
+    ):
         make_run(tmp_path / str(number), *options)
     comparison = compared(tmp_path)
     assert len(set(comparison.labels.values())) == 3
     assert {label for label in comparison.labels.values() if "RMS" in label} == {"RMS"}
     make_run(tmp_path / "0" / "more", "--seed=2", "--data_seed=2")
     renamed = compare([replace(group, name=f"rate=1e-0{i}") for i, group in enumerate(comparison.groups)])
-    assert all(name == label for name, label in renamed.labels.items())   # somebody's own names stay whole
+    assert all(name == label for name, label in renamed.labels.items())  # somebody's own names stay whole
     only_rates = compare(group_runs([run for run in load_runs([tmp_path]) if "RMS" not in run.architecture]))
     assert set(only_rates.labels.values()) == {"learning_rate=0.0006", "learning_rate=1e-05"}
 
 
 # Comparisons.
+
 
 def test_the_same_twice_shows_no_difference_and_names_what_could_have_been_seen(tmp_path):
     seeds_of(tmp_path, "a", [3.00, 3.10, 3.05])
@@ -481,28 +595,37 @@ def test_without_a_baseline_each_is_compared_with_each_and_with_one_only_with_it
         compared(tmp_path, baseline="llama")
 
 
-TOKENIZED_OTHERWISE = {**DATASET, "fingerprint": "f2", "tokenizer": {"name": "byte", "fingerprint": "t2"},
-                       "splits": {"train": {"tokens": 300_000, "bytes": 300_000, "documents": 9},
-                                  "val": {"tokens": 3_000, "bytes": 3_000, "documents": 1}}}
+TOKENIZED_OTHERWISE = {
+    **DATASET,
+    "fingerprint": "f2",
+    "tokenizer": {"name": "byte", "fingerprint": "t2"},
+    "splits": {
+        "train": {"tokens": 300_000, "bytes": 300_000, "documents": 9},
+        "val": {"tokens": 3_000, "bytes": 3_000, "documents": 1},
+    },
+}
 
 
-@pytest.mark.parametrize("facts, reason, said", [
-    (dict(steps=30, length=30), "other tokens", "was trained on 1,920 tokens"),
-    (dict(steps=30, outcome=None), "unfinished", "is unfinished (killed or still running after step 30 of 40)"),
-    (dict(steps=30, outcome="stopped"), "unfinished", "is unfinished (stopped after step 30 of 40)"),
-    (dict(steps=30, outcome="diverged"), "unfinished", "is unfinished (diverged after step 30 of 40)"),
-    (dict(val_tokens=500), "other validation set", "was validated on 500 tokens"),
-    (dict(val_loss=math.nan), "no validation loss", "has no finite validation loss"),
-    (dict(dataset={**DATASET, "fingerprint": "f2"}), "other data", "was trained on the dataset pydocs (f2)"),
-    (dict(dataset={"name": "pydocs", "fingerprint": "f2"}), "other data", "was trained on the dataset pydocs (f2)"),
-    (dict(dataset={**TOKENIZED_OTHERWISE, "splits": {"val": {"bytes": 1}}}), "other data", "losses on different data"),
-    (dict(dataset=TOKENIZED_OTHERWISE, val_tokens=2999, bits_per_byte=None), "other tokenizer",
-     "only bits per byte compare"),
-    (dict(dataset=TOKENIZED_OTHERWISE, val_tokens=1000), "other validation set",
-     "--eval_iters=0 validates on all of it"),
-], ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "")
-def test_what_does_not_compare_is_refused_in_a_sentence_that_names_both_and_flagged_by_force(tmp_path, capsys, facts,
-                                                                                             reason, said):
+@pytest.mark.parametrize(
+    "facts, reason, said",
+    [
+        (dict(steps=30, length=30), "other tokens", "was trained on 1,920 tokens"),
+        (dict(steps=30, outcome=None), "unfinished", "is unfinished (killed or still running after step 30 of 40)"),
+        (dict(steps=30, outcome="stopped"), "unfinished", "is unfinished (stopped after step 30 of 40)"),
+        (dict(steps=30, outcome="diverged"), "unfinished", "is unfinished (diverged after step 30 of 40)"),
+        (dict(val_tokens=500), "other validation set", "was validated on 500 tokens"),
+        (dict(val_loss=math.nan), "no validation loss", "has no finite validation loss"),
+        (dict(dataset={**DATASET, "fingerprint": "f2"}), "other data", "was trained on the dataset pydocs (f2)"),
+        (dict(dataset={"name": "pydocs", "fingerprint": "f2"}), "other data", "was trained on the dataset pydocs (f2)"),
+        (dict(dataset={**TOKENIZED_OTHERWISE, "splits": {"val": {"bytes": 1}}}), "other data", "losses on different data"),
+        (dict(dataset=TOKENIZED_OTHERWISE, val_tokens=2999, bits_per_byte=None), "other tokenizer", "only bits per byte compare"),
+        (dict(dataset=TOKENIZED_OTHERWISE, val_tokens=1000), "other validation set", "--eval_iters=0 validates on all of it"),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_what_does_not_compare_is_refused_in_a_sentence_that_names_both_and_flagged_by_force(
+    tmp_path, capsys, facts, reason, said
+):
     seeds_of(tmp_path, "sound", [3.0, 3.1, 3.2])
     bad = load_runs([make_run(tmp_path / "bad", "--normalization=rmsnorm", **facts)])[0]
     code, out, err = command(tmp_path, capsys=capsys)
@@ -551,10 +674,12 @@ def test_what_else_differs_is_noted(tmp_path):
     assert any("different hardware" in note for note in comparison.notes)
     assert {row[0] for row in comparison.component_rows} == {"normalization"}
     assert {"learning_rate": {0.0006, 1e-5}, "hardware": {"CPU one", "GPU two"}} == {
-        row[0]: set(row[1:]) for row in comparison.config_rows}
+        row[0]: set(row[1:]) for row in comparison.config_rows
+    }
 
 
 # The command.
+
 
 @pytest.fixture
 def three(tmp_path) -> Path:
@@ -576,15 +701,15 @@ def test_the_files_say_what_the_terminal_says(three, capsys):
     changed = document["groups"][0]["val_loss"]
     assert (changed["n"], changed["mean"], changed["sd"]) == (2, pytest.approx(2.8), pytest.approx(math.sqrt(0.02)))
     assert document["best"] == document["groups"][0]["name"] and document["differences"][0]["shown"] is False
-    assert document["model_differences"]["normalization"] == dict(zip([g["name"] for g in document["groups"]],
-                                                                      ["rmsnorm", "layernorm"]))
+    assert document["model_differences"]["normalization"] == dict(
+        zip([g["name"] for g in document["groups"]], ["rmsnorm", "layernorm"])
+    )
     for text in (out, markdown):
         assert "2.8000 ± 0.1414" in text and "3.0500 ± 0.0500" in text and "no difference shown" in text
     assert "| normalization | rmsnorm | layernorm |" in markdown and markdown.count(str(three)) >= 5
 
 
-@pytest.mark.parametrize("key, first", [("loss", "-RMS-"), ("tokens_per_s", "-LN-"), ("seconds", "-LN-"),
-                                        ("name", "-LN-")])
+@pytest.mark.parametrize("key, first", [("loss", "-RMS-"), ("tokens_per_s", "-LN-"), ("seconds", "-LN-"), ("name", "-LN-")])
 def test_sort_puts_the_best_of_a_column_first_and_the_best_are_marked(three, capsys, key, first):
     code, out, _ = command(three, f"--sort={key}", capsys=capsys)
     rows = out.split("\n")[2:4]
@@ -595,10 +720,15 @@ def test_sort_puts_the_best_of_a_column_first_and_the_best_are_marked(three, cap
 
 def test_wrong_use_exits_2_and_failures_exit_1(three, capsys):
     for arguments, code, said in (
-            (["--latest=0"], 2, "--latest=0"), (["--latest=x"], 2, "--latest=x"), (["--nonsense"], 2, "--nonsense"),
-            (["--sort=speed"], 2, "invalid choice: 'speed'"), (["--metric=mfu"], 2, "'mfu'"),
-            (["--baseline=zzz"], 2, "none of the groups"),
-            ([three / "nowhere"], 1, "does not exist"), ([f"--csv={three}/no/such/folder.csv"], 1, "No such file")):
+        (["--latest=0"], 2, "--latest=0"),
+        (["--latest=x"], 2, "--latest=x"),
+        (["--nonsense"], 2, "--nonsense"),
+        (["--sort=speed"], 2, "invalid choice: 'speed'"),
+        (["--metric=mfu"], 2, "'mfu'"),
+        (["--baseline=zzz"], 2, "none of the groups"),
+        ([three / "nowhere"], 1, "does not exist"),
+        ([f"--csv={three}/no/such/folder.csv"], 1, "No such file"),
+    ):
         assert command(three, *arguments, capsys=capsys)[0] == code, arguments
         capsys.readouterr()
         compare_architectures.main([str(three), *map(str, arguments)])
@@ -621,13 +751,15 @@ def test_without_arguments_all_below_out_is_compared_and_out_dir_is_a_folder_too
 
 
 def test_help_needs_neither_torch_nor_scipy_nor_a_plotting_library(run_python):
-    code = ("import sys, compare_architectures\n"
-            "try:\n"
-            "    compare_architectures.main(['--help'])\n"
-            "except SystemExit as end:\n"
-            "    heavy = {'torch', 'scipy', 'matplotlib', 'plotly', 'numpy'} & set(sys.modules)\n"
-            "    assert not heavy, heavy\n"
-            "    sys.exit(end.code)")
+    code = (
+        "import sys, compare_architectures\n"
+        "try:\n"
+        "    compare_architectures.main(['--help'])\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'torch', 'scipy', 'matplotlib', 'plotly', 'numpy'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+        "    sys.exit(end.code)"
+    )
     done = run_python("-c", code)
     assert done.returncode == 0 and "--baseline" in done.stdout, done.stderr
 
@@ -642,21 +774,37 @@ def test_a_package_that_is_missing_is_named(three, capsys, monkeypatch, package,
 
 # Long logs.
 
+
 def write_steps(folder: Path, steps: int, parts: int) -> tuple[Path, list[float]]:
     """A killed run of so many logged steps, and the CPU seconds each part of them took."""
     path = make_run(folder, steps=0, outcome=None, length=steps)
     log = TrainingLogger(folder)
     started = path.read_text().split("\n")[0]
-    log.start(**{key: value for key, value in json.loads(started).items()
-                 if key not in ("event", "time", "schema_version", "resumed_from")})
+    log.start(
+        **{
+            key: value
+            for key, value in json.loads(started).items()
+            if key not in ("event", "time", "schema_version", "resumed_from")
+        }
+    )
     path.unlink()
     path.with_suffix(".json").unlink()
     seconds, before = [], time.process_time()
     for step in range(1, steps + 1):
-        log.step(step, step * TOKENS_PER_STEP, loss=3.0 + 1 / step, lr=1e-3, grad_norm=0.5, skipped=0, memory_gb=0.39,
-                 tokens_per_s=12345.678901234, mfu=0.08421942907906714, mfu_causal=0.0832888327527791,
-                 hfu=0.08421942907906714, step_ms={"data": 0.0605543498750194, "compute": 17.60404150035538,
-                                                   "optimizer": 1.999098799751664, "total": 20.0})
+        log.step(
+            step,
+            step * TOKENS_PER_STEP,
+            loss=3.0 + 1 / step,
+            lr=1e-3,
+            grad_norm=0.5,
+            skipped=0,
+            memory_gb=0.39,
+            tokens_per_s=12345.678901234,
+            mfu=0.08421942907906714,
+            mfu_causal=0.0832888327527791,
+            hfu=0.08421942907906714,
+            step_ms={"data": 0.0605543498750194, "compute": 17.60404150035538, "optimizer": 1.999098799751664, "total": 20.0},
+        )
         if step % (steps // parts) == 0:
             seconds.append(time.process_time() - before)
             before = time.process_time()
@@ -704,7 +852,7 @@ def test_skimmed_lines_give_the_document_of_parsed_ones_and_damage_is_named(tmp_
     with pytest.raises(ValueError, match=f"line {kept + 1},"):
         training_logger.rebuild(path)
     lines[kept] = sound
-    lines[kept - 3:kept - 1] = [lines[kept - 3][:100] + lines[kept - 2]]  # half a line grown together with the next
+    lines[kept - 3 : kept - 1] = [lines[kept - 3][:100] + lines[kept - 2]]  # half a line grown together with the next
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(ValueError, match=f"line {kept - 2},"):
         training_logger.rebuild(path)
@@ -712,30 +860,73 @@ def test_skimmed_lines_give_the_document_of_parsed_ones_and_damage_is_named(tmp_
 
 # The real thing.
 
+
 def test_real_runs_compare_and_a_killed_one_is_flagged(tmp_path, tiny_dataset, run_python, capsys):
     import train
-    small = [f"--dataset={tiny_dataset}", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16",
-             "--batch_size=4", "--learning_rate=5e-3", "--dtype=float32", "--device=cpu", "--threads=1",
-             "--save_interval=-1", "--eval_iters=4", "--log_interval=2", "--eval_interval=10"]
+
+    small = [
+        f"--dataset={tiny_dataset}",
+        "--n_layer=1",
+        "--n_head=2",
+        "--n_embd=32",
+        "--block_size=16",
+        "--batch_size=4",
+        "--learning_rate=5e-3",
+        "--dtype=float32",
+        "--device=cpu",
+        "--threads=1",
+        "--save_interval=-1",
+        "--eval_iters=4",
+        "--log_interval=2",
+        "--eval_interval=10",
+    ]
     for preset in ("gpt2", "gpt2_postnorm"):
         for seed in (1, 2, 3):
-            assert train.main([*small, f"--arch_preset={preset}", f"--seed={seed}", f"--data_seed={seed}",
-                               "--max_iters=40", f"--out_dir={tmp_path / preset}-{seed}"]) == 0
+            assert (
+                train.main(
+                    [
+                        *small,
+                        f"--arch_preset={preset}",
+                        f"--seed={seed}",
+                        f"--data_seed={seed}",
+                        "--max_iters=40",
+                        f"--out_dir={tmp_path / preset}-{seed}",
+                    ]
+                )
+                == 0
+            )
     capsys.readouterr()
     code, out, err = command(tmp_path, "--baseline=gpt2", f"--json={tmp_path / 'report.json'}", capsys=capsys)
     assert code == 0, err
     document = json.loads((tmp_path / "report.json").read_text())
-    losses = {preset: [json.loads(next(folder.glob("run_*.json")).read_text())["evals"][-1]["val_loss"]
-                       for folder in sorted(tmp_path.glob(f"{preset}-?"))] for preset in ("gpt2", "gpt2_postnorm")}
+    losses = {
+        preset: [
+            json.loads(next(folder.glob("run_*.json")).read_text())["evals"][-1]["val_loss"]
+            for folder in sorted(tmp_path.glob(f"{preset}-?"))
+        ]
+        for preset in ("gpt2", "gpt2_postnorm")
+    }
     [found] = document["differences"]
     expected = scipy.stats.ttest_rel(losses["gpt2_postnorm"], losses["gpt2"])
     assert found["p"] == pytest.approx(expected.pvalue, rel=1e-6) and found["shown"] == bool(expected.pvalue < ALPHA)
     assert found["difference"] == pytest.approx(numpy.mean(losses["gpt2_postnorm"]) - numpy.mean(losses["gpt2"]))
     assert document["model_differences"]["norm_position"] == {found["a"]: "pre", found["b"]: "post"}
 
-    log = subprocess.Popen([sys.executable, "train.py", *small, "--arch_preset=gpt2", "--seed=4", "--data_seed=4",
-                            "--max_iters=100000", f"--out_dir={tmp_path / 'killed'}"], cwd=ROOT,
-                           stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = subprocess.Popen(
+        [
+            sys.executable,
+            "train.py",
+            *small,
+            "--arch_preset=gpt2",
+            "--seed=4",
+            "--data_seed=4",
+            "--max_iters=100000",
+            f"--out_dir={tmp_path / 'killed'}",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         end = time.monotonic() + 60
         while not any('"eval"' in path.read_text() for path in (tmp_path / "killed").glob("run_*.jsonl")):

@@ -27,9 +27,19 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 class Browser:
     """A headless Chromium, driven over a pipe by the DevTools protocol; keeps what the page requests and says."""
 
-    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--disable-dev-shm-usage", "--window-size=1400,1000", "--remote-debugging-pipe")
+    FLAGS = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1000",
+        "--remote-debugging-pipe",
+    )
 
     def __init__(self, program: str, profile: Path):
         self.requests: list[str] = []
@@ -42,9 +52,14 @@ class Browser:
         def take_ends():  # the browser reads commands from 3 and answers on 4
             os.dup2(ends[0], 3)
             os.dup2(ends[1], 4)
-        self.process = subprocess.Popen([program, *self.FLAGS, f"--user-data-dir={profile}", "about:blank"],
-                                        close_fds=False, preexec_fn=take_ends, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL)
+
+        self.process = subprocess.Popen(
+            [program, *self.FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            close_fds=False,
+            preexec_fn=take_ends,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for end in (to_browser, from_browser, *ends):
             os.close(end)
         self._session = None
@@ -162,22 +177,26 @@ CLICK = "document.querySelector({!r}).click()"
 
 
 def choose(browser: Browser, loss: str) -> None:
-    browser.run(f"(select => {{ select.value = '{loss}'; select.dispatchEvent(new Event('change')); }})"
-                "(document.getElementById('loss'))")
+    browser.run(
+        f"(select => {{ select.value = '{loss}'; select.dispatchEvent(new Event('change')); }})(document.getElementById('loss'))"
+    )
 
 
 # The page.
+
 
 def test_the_page_is_whole_by_itself_draws_its_plots_and_complains_of_nothing(browser, tmp_path, comparison):
     path = tmp_path / "report.html"
     open_page(browser, path, comparison)
     for plot in ("curves", "finals"):
-        box = browser.run("(box => [box.width, box.height])"
-                          f"(document.querySelector('#{plot} .main-svg').getBoundingClientRect())")
+        box = browser.run(
+            f"(box => [box.width, box.height])(document.querySelector('#{plot} .main-svg').getBoundingClientRect())"
+        )
         assert min(box) > 100
-    lines = browser.run("[...document.querySelectorAll('#curves .scatterlayer .js-line')]"
-                        ".map(line => line.getBoundingClientRect().width)")
-    assert len(lines) == 5 + 2 and min(lines) > 100   # a line a run, and the means of the two groups that have one
+    lines = browser.run(
+        "[...document.querySelectorAll('#curves .scatterlayer .js-line')].map(line => line.getBoundingClientRect().width)"
+    )
+    assert len(lines) == 5 + 2 and min(lines) > 100  # a line a run, and the means of the two groups that have one
     assert browser.run(f"{TRACES}[0].y.at(-1)") == 2.7
     assert browser.requests == [path.as_uri()] and browser.complaints == []
     buttons = browser.run("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
@@ -217,7 +236,7 @@ def test_the_loss_can_be_of_validation_training_or_bits_per_byte_and_smoothed(br
     smoothed = browser.run(f"{TRACES}[0].y")
     browser.run("(s => { s.value = 0; s.dispatchEvent(new Event('input')); })(document.getElementById('smoothing'))")
     assert browser.run(f"{TRACES}[0].y") == pytest.approx(run.curve["loss"], rel=1e-6)
-    weights = [0.8 ** age for age in range(len(smoothed))]
+    weights = [0.8**age for age in range(len(smoothed))]
     expected = sum(w * y for w, y in zip(weights, reversed(run.curve["loss"]))) / sum(weights)
     assert smoothed[-1] == pytest.approx(expected, rel=1e-6)
     choose(browser, "bits_per_byte")
@@ -231,12 +250,12 @@ def test_runs_groups_and_means_can_be_switched_off_and_on(browser, tmp_path, com
     browser.run(CLICK.format("#means"))
     assert browser.run(count) == 5
     browser.run("document.querySelectorAll('#runs details')[0].open = true")
-    browser.run("document.querySelectorAll('#runs details > label input')[0].click()")   # one run
+    browser.run("document.querySelectorAll('#runs details > label input')[0].click()")  # one run
     assert browser.run(count) == 4
     assert comparison.groups[0].runs[0].name not in browser.run(f"{TRACES}.map(t => t.name).join()")
-    browser.run("document.querySelectorAll('#runs summary input')[0].click()")           # its group off …
+    browser.run("document.querySelectorAll('#runs summary input')[0].click()")  # its group off …
     assert browser.run(count) == 3
-    browser.run("document.querySelectorAll('#runs summary input')[0].click()")           # … and on, wholly
+    browser.run("document.querySelectorAll('#runs summary input')[0].click()")  # … and on, wholly
     assert browser.run(count) == 5
     browser.run(CLICK.format("#means"))
     assert browser.run(count) == 7 and browser.complaints == []
@@ -247,11 +266,15 @@ def test_the_page_says_what_the_comparison_says(browser, tmp_path, comparison):
     text = browser.run("document.body.innerText")
     for said in (*verdicts(comparison), *comparison.notes, *(run.name for run in comparison.runs), "2.8000 ± 0.1414"):
         assert said in text
-    tables = browser.run("[...document.querySelectorAll('table')]"
-                         ".map(table => [...table.rows].map(row => [...row.cells].map(cell => cell.innerText)))")
+    tables = browser.run(
+        "[...document.querySelectorAll('table')]"
+        ".map(table => [...table.rows].map(row => [...row.cells].map(cell => cell.innerText)))"
+    )
     models, config = tables[1], tables[2]
-    assert {row[0]: row[1:] for row in models[1:]} == {"normalization": ["rmsnorm", "layernorm", "layernorm"],
-                                                      "norm_position": ["pre", "post", "pre"]}   # 2.80, 2.95, 3.05
+    assert {row[0]: row[1:] for row in models[1:]} == {
+        "normalization": ["rmsnorm", "layernorm", "layernorm"],
+        "norm_position": ["pre", "post", "pre"],
+    }  # 2.80, 2.95, 3.05
     assert [row[0] for row in config[1:]] == ["learning_rate"]
 
 
@@ -262,7 +285,7 @@ def test_names_that_look_like_markup_stay_text(browser, tmp_path):
     runs = [dataclasses.replace(run, name=run.name.replace("hostile", markup)) for run in load_runs([tmp_path])]
     open_page(browser, tmp_path / "report.html", compare(group_runs(runs)))
     assert browser.run("document.title") == "kitbash: comparison of runs"
-    assert browser.run("document.querySelectorAll('img, b, body script').length") == 2      # the page's own scripts
+    assert browser.run("document.querySelectorAll('img, b, body script').length") == 2  # the page's own scripts
     assert "</script><script>" in browser.run("document.body.innerText")
     assert browser.complaints == [] and len(browser.requests) == 1
 
@@ -270,7 +293,7 @@ def test_names_that_look_like_markup_stay_text(browser, tmp_path):
 def test_forced_and_unfinished_runs_are_flagged_on_the_page(browser, tmp_path):
     seeds_of(tmp_path, "whole", [3.0, 3.1])
     make_run(tmp_path / "killed", "--normalization=rmsnorm", steps=12, outcome=None)
-    make_run(tmp_path / "at_once", "--norm_position=post", steps=2, outcome=None)           # nothing to draw at all
+    make_run(tmp_path / "at_once", "--norm_position=post", steps=2, outcome=None)  # nothing to draw at all
     open_page(browser, tmp_path / "report.html", compare(group_runs(load_runs([tmp_path])), force=True))
     text = browser.run("document.body.innerText")
     assert "[not comparable: unfinished]" in text and "killed or still running after step 10 of 40" in text
@@ -279,15 +302,17 @@ def test_forced_and_unfinished_runs_are_flagged_on_the_page(browser, tmp_path):
 
 # The PNG.
 
+
 def png(path: Path):
     """A picture as (height, width, 3) numbers from 0 to 1."""
     from matplotlib.image import imread
+
     return imread(path)[..., :3]
 
 
 def colored(picture, color: str) -> int:
     """How many pixels have this colour."""
-    target = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    target = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return int((abs(picture - target).max(axis=-1) < 0.02).sum())
 
 
@@ -296,9 +321,9 @@ def test_the_png_has_three_panels_with_every_group_in_each(tmp_path, comparison)
     picture = png(tmp_path / "loss.png")
     height, width, _ = picture.shape
     assert width > 1500
-    plots = picture[:int(0.75 * height)]   # without the legend
+    plots = picture[: int(0.75 * height)]  # without the legend
     for number in range(3):
-        panel = plots[:, number * width // 3:(number + 1) * width // 3]
+        panel = plots[:, number * width // 3 : (number + 1) * width // 3]
         for color in COLORS[:3]:
             assert colored(panel, color) > 100, (number, color)
         assert colored(panel, COLORS[3]) == 0
@@ -310,12 +335,12 @@ def test_the_png_of_runs_without_evaluations_on_the_way_shows_the_training_loss(
     forced = compare(group_runs(load_runs([tmp_path])), force=True)
     write_plot(forced, tmp_path / "loss.png")
     picture = png(tmp_path / "loss.png")
-    assert all(colored(picture[:int(0.75 * len(picture))], color) > 100 for color in COLORS[:2])
+    assert all(colored(picture[: int(0.75 * len(picture))], color) > 100 for color in COLORS[:2])
 
 
 def test_the_mean_is_drawn_with_its_interval_where_points_match():
     x, mean, low, high = mean_line([([1, 2], [3.0, 2.0]), ([1, 2], [3.2, 2.4])])
     assert x == [1, 2] and mean == pytest.approx([3.1, 2.2])
-    half = 12.706204736 * 0.2 / 2   # t of one degree of freedom × sd 0.2/√2 / √2
+    half = 12.706204736 * 0.2 / 2  # t of one degree of freedom × sd 0.2/√2 / √2
     assert (low[0], high[0]) == pytest.approx((3.1 - half, 3.1 + half))
     assert mean_line([([1], [3.0])]) is None and mean_line([([1], [3.0]), ([1, 2], [3.0, 2.0])]) is None

@@ -18,12 +18,25 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 SMALL = {"shakespeare_char_cpu.py", "quickstart.py", "ablation_small.py"}  # whose vocabulary is their dataset's
 
-KNOWN_N = {"full_gpt2_124m.py": 124_439_808, "full_llama_124m.py": 162_220_800, "full_llama_1.36b.py": 1_294_159_104,
-           "full_gpt2_1.36b.py": 1_405_452_800, "full_llama3_8b.py": 8_030_261_248, "full_qwen3_1.7b.py": 1_720_574_976}
-TOKENS_PER_ITERATION = {"full_gpt2_124m.py": 12 * 40 * 1024, "full_llama_124m.py": 12 * 40 * 1024,
-                        "full_llama_1.36b.py": 8 * 16 * 2048, "full_gpt2_1.36b.py": 8 * 16 * 2048,
-                        "full_llama3_8b.py": 512 * 8192, "full_qwen3_1.7b.py": 8 * 16 * 2048,
-                        "quickstart.py": 16 * 128, "shakespeare_char_cpu.py": 12 * 64, "ablation_small.py": 16 * 128}
+KNOWN_N = {
+    "full_gpt2_124m.py": 124_439_808,
+    "full_llama_124m.py": 162_220_800,
+    "full_llama_1.36b.py": 1_294_159_104,
+    "full_gpt2_1.36b.py": 1_405_452_800,
+    "full_llama3_8b.py": 8_030_261_248,
+    "full_qwen3_1.7b.py": 1_720_574_976,
+}
+TOKENS_PER_ITERATION = {
+    "full_gpt2_124m.py": 12 * 40 * 1024,
+    "full_llama_124m.py": 12 * 40 * 1024,
+    "full_llama_1.36b.py": 8 * 16 * 2048,
+    "full_gpt2_1.36b.py": 8 * 16 * 2048,
+    "full_llama3_8b.py": 512 * 8192,
+    "full_qwen3_1.7b.py": 8 * 16 * 2048,
+    "quickstart.py": 16 * 128,
+    "shakespeare_char_cpu.py": 12 * 64,
+    "ablation_small.py": 16 * 128,
+}
 
 
 def config(name: str):
@@ -38,9 +51,21 @@ def sources(name: str) -> str:
 
 
 def test_the_promised_files_are_there():
-    assert {"quickstart.py", "arch_gpt2.py", "arch_gpt2_postnorm.py", "arch_llama.py", "arch_custom.py", "full_llama_1.36b.py",
-            "full_gpt2_1.36b.py", "full_gpt2_124m.py", "full_llama_124m.py", "shakespeare_char_cpu.py", "full_llama3_8b.py",
-            "full_qwen3_1.7b.py", *(f"arch_{preset}.py" for preset in PRESETS)} <= set(FILES)
+    assert {
+        "quickstart.py",
+        "arch_gpt2.py",
+        "arch_gpt2_postnorm.py",
+        "arch_llama.py",
+        "arch_custom.py",
+        "full_llama_1.36b.py",
+        "full_gpt2_1.36b.py",
+        "full_gpt2_124m.py",
+        "full_llama_124m.py",
+        "shakespeare_char_cpu.py",
+        "full_llama3_8b.py",
+        "full_qwen3_1.7b.py",
+        *(f"arch_{preset}.py" for preset in PRESETS),
+    } <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -56,7 +81,7 @@ def test_a_config_resolves_and_builds_with_the_n_that_is_counted(name):
 def test_a_config_begins_with_what_it_is_for(name):
     text = (ROOT / "config" / name).read_text(encoding="utf-8")
     assert text.startswith('"""') and len(text.split("\n")[0]) > 40
-    assert text.isascii() or not re.search("[\U0001F000-\U0001FFFF\u2600-\u27BF]", text)
+    assert text.isascii() or not re.search("[\U0001f000-\U0001ffff\u2600-\u27bf]", text)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("full_")])
@@ -128,7 +153,12 @@ def test_the_figures_in_the_comments_are_true():
 def test_the_production_recipe_is_the_documented_one(name):
     train = config(name)
     assert (train.learning_rate, train.min_lr, train.lr_schedule, train.warmup_iters, train.max_iters) == (
-        3e-4, 3e-5, "cosine", 2000, 25000)
+        3e-4,
+        3e-5,
+        "cosine",
+        2000,
+        25000,
+    )
     assert (train.weight_decay, train.beta1, train.beta2, train.grad_clip, train.optimizer) == (0.1, 0.9, 0.95, 1.0, "adamw")
     assert (train.batch_size, train.gradient_accumulation_steps, train.dtype, train.compile) == (8, 16, "bfloat16", True)
     assert train.eval_interval == 1000 and train.dataset == f"slimpajama_6b_{name.split('_')[1]}"
@@ -154,7 +184,12 @@ def test_the_shakespeare_recipe_is_nanogpts_cpu_example():
 def test_the_figures_of_the_pages_are_those_of_the_configs(page):
     """Every N in a table row that names a config file, and the FLOPs beside it where there are any."""
     from flops_parameter_counting.flops import flops_per_token
-    rows = [line for line in (ROOT / "config" / page).read_text(encoding="utf-8").splitlines() if line.startswith("| `") and ".py" in line]
+
+    rows = [
+        line
+        for line in (ROOT / "config" / page).read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `") and ".py" in line
+    ]
     assert len(rows) >= 3
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split("|")]

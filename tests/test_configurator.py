@@ -14,8 +14,18 @@ from pathlib import Path
 import pytest
 
 import configurator
-from configurator import (ConfigError, Configuration, configure, continue_from, convert, describe_type,
-                          parse_command_line, print_config, print_help, read_config_file)
+from configurator import (
+    ConfigError,
+    Configuration,
+    configure,
+    continue_from,
+    convert,
+    describe_type,
+    parse_command_line,
+    print_config,
+    print_help,
+    read_config_file,
+)
 from model_config import components
 from training.train_config import FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS
 
@@ -26,11 +36,13 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=61", "--block_
 @pytest.fixture
 def write(tmp_path):
     """write(name, text) → the path of a config file."""
+
     def write(name: str, text: str) -> str:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         return str(path)
+
     return write
 
 
@@ -44,6 +56,7 @@ def refusal(*argv) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- what wins
+
 
 def test_command_line_over_file_over_base_over_preset_over_default(write):
     write("base.py", "n_layer = 3\nn_head = 4\nn_embd = 64\ndropout = 0.1\n")
@@ -87,21 +100,42 @@ def test_the_last_of_two_bases_deep_wins_and_a_base_lies_beside_its_file(write):
 
 # ------------------------------------------------------------------------------------------- ways to write it
 
-@pytest.mark.parametrize("words, key, value", [
-    (["--n_layer=3"], "n_layer", 3), (["--n_layer", "3"], "n_layer", 3), (["--n-layer=3"], "n_layer", 3),
-    (["--eval_only"], "eval_only", True), (["--eval_only", "--n_layer=3"], "eval_only", True),
-    (["--eval_only=False"], "eval_only", False), (["--eval_only", "false"], "eval_only", False),
-    (["--eval_only", "1"], "eval_only", True),
-    (["--bias"], "bias", True), (["--weight_tying"], "weight_tying", True), (["--qk_norm"], "qk_norm", True),
-    (["--bias", "False"], "bias", False), (["--compile"], "compile", True), (["--compile=auto"], "compile", "auto"),
-    (["--compile", "auto"], "compile", "auto"), (["--compile=False"], "compile", False),
-    (["--out_dir=a=b=c"], "out_dir", "a=b=c"), (["--out_dir", "a=b"], "out_dir", "a=b"), (["--notice="], "notice", ""),
-    (["--save_interval=-1"], "save_interval", -1), (["--save_interval", "-1"], "save_interval", -1),
-    (["--max_tokens=3e8"], "max_tokens", 300_000_000), (["--max_iters=1_000"], "max_iters", 1000),
-    (["--grad_clip=1"], "grad_clip", 1.0), (["--learning_rate", "6e-4"], "learning_rate", 6e-4),
-    (["--min_lr=None"], "min_lr", None), (["--dataset=5"], "dataset", "5"), (["--seed=+7"], "seed", 7),
-    (["--n_layer=2", "--n_layer=3"], "n_layer", 3), (["--layer_pattern=transformer,mlp*2"], "layer_pattern", "transformer,mlp*2"),
-])
+
+@pytest.mark.parametrize(
+    "words, key, value",
+    [
+        (["--n_layer=3"], "n_layer", 3),
+        (["--n_layer", "3"], "n_layer", 3),
+        (["--n-layer=3"], "n_layer", 3),
+        (["--eval_only"], "eval_only", True),
+        (["--eval_only", "--n_layer=3"], "eval_only", True),
+        (["--eval_only=False"], "eval_only", False),
+        (["--eval_only", "false"], "eval_only", False),
+        (["--eval_only", "1"], "eval_only", True),
+        (["--bias"], "bias", True),
+        (["--weight_tying"], "weight_tying", True),
+        (["--qk_norm"], "qk_norm", True),
+        (["--bias", "False"], "bias", False),
+        (["--compile"], "compile", True),
+        (["--compile=auto"], "compile", "auto"),
+        (["--compile", "auto"], "compile", "auto"),
+        (["--compile=False"], "compile", False),
+        (["--out_dir=a=b=c"], "out_dir", "a=b=c"),
+        (["--out_dir", "a=b"], "out_dir", "a=b"),
+        (["--notice="], "notice", ""),
+        (["--save_interval=-1"], "save_interval", -1),
+        (["--save_interval", "-1"], "save_interval", -1),
+        (["--max_tokens=3e8"], "max_tokens", 300_000_000),
+        (["--max_iters=1_000"], "max_iters", 1000),
+        (["--grad_clip=1"], "grad_clip", 1.0),
+        (["--learning_rate", "6e-4"], "learning_rate", 6e-4),
+        (["--min_lr=None"], "min_lr", None),
+        (["--dataset=5"], "dataset", "5"),
+        (["--seed=+7"], "seed", 7),
+        (["--n_layer=2", "--n_layer=3"], "n_layer", 3),
+        (["--layer_pattern=transformer,mlp*2"], "layer_pattern", "transformer,mlp*2"),
+    ],
+)
 def test_a_value_may_be_written_in_any_usual_way(words, key, value):
     got = getattr(configure(words).train, key)
     assert got == value and type(got) is type(value)
@@ -114,22 +148,58 @@ def test_a_bare_flag_does_not_swallow_the_config_file(write):
         assert train.n_layer == 7 and train.eval_only is True
 
 
-@pytest.mark.parametrize("key, value, converted", [
-    ("n_layer", 2.0, 2), ("n_layer", "3e1", 30), ("seed", 2 ** 53 + 1, 2 ** 53 + 1), ("seed", str(2 ** 53 + 1), 2 ** 53 + 1),
-    ("learning_rate", 1, 1.0), ("epochs", "0.5", 0.5), ("rope_theta", 10000, 10000.0), ("n_kv_head", None, None),
-    ("out_dir", Path("a/b"), "a/b"), ("layer_pattern", ["transformer", "mlp"], "transformer,mlp"),
-    ("compile", True, True), ("bias", False, False), ("dtype", "bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    "key, value, converted",
+    [
+        ("n_layer", 2.0, 2),
+        ("n_layer", "3e1", 30),
+        ("seed", 2**53 + 1, 2**53 + 1),
+        ("seed", str(2**53 + 1), 2**53 + 1),
+        ("learning_rate", 1, 1.0),
+        ("epochs", "0.5", 0.5),
+        ("rope_theta", 10000, 10000.0),
+        ("n_kv_head", None, None),
+        ("out_dir", Path("a/b"), "a/b"),
+        ("layer_pattern", ["transformer", "mlp"], "transformer,mlp"),
+        ("compile", True, True),
+        ("bias", False, False),
+        ("dtype", "bfloat16", "bfloat16"),
+    ],
+)
 def test_conversion_loses_nothing(key, value, converted):
     got = convert(key, value)
     assert got == converted and type(got) is type(converted)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("n_layer", 2.5), ("n_layer", "2.5"), ("n_layer", "two"), ("n_layer", True), ("n_layer", ""), ("n_layer", "inf"),
-    ("n_layer", "nan"), ("n_layer", [2]), ("seed", None), ("seed", "None"), ("learning_rate", "fast"),
-    ("learning_rate", True), ("learning_rate", None), ("bias", "yes"), ("bias", 2), ("eval_only", None), ("dataset", 5),
-    ("out_dir", None), ("dtype", "bf16"), ("compile", "maybe"), ("optimizer", "sgd"), ("dropout", "0,1"),
-    ("n_layer", b"3"), ("learning_rate", b"3")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("n_layer", 2.5),
+        ("n_layer", "2.5"),
+        ("n_layer", "two"),
+        ("n_layer", True),
+        ("n_layer", ""),
+        ("n_layer", "inf"),
+        ("n_layer", "nan"),
+        ("n_layer", [2]),
+        ("seed", None),
+        ("seed", "None"),
+        ("learning_rate", "fast"),
+        ("learning_rate", True),
+        ("learning_rate", None),
+        ("bias", "yes"),
+        ("bias", 2),
+        ("eval_only", None),
+        ("dataset", 5),
+        ("out_dir", None),
+        ("dtype", "bf16"),
+        ("compile", "maybe"),
+        ("optimizer", "sgd"),
+        ("dropout", "0,1"),
+        ("n_layer", b"3"),
+        ("learning_rate", b"3"),
+    ],
+)
 def test_a_wrong_type_is_refused_with_key_value_and_type(key, value):
     with pytest.raises(ConfigError) as error:
         convert(key, value)
@@ -145,18 +215,37 @@ def test_every_default_is_of_its_own_declared_type(key):
     assert converted == default and type(converted) is type(default)
 
 
-@pytest.mark.parametrize("key, kind", [
-    ("n_layer", "a whole number"), ("learning_rate", "a number"), ("optimizer", "'adamw' or 'muon'"),
-    ("eval_only", "True or False"), ("out_dir", "a text"), ("compile", "'auto' or True or False"),
-    ("qk_norm", "True or False or 'full'"), ("rope_scaling", "'none', 'linear' or 'llama3'"),
-    ("normalization", (lambda names: ", ".join(names[:-1]) + " or " + names[-1])([repr(n) for n in components("normalization")]))])
+@pytest.mark.parametrize(
+    "key, kind",
+    [
+        ("n_layer", "a whole number"),
+        ("learning_rate", "a number"),
+        ("optimizer", "'adamw' or 'muon'"),
+        ("eval_only", "True or False"),
+        ("out_dir", "a text"),
+        ("compile", "'auto' or True or False"),
+        ("qk_norm", "True or False or 'full'"),
+        ("rope_scaling", "'none', 'linear' or 'llama3'"),
+        (
+            "normalization",
+            (lambda names: ", ".join(names[:-1]) + " or " + names[-1])([repr(n) for n in components("normalization")]),
+        ),
+    ],
+)
 def test_a_type_is_described_in_words(key, kind):
     assert describe_type(key) == kind
 
 
-@pytest.mark.parametrize("key, line", [("rope_theta", "rope_theta = 500.0"), ("n_kv_head", "n_kv_head = 2"),
-                                       ("layer_pattern", "layer_pattern = 'transformer,mlp'"), ("d_ff", "d_ff = 100"),
-                                       ("normalization", "normalization = 'layernorm'")])
+@pytest.mark.parametrize(
+    "key, line",
+    [
+        ("rope_theta", "rope_theta = 500.0"),
+        ("n_kv_head", "n_kv_head = 2"),
+        ("layer_pattern", "layer_pattern = 'transformer,mlp'"),
+        ("d_ff", "d_ff = 100"),
+        ("normalization", "normalization = 'layernorm'"),
+    ],
+)
 def test_none_on_the_command_line_takes_back_what_a_file_set(write, key, line):
     path = write("x.py", f"arch_preset = 'llama'\n{line}\n")
     plain = configure(["--arch_preset=llama"]).train.model_config()
@@ -166,8 +255,11 @@ def test_none_on_the_command_line_takes_back_what_a_file_set(write, key, line):
 
 # ------------------------------------------------------------------------------------------- config files
 
+
 def test_a_config_file_is_python_with_modules_and_names_of_its_own(write):
-    path = write("x.py", '''"""A story."""
+    path = write(
+        "x.py",
+        '''"""A story."""
 import math
 import os.path as path
 _width = 64
@@ -179,7 +271,8 @@ def _double(x): return 2 * x
 n_layer: int = _double(3)
 if n_layer > 5:
     d_ff = 4 * n_embd
-''')
+''',
+    )
     got = configure([path])
     assert (got.train.n_head, got.train.n_embd, got.train.n_layer, got.train.d_ff) == (4, 256, 6, 1024)
     assert got.train.learning_rate == math.pi / 1000
@@ -208,13 +301,20 @@ def test_a_wrong_type_in_a_file_names_its_line(write):
     assert refusal(path) == [f"{path}:2: n_head='four' is not a whole number."]
 
 
-@pytest.mark.parametrize("text, line, error", [
-    ("n_layer = 2\n\nn_head = 1 / 0\n", 3, "ZeroDivisionError"),
-    ("def _f():\n    return {}['x']\n\nn_layer = _f()\n", 2, "KeyError"),
-    ("n_layer = 2\nimport json\njson.loads('{')\n", 3, "JSONDecodeError"),
-    ("n_layer = 2\nn_head = = 4\n", 2, "SyntaxError"), ("n_layer = 2\n  n_head = 4\n", 2, "IndentationError"),
-    ("import no_such_module\n", 1, "ModuleNotFoundError"), ("raise SystemExit(3)\n", 1, "SystemExit"),
-    ("\nn_layer = n_heads\n", 2, "NameError"), ("n_layer = 2\nn_head = 'a\x00'\n", None, "SyntaxError")])
+@pytest.mark.parametrize(
+    "text, line, error",
+    [
+        ("n_layer = 2\n\nn_head = 1 / 0\n", 3, "ZeroDivisionError"),
+        ("def _f():\n    return {}['x']\n\nn_layer = _f()\n", 2, "KeyError"),
+        ("n_layer = 2\nimport json\njson.loads('{')\n", 3, "JSONDecodeError"),
+        ("n_layer = 2\nn_head = = 4\n", 2, "SyntaxError"),
+        ("n_layer = 2\n  n_head = 4\n", 2, "IndentationError"),
+        ("import no_such_module\n", 1, "ModuleNotFoundError"),
+        ("raise SystemExit(3)\n", 1, "SystemExit"),
+        ("\nn_layer = n_heads\n", 2, "NameError"),
+        ("n_layer = 2\nn_head = 'a\x00'\n", None, "SyntaxError"),
+    ],
+)
 def test_a_config_file_that_raises_is_named_with_its_line(write, text, line, error):
     path = write("x.py", text)
     told = "\n".join(refusal(path))
@@ -261,11 +361,15 @@ def test_a_config_file_is_found_from_any_folder(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- all problems together
 
+
 def test_problems_of_the_command_line_the_file_and_the_values_are_reported_together(write):
     path = write("x.py", "n_layers = 3\nbatch_size = 'many'\n")
     told = "\n".join(refusal(path, "--bogus=1", "--n_head=abc", "--dropout=2", "--beta1=1.5", "--n_kv_head"))
-    missing = [word for word in ("n_layers", "batch_size='many'", "--bogus", "n_head='abc'", "dropout=2.0", "beta1=1.5",
-                                 "--n_kv_head") if word not in told]
+    missing = [
+        word
+        for word in ("n_layers", "batch_size='many'", "--bogus", "n_head='abc'", "dropout=2.0", "beta1=1.5", "--n_kv_head")
+        if word not in told
+    ]
     assert missing == []
 
 
@@ -283,13 +387,43 @@ def test_one_mistake_does_not_make_others_up(write):
     assert len(refusal("--n_head=abc", "--n_embd=100")) == 1
 
 
-@pytest.mark.parametrize("key, value", [
-    ("batch_size", 0), ("learning_rate", 0), ("learning_rate", -1), ("learning_rate", "nan"), ("learning_rate", "inf"),
-    ("beta1", 1), ("beta2", -0.1), ("beta2", "nan"), ("weight_decay", -1), ("weight_decay", "nan"), ("grad_clip", "nan"),
-    ("grad_clip", -1), ("min_lr", 1), ("min_lr", "nan"), ("epochs", "nan"), ("epochs", "inf"), ("max_iters", -1),
-    ("warmup_iters", -1), ("device", "gpu"), ("lr_decay_fraction", 0), ("lr_decay_fraction", "nan"), ("save_interval", -2),
-    ("keep_last", 0), ("log_interval", 0), ("threads", 0), ("total_batch_tokens", 1000), ("dtype", "fp16"),
-    ("seed", -1), ("muon_momentum", 1), ("adam_eps", 0), ("parallelism", "tp"), ("arch_preset", "gpt3")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("batch_size", 0),
+        ("learning_rate", 0),
+        ("learning_rate", -1),
+        ("learning_rate", "nan"),
+        ("learning_rate", "inf"),
+        ("beta1", 1),
+        ("beta2", -0.1),
+        ("beta2", "nan"),
+        ("weight_decay", -1),
+        ("weight_decay", "nan"),
+        ("grad_clip", "nan"),
+        ("grad_clip", -1),
+        ("min_lr", 1),
+        ("min_lr", "nan"),
+        ("epochs", "nan"),
+        ("epochs", "inf"),
+        ("max_iters", -1),
+        ("warmup_iters", -1),
+        ("device", "gpu"),
+        ("lr_decay_fraction", 0),
+        ("lr_decay_fraction", "nan"),
+        ("save_interval", -2),
+        ("keep_last", 0),
+        ("log_interval", 0),
+        ("threads", 0),
+        ("total_batch_tokens", 1000),
+        ("dtype", "fp16"),
+        ("seed", -1),
+        ("muon_momentum", 1),
+        ("adam_eps", 0),
+        ("parallelism", "tp"),
+        ("arch_preset", "gpt3"),
+    ],
+)
 def test_a_value_no_run_can_use_is_refused_by_name(key, value):
     (line,) = refusal(f"--{key}={value}")
     assert key in line
@@ -297,23 +431,39 @@ def test_a_value_no_run_can_use_is_refused_by_name(key, value):
 
 def test_an_impossible_shape_is_a_problem_of_the_configuration():
     assert refusal("--n_layer=18", "--n_head=18", "--n_embd=2432") == [
-        "n_head=18 does not divide n_embd=2432 (head_dim would be 135.11). Use n_head=19 for head_dim 128."]
+        "n_head=18 does not divide n_embd=2432 (head_dim would be 135.11). Use n_head=19 for head_dim 128."
+    ]
     for key in ("n_head", "n_embd", "n_layer", "d_ff"):
         assert any(f"{key}=0" in line for line in refusal(f"--{key}=0"))
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--n_layr=2"], "--n_layr is not a key (did you mean 'n_layer'?)"), (["--n_layer"], "--n_layer needs a value"),
-    (["--n_layer", "--n_head=2"], "--n_layer needs a value"), (["a.py", "b.py"], "only one config file"),
-    (["--"], "is not a key"), (["--n_layer=2.5"], "--n_layer='2.5' is not a whole number")])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--n_layr=2"], "--n_layr is not a key (did you mean 'n_layer'?)"),
+        (["--n_layer"], "--n_layer needs a value"),
+        (["--n_layer", "--n_head=2"], "--n_layer needs a value"),
+        (["a.py", "b.py"], "only one config file"),
+        (["--"], "is not a key"),
+        (["--n_layer=2.5"], "--n_layer='2.5' is not a whole number"),
+    ],
+)
 def test_a_bad_word_on_the_command_line_is_refused(words, says):
     assert says in "\n".join(refusal(*words))
 
 
 # ------------------------------------------------------------------------------------------- exclusive keys
 
-@pytest.mark.parametrize("one, other", [("max_iters", "max_tokens"), ("max_tokens", "epochs"), ("max_iters", "epochs"),
-                                        ("gradient_accumulation_steps", "total_batch_tokens")])
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("max_iters", "max_tokens"),
+        ("max_tokens", "epochs"),
+        ("max_iters", "epochs"),
+        ("gradient_accumulation_steps", "total_batch_tokens"),
+    ],
+)
 def test_two_keys_that_say_the_same_thing_are_refused_together_and_the_stronger_source_wins(write, one, other):
     value = {"total_batch_tokens": 2048}
     a, b = value.get(one, 2), value.get(other, 2)
@@ -339,6 +489,7 @@ def test_the_global_batch_follows_from_either_way_to_give_it():
 
 # ------------------------------------------------------------------------------------------- saved runs
 
+
 def saved_run(tmp_path, argv, vocab=None, lines=False) -> tuple[str, Configuration, dict]:
     """A run_….json(l) as a run writes it."""
     got = configure(argv)
@@ -351,10 +502,14 @@ def saved_run(tmp_path, argv, vocab=None, lines=False) -> tuple[str, Configurati
 
 
 @pytest.mark.parametrize("lines", [False, True], ids=["json", "jsonl"])
-@pytest.mark.parametrize("argv", [
-    ["--arch_preset=llama", *TINY, "--n_kv_head=1", "--max_tokens=1e6", "--min_lr=1e-5"],
-    ["config/arch_custom.py", "--layer_pattern=transformer,mlp", "--total_batch_tokens=16384", "--dropout=0.1"],
-    ["--arch_preset=gpt2_postnorm", "--out_dir=a b", "--eval_only", "--compile=False", "--epochs=0.5"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--arch_preset=llama", *TINY, "--n_kv_head=1", "--max_tokens=1e6", "--min_lr=1e-5"],
+        ["config/arch_custom.py", "--layer_pattern=transformer,mlp", "--total_batch_tokens=16384", "--dropout=0.1"],
+        ["--arch_preset=gpt2_postnorm", "--out_dir=a b", "--eval_only", "--compile=False", "--epochs=0.5"],
+    ],
+)
 def test_a_saved_run_is_a_config_file_that_resolves_to_the_same(tmp_path, argv, lines):
     path, first, values = saved_run(tmp_path, argv, lines=lines)
     again = configure([path])
@@ -387,26 +542,76 @@ def test_a_saved_run_with_an_unknown_or_impossible_key_is_refused_by_name(write)
 
 # ------------------------------------------------------------------------------------------- continuing
 
+
 def saved_values(*argv) -> dict:
     got = configure([*TINY, *argv])
     return json.loads(json.dumps(got.resolved(got.train.model_config())[0]))
 
 
 # For each fixed key a value other than the one in saved_values("--arch_preset=llama").
-OTHER = dict(arch_preset="gpt2", n_layer=3, n_head=4, n_kv_head=1, head_dim=8, n_embd=96, d_ff=100, vocab_size=62,
-             pad_vocab_multiple=8, block_size=32, normalization="layernorm", norm_eps=1e-3, activation="gelu",
-             ffn_type="standard", position_encoding="none", rope_theta=5.0, norm_position="post",
-             layer_pattern="transformer,mlp", bias=True, qkv_bias=True, qk_norm=True, weight_tying=True, dropout=0.5,
-             seed=5, dataset="pystdlib", data_seed=5, optimizer="muon", learning_rate=1.0, weight_decay=0.5, beta1=0.5,
-             beta2=0.5, adam_eps=1.0, muon_momentum=0.5, grad_clip=3.0, lr_schedule="linear", warmup_iters=5,
-             min_lr=1e-7, lr_decay_fraction=0.9, rope_scaling="linear", rope_factor=2.0, rope_low_freq_factor=2.0,
-             rope_high_freq_factor=8.0, rope_original_context=64, sliding_window=7, attention_scale=0.5,
-             attention_softcap=20.0, logit_softcap=30.0, embedding_norm=True, embedding_scale=True, zero_init=True,
-             ffn_expansion_ratio=2.0, ffn_multiple=48)
+OTHER = dict(
+    arch_preset="gpt2",
+    n_layer=3,
+    n_head=4,
+    n_kv_head=1,
+    head_dim=8,
+    n_embd=96,
+    d_ff=100,
+    vocab_size=62,
+    pad_vocab_multiple=8,
+    block_size=32,
+    normalization="layernorm",
+    norm_eps=1e-3,
+    activation="gelu",
+    ffn_type="standard",
+    position_encoding="none",
+    rope_theta=5.0,
+    norm_position="post",
+    layer_pattern="transformer,mlp",
+    bias=True,
+    qkv_bias=True,
+    qk_norm=True,
+    weight_tying=True,
+    dropout=0.5,
+    seed=5,
+    dataset="pystdlib",
+    data_seed=5,
+    optimizer="muon",
+    learning_rate=1.0,
+    weight_decay=0.5,
+    beta1=0.5,
+    beta2=0.5,
+    adam_eps=1.0,
+    muon_momentum=0.5,
+    grad_clip=3.0,
+    lr_schedule="linear",
+    warmup_iters=5,
+    min_lr=1e-7,
+    lr_decay_fraction=0.9,
+    rope_scaling="linear",
+    rope_factor=2.0,
+    rope_low_freq_factor=2.0,
+    rope_high_freq_factor=8.0,
+    rope_original_context=64,
+    sliding_window=7,
+    attention_scale=0.5,
+    attention_softcap=20.0,
+    logit_softcap=30.0,
+    embedding_norm=True,
+    embedding_scale=True,
+    zero_init=True,
+    ffn_expansion_ratio=2.0,
+    ffn_multiple=48,
+)
 # What else a key needs to have an effect on the llama preset.
-BESIDE = dict(activation="--ffn_type=standard", rope_factor="--rope_scaling=linear", rope_low_freq_factor="--rope_scaling=llama3",
-              rope_high_freq_factor="--rope_scaling=llama3", rope_original_context="--rope_scaling=llama3",
-              position_encoding="--rope_theta=None")
+BESIDE = dict(
+    activation="--ffn_type=standard",
+    rope_factor="--rope_scaling=linear",
+    rope_low_freq_factor="--rope_scaling=llama3",
+    rope_high_freq_factor="--rope_scaling=llama3",
+    rope_original_context="--rope_scaling=llama3",
+    position_encoding="--rope_theta=None",
+)
 
 
 @pytest.mark.parametrize("key", dict.fromkeys(FIXED_ON_RESUME))
@@ -435,11 +640,37 @@ def test_a_run_with_any_key_of_the_model_set_is_continued_as_it_was(key):
 
 def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer():
     assert set(MODEL_KEYS) < set(FIXED_ON_RESUME) <= set(KEYS)
-    assert {"data_seed", "seed", "optimizer", "learning_rate", "weight_decay", "beta1", "beta2",
-            "lr_schedule", "warmup_iters"} <= set(FIXED_ON_RESUME)
-    free = {"max_iters", "max_tokens", "epochs", "lr_decay_iters", "log_interval", "eval_interval", "eval_iters",
-            "save_interval", "keep_last", "device", "parallelism", "compile", "out_dir", "init_from",
-            "activation_checkpointing", "attention_backend", "dtype", "patience"}
+    assert {
+        "data_seed",
+        "seed",
+        "optimizer",
+        "learning_rate",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "lr_schedule",
+        "warmup_iters",
+    } <= set(FIXED_ON_RESUME)
+    free = {
+        "max_iters",
+        "max_tokens",
+        "epochs",
+        "lr_decay_iters",
+        "log_interval",
+        "eval_interval",
+        "eval_iters",
+        "save_interval",
+        "keep_last",
+        "device",
+        "parallelism",
+        "compile",
+        "out_dir",
+        "init_from",
+        "activation_checkpointing",
+        "attention_backend",
+        "dtype",
+        "patience",
+    }
     assert not free & set(FIXED_ON_RESUME)
 
 
@@ -449,10 +680,17 @@ def test_a_resumed_run_is_told_its_parallelism_anew():
     assert (train.parallelism, train.hsdp_shard_size) == ("auto", None)
 
 
-@pytest.mark.parametrize("words, meant", [
-    (["--use_zero1=True"], "zero1"), (["--use_zero1"], "zero1"), (["--use_fsdp", "True"], "fsdp"),
-    (["--use_fsdp=True", "--parallelism=fsdp"], "fsdp"), (["--use_zero1=False"], "auto"),
-    (["--use_zero1=False", "--parallelism=ddp"], "ddp")])
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        (["--use_zero1=True"], "zero1"),
+        (["--use_zero1"], "zero1"),
+        (["--use_fsdp", "True"], "fsdp"),
+        (["--use_fsdp=True", "--parallelism=fsdp"], "fsdp"),
+        (["--use_zero1=False"], "auto"),
+        (["--use_zero1=False", "--parallelism=ddp"], "ddp"),
+    ],
+)
 def test_aliases_of_parallelism_on_the_command_line(words, meant):
     assert configure(words).train.parallelism == meant
 
@@ -466,10 +704,14 @@ def test_aliases_of_parallelism_in_a_file_and_over_it(tmp_path):
     assert configure([str(file), "--use_zero1"]).train.parallelism == "zero1"
 
 
-@pytest.mark.parametrize("words, reason", [
-    (["--use_zero1=True", "--use_fsdp=True"], "use_fsdp=True means parallelism='fsdp'"),
-    (["--use_zero1=True", "--parallelism=ddp"], "use_zero1=True means parallelism='zero1'"),
-    (["--use_zero1=perhaps"], "not True or False")])
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--use_zero1=True", "--use_fsdp=True"], "use_fsdp=True means parallelism='fsdp'"),
+        (["--use_zero1=True", "--parallelism=ddp"], "use_zero1=True means parallelism='zero1'"),
+        (["--use_zero1=perhaps"], "not True or False"),
+    ],
+)
 def test_aliases_that_contradict_are_refused(words, reason):
     with pytest.raises(ConfigError, match=reason):
         configure(words)
@@ -487,14 +729,24 @@ def test_free_keys_change_and_the_rest_comes_from_the_checkpoint():
     now = configure(["--max_iters=80", "--eval_interval=5", "--device=cpu", "--out_dir=elsewhere", "--compile=False"])
     got, notes = continue_from(now, saved, "here")
     train = got.train
-    assert (train.max_iters, train.eval_interval, train.device, train.out_dir, train.compile) == (80, 5, "cpu", "elsewhere", False)
+    assert (train.max_iters, train.eval_interval, train.device, train.out_dir, train.compile) == (
+        80,
+        5,
+        "cpu",
+        "elsewhere",
+        False,
+    )
     assert (train.batch_size, train.learning_rate, train.n_layer) == (7, 0.01, 2)
     assert notes == []
-    assert got.origins["max_iters"] == "command line" and got.origins["batch_size"] == got.origins["n_layer"] == "checkpoint: given"
+    assert (
+        got.origins["max_iters"] == "command line" and got.origins["batch_size"] == got.origins["n_layer"] == "checkpoint: given"
+    )
 
 
-@pytest.mark.parametrize("words, expected", [
-    (["--max_tokens=100000"], (None, 100000, None)), (["--epochs=2"], (None, None, 2.0)), ([], (40, None, None))])
+@pytest.mark.parametrize(
+    "words, expected",
+    [(["--max_tokens=100000"], (None, 100000, None)), (["--epochs=2"], (None, None, 2.0)), ([], (40, None, None))],
+)
 def test_another_measure_of_the_length_takes_the_place_of_the_saved_one(words, expected):
     train = continue_from(configure(words), saved_values("--max_iters=40"), "here")[0].train
     assert (train.max_iters, train.max_tokens, train.epochs) == expected
@@ -554,10 +806,21 @@ def test_continuing_a_continued_run_is_the_same_again():
 
 # ------------------------------------------------------------------------------------------- printing
 
-@pytest.mark.parametrize("argv", [
-    [], ["config/arch_custom.py"], ["config/full_llama_1.36b.py"], ["--arch_preset=llama", *TINY, "--rope_theta=5e5"],
-    ["--total_batch_tokens=16384"], ["--epochs=0.5", "--min_lr=0.0"], ["--layer_pattern=transformer,mlp", "--notice=a 'b' \"c\" # d"],
-    ["--compile=False", "--eval_only", "--out_dir=a=b"]], ids=lambda argv: " ".join(argv) or "nothing")
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["config/arch_custom.py"],
+        ["config/full_llama_1.36b.py"],
+        ["--arch_preset=llama", *TINY, "--rope_theta=5e5"],
+        ["--total_batch_tokens=16384"],
+        ["--epochs=0.5", "--min_lr=0.0"],
+        ["--layer_pattern=transformer,mlp", "--notice=a 'b' \"c\" # d"],
+        ["--compile=False", "--eval_only", "--out_dir=a=b"],
+    ],
+    ids=lambda argv: " ".join(argv) or "nothing",
+)
 def test_what_print_config_prints_is_a_config_file_that_resolves_to_the_same(capsys, write, argv):
     got = configure(argv)
     print_config(got)
@@ -587,7 +850,10 @@ def test_help_lists_every_key_with_group_type_default_and_meaning(capsys):
 
 def test_parsing_returns_file_keys_and_switches():
     assert parse_command_line(["x.py", "--n_layer", "2", "--eval_only", "--debug", "-h"]) == (
-        "x.py", {"n_layer": "2", "eval_only": True}, {"debug", "help"})
+        "x.py",
+        {"n_layer": "2", "eval_only": True},
+        {"debug", "help"},
+    )
 
 
 def test_reading_a_file_gives_values_and_origins(write):
@@ -597,12 +863,18 @@ def test_reading_a_file_gives_values_and_origins(write):
 
 # ------------------------------------------------------------------------------------------- as a command
 
-@pytest.mark.parametrize("arguments, code, says", [
-    (["--help"], 0, ["--n_layer", "execution:"]),
-    (["config/quickstart.py", "--print_config"], 0, ["arch_preset = 'llama'", "# config/quickstart.py:"]),
-    (["--n_heads=4", "--n_layr=2"], 2, ["--n_heads", "--n_layr"]),
-    (["--n_head=18", "--n_embd=2432", "--dropout=2"], 2, ["n_head=18", "dropout=2.0"]),
-    (["config/none.py"], 2, ["config/none.py"]), (["--n_head=0"], 2, ["n_head=0"])])
+
+@pytest.mark.parametrize(
+    "arguments, code, says",
+    [
+        (["--help"], 0, ["--n_layer", "execution:"]),
+        (["config/quickstart.py", "--print_config"], 0, ["arch_preset = 'llama'", "# config/quickstart.py:"]),
+        (["--n_heads=4", "--n_layr=2"], 2, ["--n_heads", "--n_layr"]),
+        (["--n_head=18", "--n_embd=2432", "--dropout=2"], 2, ["n_head=18", "dropout=2.0"]),
+        (["config/none.py"], 2, ["config/none.py"]),
+        (["--n_head=0"], 2, ["n_head=0"]),
+    ],
+)
 def test_the_command_answers_in_lines_and_exit_codes_from_any_folder(run_python, tmp_path, arguments, code, says):
     done = run_python(ROOT / "train.py", *arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr
@@ -618,9 +890,12 @@ def test_the_command_answers_in_lines_and_exit_codes_from_any_folder(run_python,
 
 
 def test_help_and_print_config_answer_within_one_and_a_half_imports_of_torch():
-    commands = {"torch": ["-c", "import torch"], "help": ["train.py", "--help"],
-                "print_config": ["train.py", "config/quickstart.py", "--print_config"]}
-    for attempt in range(3):
+    commands = {
+        "torch": ["-c", "import torch"],
+        "help": ["train.py", "--help"],
+        "print_config": ["train.py", "config/quickstart.py", "--print_config"],
+    }
+    for _ in range(3):
         seconds = {name: [] for name in commands}
         for _ in range(3):
             for name, command in commands.items():

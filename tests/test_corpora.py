@@ -17,8 +17,8 @@ from data.corpora import find_text_files, split_position, text_documents, valida
 from data.token_dataset import DATA_DIR, DatasetError, TokenDataset, is_prepared
 from data.tokenization import HuggingFaceTokenizer
 
-
 # ------------------------------------------------------------------------------------------- what comes with Python
+
 
 def first(documents, count):
     return [document for document, _ in zip(documents, range(count))]
@@ -29,13 +29,12 @@ def test_pydocs_is_english_and_the_same_every_time():
     assert documents == first(corpora.pydocs_documents(), 120)
     text = " ".join(text for _, text in documents).lower()
     words = re.findall(r"[a-z]+", text)
-    assert words.count("the") / len(words) > 0.03                    # about 6 % of English
+    assert words.count("the") / len(words) > 0.03  # about 6 % of English
     assert all(len(text) >= corpora.MIN_DOCUMENT for _, text in documents)
 
 
 def test_docstrings_are_read_without_running_the_module():
-    source = ('"""Module."""\nraise SystemExit\nclass A:\n    """Of A.\n\n    Deeper."""\n'
-              '    def f(self):\n        "Of f."\n')
+    source = '"""Module."""\nraise SystemExit\nclass A:\n    """Of A.\n\n    Deeper."""\n    def f(self):\n        "Of f."\n'
     assert corpora._docstrings(source) == "Module.\n\nA\n\nOf A.\n\nDeeper.\n\nA.f\n\nOf f."
     assert corpora._docstrings("def broken(") == ""
 
@@ -54,7 +53,7 @@ def test_pystdlib_documents_are_the_sources(monkeypatch):
     assert list(documents) == [name for name, _ in corpora.pystdlib_documents()]
     assert not any("site-packages" in name for name in documents)
     monkeypatch.setattr(corpora, "_stdlib_sources", lambda tests: iter([("test/a.py", "x = 1")] if tests else []))
-    assert list(corpora.pystdlib_documents()) == [("test/a.py", "x = 1")]    # a small library: its tests are added
+    assert list(corpora.pystdlib_documents()) == [("test/a.py", "x = 1")]  # a small library: its tests are added
     monkeypatch.setattr(corpora, "_stdlib_sources", lambda tests: iter(()))
     with pytest.raises(ValueError, match="no sources"):
         list(corpora.pystdlib_documents())
@@ -62,13 +61,15 @@ def test_pystdlib_documents_are_the_sources(monkeypatch):
 
 # ------------------------------------------------------------------------------------------- files of one's own
 
+
 def texts(*paths, **options):
     return [text for _, text in text_documents(paths, **options)]
 
 
 def test_each_format_gives_its_documents(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")
+
     (tmp_path / "a.txt").write_text("\ufeffone Ω\n", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n{"text": ""}\n{"text": "three", "x": 1}\n')
     pyarrow.parquet.write_table(pyarrow.table({"text": ["four", None, "five"], "n": [1, 2, 3]}), tmp_path / "c.parquet")
@@ -82,19 +83,22 @@ def test_the_text_field_can_be_named(tmp_path):
     assert texts(tmp_path / "a.jsonl", text_key="content") == ["words"]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON"),
-    ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xff"}\n', r"a\.jsonl, line 3 is not JSON"),
-    ("a.jsonl", b'["x"]\n', "line 1 is no JSON object"),
-    ("a.jsonl", b'{"body": "x", "id": 1}\n', r"line 1 has no field 'text' \(it has: body, id\).*--text_key"),
-    ("a.jsonl", b'{"text": null}\n', "line 1: the field 'text' is NoneType"),
-    ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*surrogate"),
-    ("a.jsonl", b"\n", "holds no text"),
-    ("a.txt", b"", "holds no text"),
-    ("a.txt", b"good \xff\n", "not UTF-8 text .byte 5"),
-    ("a.parquet", b"PAR1 but not really", "cannot be read as parquet"),
-    ("a.md", b"\xff\xfe", "not UTF-8 text"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xff"}\n', r"a\.jsonl, line 3 is not JSON"),
+        ("a.jsonl", b'["x"]\n', "line 1 is no JSON object"),
+        ("a.jsonl", b'{"body": "x", "id": 1}\n', r"line 1 has no field 'text' \(it has: body, id\).*--text_key"),
+        ("a.jsonl", b'{"text": null}\n', "line 1: the field 'text' is NoneType"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*surrogate"),
+        ("a.jsonl", b"\n", "holds no text"),
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"good \xff\n", "not UTF-8 text .byte 5"),
+        ("a.parquet", b"PAR1 but not really", "cannot be read as parquet"),
+        ("a.md", b"\xff\xfe", "not UTF-8 text"),
+    ],
+)
 def test_bad_files_are_named_with_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -104,7 +108,8 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, content, message):
 
 def test_a_missing_or_wrong_parquet_column_names_those_there(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")
+
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"no column 'text' \(it has: body, n\)"):
         texts(tmp_path / "a.parquet")
@@ -120,6 +125,7 @@ def test_missing_files_and_empty_folders_are_errors(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- training and validation
+
 
 def test_the_split_by_documents_has_about_the_fraction_and_both_sides():
     for count in range(2, 60):
@@ -159,7 +165,7 @@ def test_a_prepared_dataset_decodes_to_its_documents(tmp_path, tokenizer, count)
         assert decoded["train"] + decoded["val"] == documents[0][1]
     else:
         ended = {name: decoded[name].split("<|endoftext|>") for name in decoded}
-        assert ended["train"].pop() == ended["val"].pop() == ""              # each document is followed by the eos id
+        assert ended["train"].pop() == ended["val"].pop() == ""  # each document is followed by the eos id
         assert sorted(ended["train"] + ended["val"]) == sorted(text for _, text in documents)
         assert all(meta["splits"][name]["documents"] == len(ended[name]) for name in ("train", "val"))
     assert sum(split["bytes"] for split in meta["splits"].values()) == sum(len(text.encode()) for _, text in documents)
@@ -178,6 +184,7 @@ def test_long_documents_cut_into_pieces_give_the_ids_of_the_whole(tmp_path, monk
 def test_the_bpe_does_not_see_the_validation_text():
     def parts():
         return iter([("train", "aaaa bbbb"), ("val", "zzzz")])
+
     assert list(preparation._training_texts(parts)) == ["aaaa bbbb"]
 
 
@@ -225,6 +232,7 @@ def test_other_datasets_are_never_prepared_on_first_use(tmp_path, monkeypatch):
 def test_an_unwritable_data_folder_names_the_way_out(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(preparation, "DATA_DIR", tmp_path)
     monkeypatch.setattr(preparation, "resolve_dataset", lambda name: tmp_path / name)
     monkeypatch.setattr(preparation, "prepare", refuse)
@@ -234,9 +242,16 @@ def test_an_unwritable_data_folder_names_the_way_out(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------------------------- the commands
 
+
 def command(script, *arguments, cwd, **options):
-    return subprocess.run([sys.executable, str(DATA_DIR / script / "prepare.py"), *map(str, arguments)], cwd=cwd,
-                          capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, str(DATA_DIR / script / "prepare.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
 
 
 def test_textfile_command_prepares_from_any_working_directory(tmp_path):
@@ -244,7 +259,7 @@ def test_textfile_command_prepares_from_any_working_directory(tmp_path):
     done = command("textfile", "story.txt", "--tokenizer=char", "--out=cat", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1,845 tokens, 1,845 bytes, 1 document" in done.stdout and str(tmp_path / "cat") in done.stdout
-    assert done.stderr == ""                                         # no progress bar where nobody watches
+    assert done.stderr == ""  # no progress bar where nobody watches
     assert json.loads((tmp_path / "cat" / "meta.json").read_text())["source"] == "story.txt"
     assert len(TokenDataset.open(tmp_path / "cat").split("val")) == 205
 
@@ -256,18 +271,21 @@ def test_pydocs_command_makes_a_dataset_that_needs_no_download(tmp_path):
     assert dataset.vocab_size == 1000 and dataset.split("train").bytes > 1_000_000
 
 
-@pytest.mark.parametrize("arguments, code, message", [
-    ((), 2, "required: FILE"),
-    (("a.txt",), 2, "give either --name=NAME .* or --out=DIR"),
-    (("a.txt", "--out=x", "--tokenizer=morse"), 2, "--tokenizer=morse is neither"),
-    (("a.txt", "--out=x", "--tokenizer=char", "--vocab_size=5"), 2, "--vocab_size is for --tokenizer=bpe"),
-    (("a.txt", "--out=x", "--val_fraction=2"), 2, "not between 0 and 1"),
-    (("a.txt", "--name=pydocs"), 2, "--name=pydocs is taken"),
-    (("a.txt", "--name=a/b"), 2, "not a plain name"),
-    (("missing.txt", "--out=x"), 1, "error: There is no file missing.txt"),
-    (("a.txt", "--out=x", "--vocab_size=100"), 1, "error: vocab_size=100 is too small"),
-    (("a.txt", "--out=a.txt"), 1, "error: .*a.txt"),
-])
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ((), 2, "required: FILE"),
+        (("a.txt",), 2, "give either --name=NAME .* or --out=DIR"),
+        (("a.txt", "--out=x", "--tokenizer=morse"), 2, "--tokenizer=morse is neither"),
+        (("a.txt", "--out=x", "--tokenizer=char", "--vocab_size=5"), 2, "--vocab_size is for --tokenizer=bpe"),
+        (("a.txt", "--out=x", "--val_fraction=2"), 2, "not between 0 and 1"),
+        (("a.txt", "--name=pydocs"), 2, "--name=pydocs is taken"),
+        (("a.txt", "--name=a/b"), 2, "not a plain name"),
+        (("missing.txt", "--out=x"), 1, "error: There is no file missing.txt"),
+        (("a.txt", "--out=x", "--vocab_size=100"), 1, "error: vocab_size=100 is too small"),
+        (("a.txt", "--out=a.txt"), 1, "error: .*a.txt"),
+    ],
+)
 def test_errors_are_one_sentence_and_an_exit_code(tmp_path, arguments, code, message):
     (tmp_path / "a.txt").write_text("some text to read")
     done = command("textfile", *arguments, cwd=tmp_path)
@@ -284,9 +302,16 @@ def test_debug_shows_the_traceback(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="no file size limit")
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     import resource
+
     (tmp_path / "a.txt").write_text("some text " * 30_000)
-    done = command("textfile", "a.txt", "--out=out", "--tokenizer=byte", cwd=tmp_path,
-                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = command(
+        "textfile",
+        "a.txt",
+        "--out=out",
+        "--tokenizer=byte",
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
     assert done.returncode == 1 and re.fullmatch(r"error: File too large \(out\); .*\n", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -297,8 +322,13 @@ def test_an_interrupted_command_leaves_nothing_that_looks_prepared(tmp_path, sig
     (tmp_path / "long.jsonl").write_text("".join(f'{{"text": "{i} some words and more"}}\n' for i in range(200_000)))
     out = tmp_path / "out"
     script = str(DATA_DIR / "textfile" / "prepare.py")
-    process = subprocess.Popen([sys.executable, script, "long.jsonl", "--out=out", "--tokenizer=byte"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script, "long.jsonl", "--out=out", "--tokenizer=byte"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.time() + 30
     while not (out / ".staging").exists() and time.time() < deadline:
         time.sleep(0.005)

@@ -49,10 +49,12 @@ def refused(capsys, *argv: str) -> str:
 
 # ------------------------------------------------------------------------------------------- the shipped models
 
+
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_a_shipped_model_has_as_many_parameters_as_transformers_gives_it(path):
     """Independent of this code but for the file: Hugging Face's own class, built on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
     hf = json.loads(path.read_text(encoding="utf-8"))
     ours = count_parameters(config_from_hf(hf))
     hf.pop("architectures")
@@ -97,6 +99,7 @@ def test_all_published_models_are_met(capsys):
 
 # ------------------------------------------------------------------------------------------- what a model costs
 
+
 def test_the_figures_are_those_of_the_modules(capsys):
     found = answer(capsys, "--model_config=llama", *SMALL, "--batch_size=3", "--checkpointing=full", "--tokens=1M")
     config = resolve("llama", **TINY)
@@ -107,14 +110,14 @@ def test_the_figures_are_those_of_the_modules(capsys):
     one = estimate_memory(config, batch_size=3, checkpointing="full")
     assert found["memory"]["total"] == one.total == sum(found["memory"]["parts"].values())
     eight = next(row for row in found["memory"]["by_gpus"] if row["gpus"] == 8)
-    assert eight["fsdp"] == estimate_memory(config, batch_size=3, checkpointing="full", parallelism="fsdp",
-                                            world_size=8).total
+    assert eight["fsdp"] == estimate_memory(config, batch_size=3, checkpointing="full", parallelism="fsdp", world_size=8).total
 
 
 def test_time_and_price_follow_from_peak_mfu_and_tokens(capsys):
-    found = answer(capsys, "--model_config=llama", *SMALL, "--gpu=H100", "--gpus=4", "--mfu=0.5", "--tokens=2B",
-                   "--price_per_gpu_hour=3")
-    row, = found["time"]
+    found = answer(
+        capsys, "--model_config=llama", *SMALL, "--gpu=H100", "--gpus=4", "--mfu=0.5", "--tokens=2B", "--price_per_gpu_hour=3"
+    )
+    (row,) = found["time"]
     rate = 4 * 0.5 * peak_flops("NVIDIA H100 80GB HBM3", "bfloat16").flops / found["flops_per_token"]["full"]
     assert row["gpu"] == "H100 SXM" and row["tokens_per_s"] == pytest.approx(rate)
     assert row["hours"] == pytest.approx(2e9 / rate / 3600)
@@ -140,7 +143,7 @@ def test_without_a_gpu_several_are_compared(capsys):
 
 def test_six_billion_tokens_on_four_h20_in_six_hours_would_need_four_times_all_that_they_can_do(capsys):
     asked = ["--model_config=config/full_llama_1.36b.py", "--gpu=H20", "--gpus=4", "--tokens=6B", "--hours=6"]
-    row, = answer(capsys, *asked)["time"]
+    (row,) = answer(capsys, *asked)["time"]
     assert row["mfu_needed"] == pytest.approx(6e9 * 8.3413e9 / (4 * 148e12 * 6 * 3600), rel=1e-4)
     assert 3.8 < row["mfu_needed"] < 4.0 and row["hours"] == pytest.approx(6 * row["mfu_needed"] / 0.4)
     assert "391%, impossible" in shown(capsys, *asked)
@@ -157,18 +160,28 @@ def test_fit_gives_the_largest_micro_batch_of_every_card_and_of_the_one_asked(ca
     assert batches == sorted(batches) and batches[0] < batches[-1]
 
 
-@pytest.mark.parametrize("name, card", [("24", ("24 GB", 24)), ("36GB", ("36 GB", 36)), ("12.5 gb", ("12.5 GB", 12.5)),
-                                        ("4090", ("RTX 4090", 24)), ("H20", ("H20", 96)),
-                                        ("a100-40gb", ("A100 SXM 40GB", 40))])
+@pytest.mark.parametrize(
+    "name, card",
+    [
+        ("24", ("24 GB", 24)),
+        ("36GB", ("36 GB", 36)),
+        ("12.5 gb", ("12.5 GB", 12.5)),
+        ("4090", ("RTX 4090", 24)),
+        ("H20", ("H20", 96)),
+        ("a100-40gb", ("A100 SXM 40GB", 40)),
+    ],
+)
 def test_a_card_is_a_gpu_or_a_number_of_gb(name, card):
     assert command._card(name) == card
 
 
 def test_a_recipe_brings_its_run(capsys, tmp_path):
     recipe = tmp_path / "mine.py"
-    recipe.write_text('arch_preset = "llama"\nn_layer, n_head, n_embd, block_size = 2, 4, 64, 128\nbatch_size = 5\n'
-                      'gradient_accumulation_steps = 3\nmax_iters = 10\noptimizer = "muon"\n'
-                      'activation_checkpointing = "full"\n')
+    recipe.write_text(
+        'arch_preset = "llama"\nn_layer, n_head, n_embd, block_size = 2, 4, 64, 128\nbatch_size = 5\n'
+        'gradient_accumulation_steps = 3\nmax_iters = 10\noptimizer = "muon"\n'
+        'activation_checkpointing = "full"\n'
+    )
     found = answer(capsys, f"--model_config={recipe}")
     run = found["run"]
     assert run["batch_size"] == 5 and run["optimizer"] == "muon" and run["checkpointing"] == "full"
@@ -194,8 +207,10 @@ def test_every_preset_can_be_asked_about_and_shown(preset, capsys):
 
 # ------------------------------------------------------------------------------------------- what a budget buys
 
-@pytest.mark.parametrize("path", sorted((command.CONFIGS / "scaling_laws").rglob("*.jsonc")),
-                         ids=lambda path: f"{path.parent.name}/{path.stem}")
+
+@pytest.mark.parametrize(
+    "path", sorted((command.CONFIGS / "scaling_laws").rglob("*.jsonc")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_every_shipped_question_is_answered(path, capsys):
     found = answer(capsys, f"--backward_config={path.parent.name}/{path.stem}")
     gear, best = found["gear"], found["shapes"][0]
@@ -218,8 +233,13 @@ def test_a_grid_search_answers_by_every_law(capsys):
 
 def test_the_plot_is_a_picture(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    for number, argv in enumerate((["--grid_search=1e20"], ["--backward_config=besiroglu/h20_4_slimpajama_6b"],
-                                   ["--model_config=llama", *SMALL, "--tokens=1B"])):
+    for number, argv in enumerate(
+        (
+            ["--grid_search=1e20"],
+            ["--backward_config=besiroglu/h20_4_slimpajama_6b"],
+            ["--model_config=llama", *SMALL, "--tokens=1B"],
+        )
+    ):
         path = tmp_path / f"{number}.png"
         assert f"plot: {path}" in shown(capsys, *argv, f"--plot={path}")
         data = path.read_bytes()
@@ -228,6 +248,7 @@ def test_the_plot_is_a_picture(capsys, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- the page about it
+
 
 def blocks() -> list[tuple[list[str], list[str]]]:
     """docs/COST.md's console blocks: (arguments, lines of output; '…' stands for lines left out)."""
@@ -245,14 +266,17 @@ def blocks() -> list[tuple[list[str], list[str]]]:
 def test_the_page_shows_what_the_command_prints(argv, lines, capsys, tmp_path, monkeypatch):
     if not torch.__version__.startswith("2.13."):
         pytest.skip("the page was made with PyTorch 2.13; memory and element-wise steps depend a little on the version")
-    printed = iter(line.rstrip() for line in shown(capsys, *(
-        word.replace("plan.png", str(tmp_path / "plan.png")) for word in argv)).splitlines())
+    printed = iter(
+        line.rstrip()
+        for line in shown(capsys, *(word.replace("plan.png", str(tmp_path / "plan.png")) for word in argv)).splitlines()
+    )
     for line in lines:
         if line.strip() not in ("", "…") and not line.startswith("plot: "):
             assert line.rstrip() in printed, line  # from where the last one was found on
 
 
 # ------------------------------------------------------------------------------------------- the command
+
 
 def test_the_script_runs_from_any_folder(run_python, tmp_path):
     said = run_python(SCRIPT, "--grid_search=1e19", cwd=tmp_path)
@@ -262,55 +286,77 @@ def test_the_script_runs_from_any_folder(run_python, tmp_path):
     assert run_python(SCRIPT, "--help", cwd=tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize("argv, said", [
-    ([], "one of the arguments --model_config --backward_config --grid_search --validate is required"),
-    (["--model_config=llama", "--validate"], "not allowed with"),
-    (["--model_config=llama", "--batch=3"], "unrecognized arguments"),
-    (["--model_config=llama3_8"], "neither a preset nor a file (did you mean 'llama3_8b'?)"),
-    (["--model_config=llama", "n_layr=3"], "'n_layr' is not a key of a model (did you mean 'n_layer'?)"),
-    (["--model_config=llama", "n_layer"], "'n_layer' is not KEY=VALUE"),
-    (["--model_config=llama", "n_layer=-3"], "n_layer=-3 must be"),
-    (["--model_config=llama", "n_head=7"], "n_head=7 does not divide"),
-    (["--model_config=llama", "--gpu=H1000"], "'H1000' is no GPU whose figures are known here (nearest: H100 SXM"),
-    (["--model_config=llama", "--fit=tiny"], "--fit: 'tiny' is no GPU"),
-    (["--model_config=llama", "--fit=0"], "--fit: must be positive"),
-    (["--model_config=llama", "--gpu=T4"], "No dense bfloat16 peak of T4 is known"),
-    (["--model_config=llama", "--mfu=40"], "--mfu=40.0 must be above 0 and at most 1"),
-    (["--model_config=llama", "--mfu=nan"], "--mfu=nan"),
-    (["--model_config=llama", "--gpus=0"], "--gpus=0 must be at least 1"),
-    (["--model_config=llama", "--context=-5"], "--context=-5 must"),
-    (["--model_config=llama", "--tokens=-6B"], "--tokens=-6B must be positive"),
-    (["--model_config=llama", "--tokens=lots"], "is not a number"),
-    (["--model_config=llama", "--hours=0"], "--hours=0.0 must be positive"),
-    (["--model_config=llama", "--price_per_gpu_hour=-1"], "must not be negative"),
-    (["--model_config=llama", "--plot=x.jpg"], "must end in .png"),
-    (["--model_config=llama", *SMALL, "--plot=x.png"], "give --tokens"),
-    (["--model_config=gpt2", "--context=4096"], "context"), (["--grid_search=0"], "--grid_search=0 must be positive"),
-    (["--grid_search=much"], "is not a number"), (["--grid_search=1e9"], "No shape of preset 'llama' has about"),
-    (["--grid_search=1e19", "n_hed=3"], "'n_hed' is not a key of a model"),
-    (["--grid_search=1e19", "vocab_size=x"], "vocab_size"),
-    (["--backward_config=nothing"], "is no file. There is: besiroglu/h100_8_one_week"),
-    (["--validate", "n_layer=3"], "architecture keys are for")],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ([], "one of the arguments --model_config --backward_config --grid_search --validate is required"),
+        (["--model_config=llama", "--validate"], "not allowed with"),
+        (["--model_config=llama", "--batch=3"], "unrecognized arguments"),
+        (["--model_config=llama3_8"], "neither a preset nor a file (did you mean 'llama3_8b'?)"),
+        (["--model_config=llama", "n_layr=3"], "'n_layr' is not a key of a model (did you mean 'n_layer'?)"),
+        (["--model_config=llama", "n_layer"], "'n_layer' is not KEY=VALUE"),
+        (["--model_config=llama", "n_layer=-3"], "n_layer=-3 must be"),
+        (["--model_config=llama", "n_head=7"], "n_head=7 does not divide"),
+        (["--model_config=llama", "--gpu=H1000"], "'H1000' is no GPU whose figures are known here (nearest: H100 SXM"),
+        (["--model_config=llama", "--fit=tiny"], "--fit: 'tiny' is no GPU"),
+        (["--model_config=llama", "--fit=0"], "--fit: must be positive"),
+        (["--model_config=llama", "--gpu=T4"], "No dense bfloat16 peak of T4 is known"),
+        (["--model_config=llama", "--mfu=40"], "--mfu=40.0 must be above 0 and at most 1"),
+        (["--model_config=llama", "--mfu=nan"], "--mfu=nan"),
+        (["--model_config=llama", "--gpus=0"], "--gpus=0 must be at least 1"),
+        (["--model_config=llama", "--context=-5"], "--context=-5 must"),
+        (["--model_config=llama", "--tokens=-6B"], "--tokens=-6B must be positive"),
+        (["--model_config=llama", "--tokens=lots"], "is not a number"),
+        (["--model_config=llama", "--hours=0"], "--hours=0.0 must be positive"),
+        (["--model_config=llama", "--price_per_gpu_hour=-1"], "must not be negative"),
+        (["--model_config=llama", "--plot=x.jpg"], "must end in .png"),
+        (["--model_config=llama", *SMALL, "--plot=x.png"], "give --tokens"),
+        (["--model_config=gpt2", "--context=4096"], "context"),
+        (["--grid_search=0"], "--grid_search=0 must be positive"),
+        (["--grid_search=much"], "is not a number"),
+        (["--grid_search=1e9"], "No shape of preset 'llama' has about"),
+        (["--grid_search=1e19", "n_hed=3"], "'n_hed' is not a key of a model"),
+        (["--grid_search=1e19", "vocab_size=x"], "vocab_size"),
+        (["--backward_config=nothing"], "is no file. There is: besiroglu/h100_8_one_week"),
+        (["--validate", "n_layer=3"], "architecture keys are for"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_what_cannot_be_used_is_said_in_a_sentence_with_exit_code_2(argv, said, capsys):
     assert said in refused(capsys, *argv)
 
 
-@pytest.mark.parametrize("content, said", [
-    ("{", "is not JSON"), ('{"a": 1} // why', "is not JSON"), ("[]", "no Hugging Face config.json"),
-    ('{"a": 1}', "it has no model_type"),
-    ('{"model_type": "mamba"}', "model_type='mamba' is not one of the families"),
-    ('{"model_type": "gpt2", "n_layer": 2}', "has no 'n_head'"),
-    (dict(num_attention_heads=0), "a size in it is not a positive number"),
-    (dict(hidden_size="wide"), "a size in it is not"),
-    (dict(num_hidden_layers=0), "n_layer=0 must be at least 1"),
-    (dict(intermediate_size=-8), "d_ff=-8 must be at least 1"),
-    (dict(vocab_size=None), "vocab_size is null"), (dict(num_hidden_layers=None), "num_hidden_layers is null"),
-    (dict(num_key_value_heads=3), "n_kv_head=3 does not divide n_head=4"),
-    (dict(hidden_act="cosine"), "hidden_act='cosine' has no counterpart")], ids=str)
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "is not JSON"),
+        ('{"a": 1} // why', "is not JSON"),
+        ("[]", "no Hugging Face config.json"),
+        ('{"a": 1}', "it has no model_type"),
+        ('{"model_type": "mamba"}', "model_type='mamba' is not one of the families"),
+        ('{"model_type": "gpt2", "n_layer": 2}', "has no 'n_head'"),
+        (dict(num_attention_heads=0), "a size in it is not a positive number"),
+        (dict(hidden_size="wide"), "a size in it is not"),
+        (dict(num_hidden_layers=0), "n_layer=0 must be at least 1"),
+        (dict(intermediate_size=-8), "d_ff=-8 must be at least 1"),
+        (dict(vocab_size=None), "vocab_size is null"),
+        (dict(num_hidden_layers=None), "num_hidden_layers is null"),
+        (dict(num_key_value_heads=3), "n_kv_head=3 does not divide n_head=4"),
+        (dict(hidden_act="cosine"), "hidden_act='cosine' has no counterpart"),
+    ],
+    ids=str,
+)
 def test_a_model_file_that_makes_no_model_is_refused(content, said, capsys, tmp_path):
-    whole = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=96,
-                 vocab_size=99, max_position_embeddings=64, rms_norm_eps=1e-5)
+    whole = dict(
+        model_type="llama",
+        hidden_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        vocab_size=99,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+    )
     path = tmp_path / "config.json"
     path.write_text(content if isinstance(content, str) else json.dumps({**whole, **content}))
     assert said in refused(capsys, f"--model_config={path}")

@@ -20,6 +20,7 @@ def make_split(folder, tokens, name="train.bin"):
 
 # ------------------------------------------------------------------------------------------- the order
 
+
 @pytest.mark.parametrize("windows", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1000, 4096, 5001])
 @pytest.mark.parametrize("extra", [0, 7])
 def test_an_epoch_reads_each_window_once(windows, extra):
@@ -30,7 +31,7 @@ def test_an_epoch_reads_each_window_once(windows, extra):
         starts = order.starts(epoch * windows, windows)
         offset = starts.min()
         assert sorted(starts - offset) == [i * block for i in range(windows)]
-        assert 0 <= offset and starts.max() + block + 1 <= order.tokens
+        assert offset >= 0 and starts.max() + block + 1 <= order.tokens
 
 
 @pytest.mark.parametrize("tokens", [9, 10, 15, 16, 17, 23, 24, 25, 1000])
@@ -53,8 +54,11 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for():
 
 def test_seeds_and_epochs_have_orders_of_their_own():
     windows = 311
-    orders = {tuple(WindowOrder(windows * 16 + 16, 16, seed).starts(epoch * windows, windows))
-              for seed in (0, 1, 2, -1) for epoch in range(4)}
+    orders = {
+        tuple(WindowOrder(windows * 16 + 16, 16, seed).starts(epoch * windows, windows))
+        for seed in (0, 1, 2, -1)
+        for epoch in range(4)
+    }
     assert len(orders) == 16
 
 
@@ -62,47 +66,48 @@ def test_the_order_looks_random():
     windows = 20_000
     places = WindowOrder(windows * 4 + 4, 4, data_seed=0).starts(0, windows).astype(float)
     for a, b in ((places[1:], places[:-1]), (places, np.arange(windows))):
-        assert abs(np.corrcoef(a, b)[0, 1]) < 0.03                   # four standard deviations
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.03  # four standard deviations
     small = WindowOrder(5 * 8 + 8, 8, data_seed=1)
     starts = small.starts(0, 5 * 6000).reshape(6000, 5)
     which = (starts - starts.min(axis=1, keepdims=True)) // 8
-    for place in range(5):                                           # each of 5 windows is as often at each place
+    for place in range(5):  # each of 5 windows is as often at each place
         assert np.all(np.abs(np.bincount(which[:, place], minlength=5) / 6000 - 0.2) < 0.025)
 
 
 def test_the_order_is_that_of_the_written_definition():
     """Plain integers, one sequence at a time. A changed order would make a resumed run read on elsewhere, unnoticed."""
+
     def mix(x):
-        x = (x + 0x9E3779B97F4A7C15) % 2 ** 64
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
-        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2 ** 64
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
 
     def start(sequence, tokens, block, seed):
         windows = max(1, (tokens - block) // block)
-        key = mix((sequence // windows + mix(seed % 2 ** 64)) % 2 ** 64)
+        key = mix((sequence // windows + mix(seed % 2**64)) % 2**64)
         bits = 1
-        while 4 ** bits < windows:
+        while 4**bits < windows:
             bits += 1
         window = sequence % windows
         while True:
-            left, right = window >> bits, window % 2 ** bits
+            left, right = window >> bits, window % 2**bits
             for turn in range(10):
-                left, right = right, left ^ mix(key ^ (right + (turn << 48))) % 2 ** bits
+                left, right = right, left ^ mix(key ^ (right + (turn << 48))) % 2**bits
             window = left << bits | right
             if window < windows:
                 return mix(key) % (tokens - windows * block) + window * block
 
-    for tokens, block, seed in ((1000, 16, 1337), (17, 16, 0), (5000, 7, -3), (2 ** 40, 1024, 2 ** 63)):
-        first = 10 ** 6
+    for tokens, block, seed in ((1000, 16, 1337), (17, 16, 0), (5000, 7, -3), (2**40, 1024, 2**63)):
+        first = 10**6
         expected = [start(sequence, tokens, block, seed) for sequence in range(first, first + 200)]
         assert WindowOrder(tokens, block, seed).starts(first, 200).tolist() == expected
 
 
 def test_a_huge_dataset_takes_no_memory_for_its_order():
-    order = WindowOrder(10 ** 13, 1024, data_seed=1)
-    starts = order.starts(10 ** 12, 1000)
-    assert len(np.unique(starts)) > 990 and starts.max() < 10 ** 13 and starts.min() >= 0
+    order = WindowOrder(10**13, 1024, data_seed=1)
+    starts = order.starts(10**12, 1000)
+    assert len(np.unique(starts)) > 990 and starts.max() < 10**13 and starts.min() >= 0
 
 
 def test_too_short_a_text_names_the_block_size_that_fits():
@@ -111,6 +116,7 @@ def test_too_short_a_text_names_the_block_size_that_fits():
 
 
 # ------------------------------------------------------------------------------------------- batches
+
 
 def test_rows_are_the_windows_at_the_starts(tmp_path):
     split = make_split(tmp_path, 3000)
@@ -183,7 +189,7 @@ def test_errors_of_the_background_thread_surface_at_the_call(tmp_path):
         loader._guess[1].result()
         with open(tmp_path / "train.bin", "r+b") as file:
             file.truncate(100)
-        loader.batch(4, 4)                                           # was read before; its successor cannot be
+        loader.batch(4, 4)  # was read before; its successor cannot be
         with pytest.raises(DatasetError, match="became shorter"):
             loader.batch(8, 4)
 
@@ -202,10 +208,12 @@ def test_sharded_and_whole_datasets_give_the_same_batches(tmp_path):
 
 # ------------------------------------------------------------------------------------------- validation
 
+
 def pairs(batches):
     """Every (input token, target token) that counts, sorted."""
-    return sorted(pair for inputs, targets in batches
-                  for pair in zip(inputs[targets >= 0].tolist(), targets[targets >= 0].tolist()))
+    return sorted(
+        pair for inputs, targets in batches for pair in zip(inputs[targets >= 0].tolist(), targets[targets >= 0].tolist())
+    )
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 8, 9, 10, 16, 17, 18, 100, 129])
@@ -213,7 +221,7 @@ def pairs(batches):
 def test_all_windows_make_every_token_a_target_once_over_all_ranks(tmp_path, tokens, world_size):
     split = make_split(tmp_path, tokens)
     ranks = [list(validation_batches(split, 8, None, 3, rank, world_size)) for rank in range(world_size)]
-    assert len({tuple(tuple(inputs.shape) for inputs, _ in rank) for rank in ranks}) == 1       # collectives match
+    assert len({tuple(tuple(inputs.shape) for inputs, _ in rank) for rank in ranks}) == 1  # collectives match
     for inputs, targets in (batch for rank in ranks for batch in rank):
         assert inputs.shape[0] <= 3 and inputs.shape[1] == 8 and targets.shape == inputs.shape
     assert pairs(batch for rank in ranks for batch in rank) == [(i, i + 1) for i in range(tokens - 1)]
@@ -221,10 +229,12 @@ def test_all_windows_make_every_token_a_target_once_over_all_ranks(tmp_path, tok
 
 @pytest.mark.parametrize("windows", [1, 2, 5, 12, 13, 1000])
 def test_some_windows_are_spread_evenly_whatever_the_batch_and_world_size(tmp_path, windows):
-    split = make_split(tmp_path, 101)                                # 13 windows of 8; the last one has 4 targets
-    seen = {tuple(pairs(batch for rank in range(world)
-                        for batch in validation_batches(split, 8, windows, size, rank, world)))
-            for world in (1, 2, 3, 4) for size in (1, 2, 5, 64)}
+    split = make_split(tmp_path, 101)  # 13 windows of 8; the last one has 4 targets
+    seen = {
+        tuple(pairs(batch for rank in range(world) for batch in validation_batches(split, 8, windows, size, rank, world)))
+        for world in (1, 2, 3, 4)
+        for size in (1, 2, 5, 64)
+    }
     assert len(seen) == 1
     firsts = sorted({first // 8 for first, _ in seen.pop()})
     assert len(firsts) == min(windows, 13) and firsts[0] == 0
@@ -238,7 +248,7 @@ def test_zero_windows_means_all(tmp_path):
 
 
 def test_padding_follows_the_text_and_is_ignored(tmp_path):
-    (inputs, targets), = validation_batches(make_split(tmp_path, 4), 8, None, 16)
+    ((inputs, targets),) = validation_batches(make_split(tmp_path, 4), 8, None, 16)
     assert inputs.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0]] and targets.tolist() == [[1, 2, 3, -1, -1, -1, -1, -1]]
 
 

@@ -25,29 +25,58 @@ TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
 
 # Values of which every two are different models. Component keys: everything registered.
 VALUES = dict(
-    n_layer=[1, 2, 3], n_head=[2, 4, 8], n_kv_head=[1, 2, 4], head_dim=[4, 8, 16], n_embd=[32, 64], d_ff=[32, 100],
-    vocab_size=[60, 61], pad_vocab_multiple=[1, 7, 64], norm_eps=[1e-6, 1e-5, 1e-2], rope_theta=[100.0, 10000.0],
-    layer_pattern=["transformer", "transformer,mlp", "mlp,transformer"], bias=[False, True], qkv_bias=[False, True],
-    qk_norm=[False, True, "full"], weight_tying=[False, True], dropout=[0.0, 0.1, 0.5],
-    rope_factor=[2.0, 8.0], rope_low_freq_factor=[1.0, 2.0], rope_high_freq_factor=[6.0, 8.0],
-    rope_original_context=[32, 64], sliding_window=[1, 3, 9], attention_scale=[0.1, 0.5], attention_softcap=[0.5, 2.0],
-    logit_softcap=[0.5, 30.0], embedding_norm=[False, True], embedding_scale=[False, True], zero_init=[False, True],
-    ffn_expansion_ratio=[1.0, 2.0, 3.5], ffn_multiple=[48, 100],
-    **{kind: list(components(kind)) for kind in COMPONENT_KINDS if kind in ARCHITECTURE_KEYS})
+    n_layer=[1, 2, 3],
+    n_head=[2, 4, 8],
+    n_kv_head=[1, 2, 4],
+    head_dim=[4, 8, 16],
+    n_embd=[32, 64],
+    d_ff=[32, 100],
+    vocab_size=[60, 61],
+    pad_vocab_multiple=[1, 7, 64],
+    norm_eps=[1e-6, 1e-5, 1e-2],
+    rope_theta=[100.0, 10000.0],
+    layer_pattern=["transformer", "transformer,mlp", "mlp,transformer"],
+    bias=[False, True],
+    qkv_bias=[False, True],
+    qk_norm=[False, True, "full"],
+    weight_tying=[False, True],
+    dropout=[0.0, 0.1, 0.5],
+    rope_factor=[2.0, 8.0],
+    rope_low_freq_factor=[1.0, 2.0],
+    rope_high_freq_factor=[6.0, 8.0],
+    rope_original_context=[32, 64],
+    sliding_window=[1, 3, 9],
+    attention_scale=[0.1, 0.5],
+    attention_softcap=[0.5, 2.0],
+    logit_softcap=[0.5, 30.0],
+    embedding_norm=[False, True],
+    embedding_scale=[False, True],
+    zero_init=[False, True],
+    ffn_expansion_ratio=[1.0, 2.0, 3.5],
+    ffn_multiple=[48, 100],
+    **{kind: list(components(kind)) for kind in COMPONENT_KINDS if kind in ARCHITECTURE_KEYS},
+)
 
 # What must be refused, because the preset's parts do not read it: (key, preset) → the values that are still accepted.
 # What else must be chosen for a key to matter at all.
 _STRETCHED = {"rope_scaling": "llama3", "rope_original_context": 32, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 8.0}
-BESIDE = {"rope_factor": {"rope_scaling": "linear"}, "rope_low_freq_factor": _STRETCHED, "rope_high_freq_factor": _STRETCHED,
-          "rope_original_context": _STRETCHED}
+BESIDE = {
+    "rope_factor": {"rope_scaling": "linear"},
+    "rope_low_freq_factor": _STRETCHED,
+    "rope_high_freq_factor": _STRETCHED,
+    "rope_original_context": _STRETCHED,
+}
 
 # What must be refused, because the preset's parts do not read it: (key, preset) → the values that are still accepted.
 ROPE_KEYS = [key for key in ARCHITECTURE_KEYS if key.startswith("rope_")]
 GATED = [name for name in PRESETS if resolve(name).ffn_type == "swiglu"]
 REFUSED = {(key, preset): [] for key in ROPE_KEYS for preset in ("gpt2", "gpt2_postnorm")}
 REFUSED |= {("activation", preset): ["silu"] for preset in GATED}
-REFUSED |= {("ffn_type", preset): [name for name in components("ffn_type") if name != "gated"]
-            for preset in PRESETS if resolve(preset).activation in ("silu", "gelu")}  # those are called swiglu and geglu
+REFUSED |= {
+    ("ffn_type", preset): [name for name in components("ffn_type") if name != "gated"]
+    for preset in PRESETS
+    if resolve(preset).activation in ("silu", "gelu")
+}  # those are called swiglu and geglu
 REFUSED[("activation", "gemma2")] = [name for name in components("activation") if name not in ("silu", "gelu")]
 
 
@@ -89,6 +118,7 @@ def assert_all_differ(configs) -> None:
 
 
 # ------------------------------------------------------------------------------------------- architecture keys
+
 
 def test_the_witness_does_not_tell_a_model_from_itself():
     for preset in PRESETS:
@@ -140,8 +170,7 @@ def test_block_size_is_architecture_only_where_positions_are_a_table(preset):
         assert count_parameters(long) - count_parameters(short) == 16 * 32
         assert short.name != long.name and short.fingerprint != long.fingerprint
     else:
-        assert (short.name, short.fingerprint, count_parameters(short)) == (long.name, long.fingerprint,
-                                                                            count_parameters(long))
+        assert (short.name, short.fingerprint, count_parameters(short)) == (long.name, long.fingerprint, count_parameters(long))
         assert torch.equal(witness_logits(perturbed(short)), witness_logits(perturbed(long)))
     with pytest.raises(ValueError, match="block_size=16"):
         build_model(short)(tokens(length=17))
@@ -151,11 +180,17 @@ def test_block_size_is_architecture_only_where_positions_are_a_table(preset):
 # ------------------------------------------------------------------------------------------- execution keys
 
 EXECUTION_VALUES = dict(
-    attention_backend=list(components("attention_backend")), device=["cpu", "cuda"],
-    dtype=["float32", "bfloat16", "float16", "auto"], compile=[True, False, "auto"],
-    activation_checkpointing=["none", "full", "selective"], threads=[1, 2],
-    parallelism=["auto", "none", "ddp", "zero1", "zero2", "fsdp", "hsdp"], hsdp_shard_size=[2, 4],
-    async_checkpoint=[False, True], collective_timeout=[5, 600])
+    attention_backend=list(components("attention_backend")),
+    device=["cpu", "cuda"],
+    dtype=["float32", "bfloat16", "float16", "auto"],
+    compile=[True, False, "auto"],
+    activation_checkpointing=["none", "full", "selective"],
+    threads=[1, 2],
+    parallelism=["auto", "none", "ddp", "zero1", "zero2", "fsdp", "hsdp"],
+    hsdp_shard_size=[2, 4],
+    async_checkpoint=[False, True],
+    collective_timeout=[5, 600],
+)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -170,9 +205,24 @@ def test_an_execution_key_changes_neither_name_nor_fingerprint_nor_n(key, preset
 
 def test_keys_are_architecture_or_do_not_reach_the_model():
     """Whatever is not a key of the model leaves the ModelConfig as it is, whatever its group."""
-    other = dict(out_dir="x", init_from="auto", eval_only=True, notice="n", seed=1, dataset="d", data_seed=3, batch_size=5,
-                 gradient_accumulation_steps=7, total_batch_tokens=160, optimizer="muon", learning_rate=1.0,
-                 max_iters=9, warmup_iters=4, dtype="float16", compile=True)
+    other = dict(
+        out_dir="x",
+        init_from="auto",
+        eval_only=True,
+        notice="n",
+        seed=1,
+        dataset="d",
+        data_seed=3,
+        batch_size=5,
+        gradient_accumulation_steps=7,
+        total_batch_tokens=160,
+        optimizer="muon",
+        learning_rate=1.0,
+        max_iters=9,
+        warmup_iters=4,
+        dtype="float16",
+        compile=True,
+    )
     assert not set(other) & set(MODEL_KEYS)
     assert TrainConfig(**TINY, **other).model_config() == TrainConfig(**TINY).model_config()
 
@@ -199,13 +249,18 @@ def test_attention_backends_give_the_same_loss_and_gradients(backend, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("overrides", [{}, dict(position_encoding="alibi"), dict(sliding_window=3, attention_softcap=0.7)],
-                         ids=["plain", "alibi", "window and cap"])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, dict(position_encoding="alibi"), dict(sliding_window=3, attention_softcap=0.7)],
+    ids=["plain", "alibi", "window and cap"],
+)
 def test_flex_attention_gives_the_same_logits_and_refuses_to_train_on_a_cpu(preset, overrides):
     if "position_encoding" in overrides and resolve(preset).rope_scaling is not None:
         overrides = {**overrides, "rope_theta": None}
-    plain, flex = (perturbed(resolve(preset, **{**TINY, "head_dim": 16, **overrides, "attention_backend": name}))
-                   for name in ("manual", "flex"))
+    plain, flex = (
+        perturbed(resolve(preset, **{**TINY, "head_dim": 16, **overrides, "attention_backend": name}))
+        for name in ("manual", "flex")
+    )
     with torch.no_grad():
         assert torch.allclose(plain(tokens()), flex(tokens()), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="cannot train on a CPU"):
@@ -256,9 +311,13 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
 
 # ------------------------------------------------------------------------------------------- every component
 
-COMPONENT_CASES = [pytest.param(kind, name, preset, id=f"{kind}={name}-{preset}")
-                   for kind in COMPONENT_KINDS for name in components(kind) for preset in PRESETS
-                   if name != "flex"]  # no training on a CPU: below
+COMPONENT_CASES = [
+    pytest.param(kind, name, preset, id=f"{kind}={name}-{preset}")
+    for kind in COMPONENT_KINDS
+    for name in components(kind)
+    for preset in PRESETS
+    if name != "flex"
+]  # no training on a CPU: below
 
 
 def with_component(kind: str, name: str, preset: str, **overrides):
@@ -298,16 +357,23 @@ def test_every_component_is_built_trained_and_named(kind, name, preset):
 
 
 @pytest.mark.parametrize("kind, name, preset", COMPONENT_CASES)
-@pytest.mark.parametrize("overrides", [{}, dict(n_kv_head=2, head_dim=12, bias=True, qk_norm=True, weight_tying=False,
-                                                pad_vocab_multiple=16, d_ff=50)], ids=["plain", "odd"])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, dict(n_kv_head=2, head_dim=12, bias=True, qk_norm=True, weight_tying=False, pad_vocab_multiple=16, d_ff=50)],
+    ids=["plain", "odd"],
+)
 def test_every_component_is_counted(kind, name, preset, overrides):
     config = with_component(kind, name, preset, **overrides)
     model = build_model(config, device="meta")
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as counter:
         model(tokens(batch=2).to("meta")).sum().backward()
-    windows = 12 * config.n_head * config.head_dim * sum(16 - min(16, config.sliding_window) for block in config.layer_pattern
-                                                        if block == "sliding")  # the counter takes a window for full attention
+    windows = (
+        12
+        * config.n_head
+        * config.head_dim
+        * sum(16 - min(16, config.sliding_window) for block in config.layer_pattern if block == "sliding")
+    )  # the counter takes a window for full attention
     assert counter.get_total_flops() == 2 * 16 * (flops_per_token(config).full + windows)
 
 

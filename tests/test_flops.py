@@ -21,9 +21,13 @@ from model_config import COMPONENT_KINDS, PRESETS, components, linear_part, reso
 
 T, WINDOW = 12, 5
 TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=T)
-CASES = [pytest.param(kind, name, preset, id=f"{kind}={name}-{preset}")
-         for kind in COMPONENT_KINDS for name in components(kind) for preset in PRESETS
-         if name != "flex"]  # no backward pass without a GPU
+CASES = [
+    pytest.param(kind, name, preset, id=f"{kind}={name}-{preset}")
+    for kind in COMPONENT_KINDS
+    for name in components(kind)
+    for preset in PRESETS
+    if name != "flex"
+]  # no backward pass without a GPU
 
 
 def with_component(kind: str, name: str, preset: str):
@@ -57,8 +61,11 @@ def counted(config, batch: int = 2) -> tuple[int, int]:
 def beyond_windows(config) -> int:
     """4·H·d FLOPs a token and layer for each key beyond a sliding window: the counter, which sees a masked full product,
     counts them, and ours does not."""
-    return sum(4 * config.n_head * config.head_dim * (T - min(T, config.sliding_window))
-               for block in config.layer_pattern if block == "sliding")
+    return sum(
+        4 * config.n_head * config.head_dim * (T - min(T, config.sliding_window))
+        for block in config.layer_pattern
+        if block == "sliding"
+    )
 
 
 @pytest.mark.parametrize("kind, name, preset", CASES)
@@ -71,8 +78,16 @@ def test_forward_and_backward_are_pytorchs_count_but_for_what_a_window_hides(kin
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("overrides", [{}, dict(n_kv_head=1), dict(layer_pattern="transformer,mlp,transformer"),
-                                       dict(bias=True, qk_norm=True, pad_vocab_multiple=16)], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        dict(n_kv_head=1),
+        dict(layer_pattern="transformer,mlp,transformer"),
+        dict(bias=True, qk_norm=True, pad_vocab_multiple=16),
+    ],
+    ids=str,
+)
 def test_every_component_costs_what_its_own_module_does(preset, overrides):
     """Forward FLOPs by component against the counter's own books, which it keeps by module."""
     config = resolve(preset, **{**TINY, "n_layer": 3, **overrides})
@@ -83,6 +98,7 @@ def test_every_component_costs_what_its_own_module_does(preset, overrides):
 
     def of(*modules: str) -> int:
         return sum(books.get(name, 0) for name in modules)
+
     for row in breakdown(config):
         word = row.name.split(" ")[0]
         blocks = [f"blocks.{layer}" for layer in range(config.n_layer)]
@@ -90,7 +106,8 @@ def test_every_component_costs_what_its_own_module_does(preset, overrides):
             found = of(*(f"{block}.{branch}.sublayer.{word}" for block in blocks for branch in ("attention", "feed_forward")))
         elif word == "attention":  # the two products, without the projections around them
             found = of(*(f"{block}.attention.sublayer" for block in blocks)) - of(
-                *(f"{block}.attention.sublayer.{x}_proj" for block in blocks for x in "qkvo"))
+                *(f"{block}.attention.sublayer.{x}_proj" for block in blocks for x in "qkvo")
+            )
             same = [r for r in breakdown(config) if r.name.startswith("attention")]
             assert found == T * sum(r.forward for r in same)  # windows here are wider than the context
             continue
@@ -98,9 +115,18 @@ def test_every_component_costs_what_its_own_module_does(preset, overrides):
             found = T * 2 * config.padded_vocab_size * config.n_embd
             assert sum(books[name] for name in ("",)) == T * sum(r.forward for r in breakdown(config))
         else:  # norms, look-ups: no product
-            found = of("embedding", "position", "position.table", "norm", *(
-                f"{block}.{branch}.{norm}" for block in blocks for branch in ("attention", "feed_forward")
-                for norm in ("norm", "output_norm", "sublayer.q_norm", "sublayer.k_norm")))
+            found = of(
+                "embedding",
+                "position",
+                "position.table",
+                "norm",
+                *(
+                    f"{block}.{branch}.{norm}"
+                    for block in blocks
+                    for branch in ("attention", "feed_forward")
+                    for norm in ("norm", "output_norm", "sublayer.q_norm", "sublayer.k_norm")
+                ),
+            )
             assert found == 0
         assert row.forward * T == found, row.name
 
@@ -132,6 +158,7 @@ def test_fused_kernels_recompute_the_scores_which_no_mfu_counts():
 
 
 # ------------------------------------------------------------------------------------------- parts that come later
+
 
 @pytest.fixture
 def mixer():
@@ -167,16 +194,17 @@ def test_a_component_registered_elsewhere_brings_its_own_count(mixer):
 
 # ------------------------------------------------------------------------------------------- what is not counted
 
+
 def test_elementwise_work_is_what_the_formulas_need():
     config = resolve("llama", n_layer=2, n_head=4, n_embd=64, n_kv_head=2, d_ff=96, vocab_size=61, block_size=T)
     found, H, K, d = elementwise(config), 4, 2, 16
-    rotation = 2 * (H + K) * d * Fraction(7, 2)              # two layers: x·cos + rotated·sin, half of it negated
+    rotation = 2 * (H + K) * d * Fraction(7, 2)  # two layers: x·cos + rotated·sin, half of it negated
     assert found["position.rotate"] == rotation
-    scores = 2 * H * T * (1 + 1 + 5)                         # scaled, masked, softmax in five steps
+    scores = 2 * H * T * (1 + 1 + 5)  # scaled, masked, softmax in five steps
     assert found["attention.sublayer"] == scores + rotation
     assert found["attention"] == found["feed_forward"] == 2 * 64
-    assert found["feed_forward.sublayer"] == 2 * 2 * 96      # SiLU, and the product with the gate
-    assert 2 * 64 <= found["attention.norm"] <= 2 * 64 * 8   # a few steps for each element
+    assert found["feed_forward.sublayer"] == 2 * 2 * 96  # SiLU, and the product with the gate
+    assert 2 * 64 <= found["attention.norm"] <= 2 * 64 * 8  # a few steps for each element
     assert found["attention.norm"] == found["feed_forward.norm"]
 
 

@@ -32,12 +32,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 # ------------------------------------------------------------------------------------------- the cache
 
+
 @torch.no_grad()
 def greedy_by_hand(model, tokens, new):
     """The whole window again for each token; the oldest tokens fall out of it."""
     model.eval()
     for _ in range(new):
-        logits = model(tokens[:, -model.config.block_size:])[:, -1]
+        logits = model(tokens[:, -model.config.block_size :])[:, -1]
         tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
     return tokens
 
@@ -51,8 +52,12 @@ def test_cached_generation_is_uncached_generation(position_encoding, length):
         greedy = [model.generate(x, 8, temperature=0.0, use_cache=cache) for cache in (True, False)]
         assert torch.equal(greedy[0], greedy_by_hand(model, x, 8))
         assert torch.equal(*greedy)
-        sampled = [model.generate(x, 8, temperature=1.5, top_k=20, top_p=0.95, repetition_penalty=1.2, use_cache=cache,
-                                  generator=seeded()) for cache in (True, False)]
+        sampled = [
+            model.generate(
+                x, 8, temperature=1.5, top_k=20, top_p=0.95, repetition_penalty=1.2, use_cache=cache, generator=seeded()
+            )
+            for cache in (True, False)
+        ]
         assert torch.equal(*sampled)
         assert not torch.equal(sampled[0], greedy[0])
         assert torch.equal(greedy[0][:, :length], x) and greedy[0].shape == (3, length + 8)
@@ -61,6 +66,7 @@ def test_cached_generation_is_uncached_generation(position_encoding, length):
 @pytest.mark.parametrize("position_encoding", components("position_encoding"))
 def test_the_cache_gives_the_logits_of_the_whole_sequence_in_any_division(position_encoding):
     from model_components import KVCache
+
     model = perturbed(resolve("custom", **TINY, position_encoding=position_encoding, n_kv_head=2)).eval()
     x = prompt(2, 16)
     with torch.no_grad():
@@ -94,6 +100,7 @@ def test_in_bf16_the_cache_holds_bf16_and_changes_nothing():
 
 # ------------------------------------------------------------------------------------------- knobs, one row at a time
 
+
 def distribution_by_hand(logits, seen, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0) -> list[float]:
     """Probabilities of one row, with Python's own numbers and loops."""
     values = [float(v) for v in logits]
@@ -117,18 +124,34 @@ def distribution_by_hand(logits, seen, temperature=1.0, top_k=None, top_p=None, 
     return [weights.get(i, 0.0) / total for i in range(len(values))]
 
 
-@pytest.mark.parametrize("knobs", [
-    {}, dict(temperature=0.5), dict(temperature=3.0), dict(top_k=1), dict(top_k=4), dict(top_k=12), dict(top_k=99),
-    dict(top_p=0.001), dict(top_p=0.5), dict(top_p=0.9), dict(top_p=1.0), dict(repetition_penalty=1.7),
-    dict(repetition_penalty=0.6), dict(temperature=1.5, top_k=5, top_p=0.7, repetition_penalty=1.3)],
-    ids=lambda knobs: "-".join(f"{k}={v}" for k, v in knobs.items()) or "plain")
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        dict(temperature=0.5),
+        dict(temperature=3.0),
+        dict(top_k=1),
+        dict(top_k=4),
+        dict(top_k=12),
+        dict(top_k=99),
+        dict(top_p=0.001),
+        dict(top_p=0.5),
+        dict(top_p=0.9),
+        dict(top_p=1.0),
+        dict(repetition_penalty=1.7),
+        dict(repetition_penalty=0.6),
+        dict(temperature=1.5, top_k=5, top_p=0.7, repetition_penalty=1.3),
+    ],
+    ids=lambda knobs: "-".join(f"{k}={v}" for k, v in knobs.items()) or "plain",
+)
 def test_every_knob_gives_the_distribution_of_its_slow_form(knobs):
     draws = 20000
     rows, seen = torch.randn(2, 12, generator=seeded(3)) * 2, torch.tensor([[0, 3, 3, 7], [11, 2, 5, 2]])
     for row in range(2):
         expected = distribution_by_hand(rows[row], seen[row].tolist(), **knobs)
-        drawn = sample_next(rows[row:row + 1].expand(draws, -1), seen[row:row + 1].expand(draws, -1), **knobs,
-                            generator=seeded())
+        drawn = sample_next(
+            rows[row : row + 1].expand(draws, -1), seen[row : row + 1].expand(draws, -1), **knobs, generator=seeded()
+        )
         counts = torch.bincount(drawn, minlength=12)
         for token, probability in enumerate(expected):
             deviation = math.sqrt(draws * probability * (1 - probability))
@@ -158,10 +181,18 @@ def test_a_repetition_penalty_counts_the_prompt_and_what_was_generated():
     assert len(set(new)) == 12 and not set(new) & set(y[0, :8].tolist())
 
 
-@pytest.mark.parametrize("knobs, says", [
-    (dict(top_k=0), "top_k"), (dict(top_k=-1), "top_k"), (dict(top_p=0.0), "top_p"),
-    (dict(temperature=-1.0), "temperature"), (dict(temperature=float("nan")), "temperature"),
-    (dict(repetition_penalty=0.0), "repetition_penalty"), (dict(repetition_penalty=-1.0), "repetition_penalty")])
+@pytest.mark.parametrize(
+    "knobs, says",
+    [
+        (dict(top_k=0), "top_k"),
+        (dict(top_k=-1), "top_k"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(temperature=-1.0), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(repetition_penalty=0.0), "repetition_penalty"),
+        (dict(repetition_penalty=-1.0), "repetition_penalty"),
+    ],
+)
 def test_an_impossible_knob_is_refused_by_name(knobs, says):
     model = build_model(resolve("llama", **TINY))
     with pytest.raises(ValueError, match=says):
@@ -169,6 +200,7 @@ def test_an_impossible_knob_is_refused_by_name(knobs, says):
 
 
 # ------------------------------------------------------------------------------------------- ends
+
 
 def test_after_eos_a_sequence_yields_eos_and_the_others_go_on():
     model = perturbed(resolve("llama", **TINY))
@@ -185,7 +217,7 @@ def test_after_eos_a_sequence_yields_eos_and_the_others_go_on():
                 expected = expected[:stop] + [eos] * (10 - stop)
             else:
                 length = 10
-            assert y[row, 5:].tolist() == expected[:y.size(1) - 5]
+            assert y[row, 5:].tolist() == expected[: y.size(1) - 5]
         assert y.size(1) - 5 == length  # the stream ends as soon as all have ended
 
 
@@ -212,6 +244,7 @@ def test_no_new_tokens_gives_the_prompt_back():
 
 
 # ------------------------------------------------------------------------------------------- state
+
 
 def test_a_generator_makes_sampling_repeatable_and_leaves_the_global_state_alone():
     model = perturbed(resolve("gpt2", **TINY, dropout=0.5))
@@ -253,7 +286,9 @@ def test_a_stream_yields_what_generate_returns_token_by_token():
 def test_prompts_of_unequal_length_in_a_batch_are_each_continued_as_if_alone(preset, use_cache):
     """Greedy and sampled, also past block_size, and with an eos that is in one of the prompts."""
     window = dict(sliding_window=4) if preset in ("mistral", "gemma2") else {}
-    model = build_model(resolve(preset, n_layer=2, n_head=4, n_embd=32, head_dim=8, vocab_size=23, block_size=16, **window), seed=3)
+    model = build_model(
+        resolve(preset, n_layer=2, n_head=4, n_embd=32, head_dim=8, vocab_size=23, block_size=16, **window), seed=3
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.3)
@@ -261,12 +296,22 @@ def test_prompts_of_unequal_length_in_a_batch_are_each_continued_as_if_alone(pre
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     padded = torch.tensor([prompt + [0] * (12 - len(prompt)) for prompt in prompts])
     for knobs in (dict(temperature=0), dict(temperature=1.0, top_k=9, repetition_penalty=1.3), dict(temperature=1.0, eos_id=4)):
+
         def generator(i):
             return torch.Generator().manual_seed(100 + i)
-        together = torch.stack(list(model.stream(padded, 10, lengths=lengths, use_cache=use_cache,
-                                                 generator=[generator(i) for i in range(4)], **knobs)), dim=1)
+
+        together = torch.stack(
+            list(
+                model.stream(
+                    padded, 10, lengths=lengths, use_cache=use_cache, generator=[generator(i) for i in range(4)], **knobs
+                )
+            ),
+            dim=1,
+        )
         for i, prompt in enumerate(prompts):
-            alone = torch.stack(list(model.stream(torch.tensor([prompt]), 10, use_cache=use_cache, generator=generator(i), **knobs)))
-            own = together[i, len(prompt) - 1:][:len(alone)]
+            alone = torch.stack(
+                list(model.stream(torch.tensor([prompt]), 10, use_cache=use_cache, generator=generator(i), **knobs))
+            )
+            own = together[i, len(prompt) - 1 :][: len(alone)]
             assert torch.equal(own, alone[:, 0]), (knobs, i)
-            assert torch.equal(together[i, :len(prompt) - 1], torch.tensor(prompt[1:], dtype=torch.long))
+            assert torch.equal(together[i, : len(prompt) - 1], torch.tensor(prompt[1:], dtype=torch.long))

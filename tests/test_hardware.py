@@ -8,17 +8,32 @@ import pytest
 import torch
 
 from flops_parameter_counting import hardware
-from flops_parameter_counting.hardware import (GPUS, best_dtype, cpu_flags, device_peak, find_gpu, measure_cpu_peak,
-                                               peak_flops)
+from flops_parameter_counting.hardware import GPUS, best_dtype, cpu_flags, device_peak, find_gpu, measure_cpu_peak, peak_flops
 
 # Names as torch.cuda.get_device_name gives them, and dense TFLOP/s of bfloat16 (float16 where there is no bfloat16) to the
 # precision they are usually quoted in, apart from the table.
 QUOTED = {
-    "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100 80GB PCIe": 312,
-    "A100-SXM4-40GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835,
-    "NVIDIA H200": 989, "NVIDIA H200 NVL": 835, "NVIDIA GH200 480GB": 989, "NVIDIA B200": 2250, "NVIDIA H20": 148,
-    "NVIDIA H20-3e": 148, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10": 125, "NVIDIA RTX A6000": 155,
-    "NVIDIA GeForce RTX 3090": 71, "NVIDIA GeForce RTX 4090": 165, "AMD Instinct MI300X": 1307,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "A100-SXM4-40GB": 312,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989,
+    "NVIDIA H200 NVL": 835,
+    "NVIDIA GH200 480GB": 989,
+    "NVIDIA B200": 2250,
+    "NVIDIA H20": 148,
+    "NVIDIA H20-3e": 148,
+    "NVIDIA L4": 121,
+    "NVIDIA L40S": 362,
+    "NVIDIA A10": 125,
+    "NVIDIA RTX A6000": 155,
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA GeForce RTX 4090": 165,
+    "AMD Instinct MI300X": 1307,
 }
 
 
@@ -37,11 +52,27 @@ def test_gpus_older_than_bfloat16_have_no_peak_for_it(name, tflops):
     assert peak_flops(name, "tf32") is None
 
 
-@pytest.mark.parametrize("name", [
-    "", "NVIDIA GeForce GTX 1080", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
-    "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM-64GB", "NVIDIA A10G",
-    "GRID A100-10C", "NVIDIA H100", "NVIDIA H2000", "NVIDIA RTX 6000 Ada Generation", "NVIDIA B2000", "Quadro T4000",
-    "AMD Instinct MI300A", "AMD EPYC"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA A10G",
+        "GRID A100-10C",
+        "NVIDIA H100",
+        "NVIDIA H2000",
+        "NVIDIA RTX 6000 Ada Generation",
+        "NVIDIA B2000",
+        "Quadro T4000",
+        "AMD Instinct MI300A",
+        "AMD EPYC",
+    ],
+)
 def test_an_unknown_name_has_no_peak_even_if_it_resembles_a_known_one(name):
     assert all(peak_flops(name, dtype) is None for dtype in ("bfloat16", "float16", "float32", "tf32", "fp8"))
 
@@ -66,8 +97,19 @@ def test_every_row_names_its_source_and_says_where_it_was_not_compared_with_it(d
     assert ("(not verified)" in device.cited) == ("not verified" in device.compared)
 
 
-@pytest.mark.parametrize("name, tflops", [("B200", 4500), ("H100 SXM", 1979), ("H200 SXM", 1979), ("H100 NVL", 1671),
-                                          ("H100 PCIe", 1513), ("L4", 242), ("GB200", 5000), ("A100", 624)])
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("B200", 4500),
+        ("H100 SXM", 1979),
+        ("H200 SXM", 1979),
+        ("H100 NVL", 1671),
+        ("H100 PCIe", 1513),
+        ("L4", 242),
+        ("GB200", 5000),
+        ("A100", 624),
+    ],
+)
 def test_peaks_are_dense_half_of_what_the_datasheets_print_with_sparsity(name, tflops):
     assert find_gpu(name)[0].peak("bfloat16").flops / 1e12 == pytest.approx(tflops / 2, rel=1e-3)
 
@@ -79,22 +121,46 @@ def test_every_gpu_that_can_be_named_has_a_peak_and_is_found_by_its_names(gpu):
         assert find_gpu(name) == (gpu, [])
 
 
-@pytest.mark.parametrize("name, taken, others", [
-    ("H100", "H100 SXM", {"H100 PCIe", "H100 NVL"}), ("H200", "H200 SXM", {"H200 NVL"}), ("4090", "RTX 4090", set()),
-    ("A100", "A100 SXM 80GB", {"A100 SXM 40GB", "A100 PCIe 80GB", "A100 PCIe 40GB"}), ("a100-40gb", "A100 SXM 40GB",
-                                                                                       {"A100 PCIe 40GB"}),
-    ("A100 80 GB PCIe", "A100 PCIe 80GB", set()), ("h100-sxm5", "H100 SXM", set()), ("RTX4090", "RTX 4090", set()),
-    ("NVIDIA GeForce RTX 3090", "RTX 3090", set()), ("A6000", "RTX A6000", set()), ("L40", "L40", set()),
-    ("H20", "H20", set()),
-    ("B200", "B200", set()), ("T4", "T4", set()), ("mi300x", "MI300X", set()), ("Nvidia H100 NVL", "H100 NVL", set())])
+@pytest.mark.parametrize(
+    "name, taken, others",
+    [
+        ("H100", "H100 SXM", {"H100 PCIe", "H100 NVL"}),
+        ("H200", "H200 SXM", {"H200 NVL"}),
+        ("4090", "RTX 4090", set()),
+        ("A100", "A100 SXM 80GB", {"A100 SXM 40GB", "A100 PCIe 80GB", "A100 PCIe 40GB"}),
+        ("a100-40gb", "A100 SXM 40GB", {"A100 PCIe 40GB"}),
+        ("A100 80 GB PCIe", "A100 PCIe 80GB", set()),
+        ("h100-sxm5", "H100 SXM", set()),
+        ("RTX4090", "RTX 4090", set()),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090", set()),
+        ("A6000", "RTX A6000", set()),
+        ("L40", "L40", set()),
+        ("H20", "H20", set()),
+        ("B200", "B200", set()),
+        ("T4", "T4", set()),
+        ("mi300x", "MI300X", set()),
+        ("Nvidia H100 NVL", "H100 NVL", set()),
+    ],
+)
 def test_a_short_name_finds_the_gpu_and_says_what_else_it_fits(name, taken, others):
     gpu, also = find_gpu(name)
     assert gpu.name == taken and set(also) == others
 
 
-@pytest.mark.parametrize("name, nearest", [("H1000", "H100 SXM"), ("RTX 5090", "RTX 4090"), ("A1000", "A10"), ("", "known"),
-                                           ("80GB", "known"), ("SXM", "known"), ("NVIDIA", "known"), ("RTX", "known"),
-                                           ("H100 80GB PCIe MIG 1g.10gb", "known")])
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("H1000", "H100 SXM"),
+        ("RTX 5090", "RTX 4090"),
+        ("A1000", "A10"),
+        ("", "known"),
+        ("80GB", "known"),
+        ("SXM", "known"),
+        ("NVIDIA", "known"),
+        ("RTX", "known"),
+        ("H100 80GB PCIe MIG 1g.10gb", "known"),
+    ],
+)
 def test_a_name_that_fits_none_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(ValueError, match=rf"is no GPU whose figures are known here.*{nearest}"):
         find_gpu(name)
@@ -161,9 +227,16 @@ def test_float32_is_held_against_the_tf32_peak_where_tf32_is_allowed(monkeypatch
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("fpu sse2 avx2 avx512f avx512bw avx512_vnni", "float32"), ("avx512f avx512_bf16", "bfloat16"),
-    ("avx512f amx_bf16 amx_tile", "bfloat16"), ("avx512f amx_tile amx_int8", "float32"), ("", "float32")])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("fpu sse2 avx2 avx512f avx512bw avx512_vnni", "float32"),
+        ("avx512f avx512_bf16", "bfloat16"),
+        ("avx512f amx_bf16 amx_tile", "bfloat16"),
+        ("avx512f amx_tile amx_int8", "float32"),
+        ("", "float32"),
+    ],
+)
 def test_a_cpu_computes_in_bfloat16_only_with_the_instructions_for_it(flags, expected):
     assert best_dtype("cpu", flags) == expected
     assert best_dtype("cpu", cpu_flags(f"model name\t: X\nflags\t\t: {flags}\nbugs\t: y\n")) == expected
@@ -176,8 +249,17 @@ def test_the_choice_for_this_cpu_agrees_with_torch():
     assert best_dtype("cpu") == ("bfloat16" if native else "float32")
 
 
-@pytest.mark.parametrize("capability, expected", [((7, 0), "float32"), ((7, 5), "float32"), ((8, 0), "bfloat16"),
-                                                  ((8, 9), "bfloat16"), ((9, 0), "bfloat16"), ((10, 0), "bfloat16")])
+@pytest.mark.parametrize(
+    "capability, expected",
+    [
+        ((7, 0), "float32"),
+        ((7, 5), "float32"),
+        ((8, 0), "bfloat16"),
+        ((8, 9), "bfloat16"),
+        ((9, 0), "bfloat16"),
+        ((10, 0), "bfloat16"),
+    ],
+)
 def test_a_gpu_computes_in_bfloat16_from_compute_capability_8(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert best_dtype("cuda") == expected

@@ -10,12 +10,9 @@ followed. The tracker in turn is held against a sum done by hand and against the
 from __future__ import annotations
 
 import json
-import math
-import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from flops_parameter_counting import memory_pieces
-from flops_parameter_counting.memory import (CARD_SIZES_GB, HEADROOM_GB, HEADROOM_SHARE, STRATEGIES, estimate_memory,
-                                             largest_micro_batch)
+from flops_parameter_counting.memory import (
+    CARD_SIZES_GB,
+    HEADROOM_GB,
+    HEADROOM_SHARE,
+    STRATEGIES,
+    estimate_memory,
+    largest_micro_batch,
+)
 from flops_parameter_counting.memory_pieces import CHECKPOINTING, measured_pieces
 from flops_parameter_counting.parameters import count_parameters
 from model_builder import Transformer, build_model
@@ -43,8 +46,18 @@ from training.train_config import TrainConfig
 TOLERANCE = 0.10  # what is asked of the prediction
 
 
-def measured_peak(config, *, batch_size, dtype="bfloat16", checkpointing="none", optimizer="adamw", parallelism="none",
-                  world_size=1, gradient_accumulation_steps=1, device="cpu") -> int:
+def measured_peak(
+    config,
+    *,
+    batch_size,
+    dtype="bfloat16",
+    checkpointing="none",
+    optimizer="adamw",
+    parallelism="none",
+    world_size=1,
+    gradient_accumulation_steps=1,
+    device="cpu",
+) -> int:
     """Bytes at the fullest moment of a training step as train.py makes it, the optimizer's state existing already."""
     assert device == "cpu"
     steps, tracker = gradient_accumulation_steps, MemTracker()
@@ -80,8 +93,10 @@ def error(config, **options) -> float:
     """Predicted / measured - 1, printed."""
     predicted, measured = estimate_memory(config, device="cpu", **options), measured_peak(config, **options)
     off = predicted.total / measured - 1
-    print(f"\n{config.name} {options}: measured {measured / 1e6:.1f} MB, predicted {predicted.total / 1e6:.1f} MB at "
-          f"{predicted.moment}: {off:+.2%}")
+    print(
+        f"\n{config.name} {options}: measured {measured / 1e6:.1f} MB, predicted {predicted.total / 1e6:.1f} MB at "
+        f"{predicted.moment}: {off:+.2%}"
+    )
     return off
 
 
@@ -116,34 +131,58 @@ CONFIGURATIONS = {
     "heavy-tied": (resolve("gpt2", **HEAVY), dict(batch_size=1)),
     "heavy-tied-accumulating": (resolve("gpt2", **HEAVY), dict(batch_size=1, gradient_accumulation_steps=2)),
     "heavy-untied": (resolve("llama", **HEAVY), dict(batch_size=1)),
-    "heavy-untied-accumulating-muon": (resolve("llama", n_layer=8, n_head=8, n_embd=512, vocab_size=512, block_size=64),
-                                       dict(batch_size=1, gradient_accumulation_steps=2, optimizer="muon")),
-    "vocabulary-padded": (resolve("gpt2", n_layer=2, n_head=2, n_embd=128, block_size=128, vocab_size=20000,
-                                  pad_vocab_multiple=128), dict(batch_size=4)),
-    "mixed-blocks": (resolve("custom", **GPT2, layer_pattern="transformer,mlp", embedding_norm=True),
-                     dict(batch_size=8)),
+    "heavy-untied-accumulating-muon": (
+        resolve("llama", n_layer=8, n_head=8, n_embd=512, vocab_size=512, block_size=64),
+        dict(batch_size=1, gradient_accumulation_steps=2, optimizer="muon"),
+    ),
+    "vocabulary-padded": (
+        resolve("gpt2", n_layer=2, n_head=2, n_embd=128, block_size=128, vocab_size=20000, pad_vocab_multiple=128),
+        dict(batch_size=4),
+    ),
+    "mixed-blocks": (resolve("custom", **GPT2, layer_pattern="transformer,mlp", embedding_norm=True), dict(batch_size=8)),
     "one-short-sequence": (resolve("llama", **{**LLAMA, "block_size": 1}), dict(batch_size=1)),
 }
 
 
-DEFAULT = ("gpt2", "gpt2-fp32", "gpt2-fp32-full", "gpt2-selective", "gpt2-dropout-manual", "llama", "llama-muon",
-           "gemma2-window", "alibi", "heavy-tied-accumulating", "vocabulary-padded", "mixed-blocks", "one-short-sequence")
+DEFAULT = (
+    "gpt2",
+    "gpt2-fp32",
+    "gpt2-fp32-full",
+    "gpt2-selective",
+    "gpt2-dropout-manual",
+    "llama",
+    "llama-muon",
+    "gemma2-window",
+    "alibi",
+    "heavy-tied-accumulating",
+    "vocabulary-padded",
+    "mixed-blocks",
+    "one-short-sequence",
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow)
-                                  for name in CONFIGURATIONS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in CONFIGURATIONS]
+)
 def test_predicted_peak_is_what_a_step_uses(name):
     config, options = CONFIGURATIONS[name]
     assert abs(error(config, **options)) < TOLERANCE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, options", (
-    (resolve("gpt2"), dict(batch_size=4)),
-    (resolve("gpt2", dropout=0.1), dict(batch_size=8, dtype="float32", checkpointing="full")),
-    (resolve("llama3"), dict(batch_size=2, gradient_accumulation_steps=2, checkpointing="selective")),
-    (resolve("llama", n_layer=18, n_head=18, n_embd=2304, d_ff=6144, block_size=2048, vocab_size=32000),
-     dict(batch_size=1, checkpointing="full"))), ids=lambda value: getattr(value, "name", None))
+@pytest.mark.parametrize(
+    "config, options",
+    (
+        (resolve("gpt2"), dict(batch_size=4)),
+        (resolve("gpt2", dropout=0.1), dict(batch_size=8, dtype="float32", checkpointing="full")),
+        (resolve("llama3"), dict(batch_size=2, gradient_accumulation_steps=2, checkpointing="selective")),
+        (
+            resolve("llama", n_layer=18, n_head=18, n_embd=2304, d_ff=6144, block_size=2048, vocab_size=32000),
+            dict(batch_size=1, checkpointing="full"),
+        ),
+    ),
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_predicted_peak_of_models_of_full_size(config, options):
     assert abs(error(config, **options)) < TOLERANCE
 
@@ -179,8 +218,10 @@ def test_a_part_that_a_stranger_adds_is_accounted_for():
 
         @staticmethod
         def parts(config):
-            return [linear_part("up_proj", config.n_embd, config.d_ff, True),
-                    linear_part("down_proj", config.d_ff, config.n_embd, True)]
+            return [
+                linear_part("up_proj", config.n_embd, config.d_ff, True),
+                linear_part("down_proj", config.d_ff, config.n_embd, True),
+            ]
 
         def forward(self, x):
             h = nn.functional.linear(x, self.up_proj.weight.to(x.dtype), self.up_proj.bias.to(x.dtype))
@@ -193,14 +234,17 @@ def test_a_part_that_a_stranger_adds_is_accounted_for():
     try:
         config = resolve("custom", **shape, ffn_type="greedy_for_memory", d_ff=512)
         assert abs(error(config, batch_size=16)) < TOLERANCE
-        usual, greedy = (measured_pieces(c, 16, 128, "bfloat16", "none", "cuda", False)[0][1].saved["feed_forward"]
-                         for c in (resolve("custom", **shape, d_ff=512), config))
-        assert greedy - usual == 7 * 16 * 128 * 512 * 2       # eight sines for one GELU, bf16
+        usual, greedy = (
+            measured_pieces(c, 16, 128, "bfloat16", "none", "cuda", False)[0][1].saved["feed_forward"]
+            for c in (resolve("custom", **shape, d_ff=512), config)
+        )
+        assert greedy - usual == 7 * 16 * 128 * 512 * 2  # eight sines for one GELU, bf16
     finally:
         unregister("ffn_type", "greedy_for_memory")
 
 
 # ------------------------------------------------------------------------------------------- the measure itself
+
 
 def test_the_tracker_counts_what_a_sum_by_hand_says():
     n, a, b = 512, 16, 256
@@ -250,25 +294,37 @@ print(int(peak.split()[1]) * 1024 - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("preset, shape, batch_size, dtype, checkpointing", (
-    ("gpt2", GPT2, 8, "float32", "none"),
-    pytest.param("gpt2", HEAVY, 1, "float32", "none", marks=pytest.mark.slow),
-    pytest.param("gpt2", HEAVY, 1, "bfloat16", "none", marks=pytest.mark.slow),
-    pytest.param("llama", LLAMA, 4, "float32", "full", marks=pytest.mark.slow),
-    pytest.param("llama", LLAMA, 4, "bfloat16", "none", marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+    "preset, shape, batch_size, dtype, checkpointing",
+    (
+        ("gpt2", GPT2, 8, "float32", "none"),
+        pytest.param("gpt2", HEAVY, 1, "float32", "none", marks=pytest.mark.slow),
+        pytest.param("gpt2", HEAVY, 1, "bfloat16", "none", marks=pytest.mark.slow),
+        pytest.param("llama", LLAMA, 4, "float32", "full", marks=pytest.mark.slow),
+        pytest.param("llama", LLAMA, 4, "bfloat16", "none", marks=pytest.mark.slow),
+    ),
+)
 def test_a_real_process_grows_by_what_is_predicted(run_python, preset, shape, batch_size, dtype, checkpointing):
     """Resident memory of a process that takes two real steps; freed memory is given back at once (MALLOC_…)."""
-    done = run_python("-c", REAL, json.dumps([preset, shape, batch_size, dtype, checkpointing]), timeout=300,
-                      env={"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"})
+    done = run_python(
+        "-c",
+        REAL,
+        json.dumps([preset, shape, batch_size, dtype, checkpointing]),
+        timeout=300,
+        env={"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )
     assert done.returncode == 0, done.stderr
-    predicted = estimate_memory(resolve(preset, **shape), batch_size=batch_size, dtype=dtype, device="cpu",
-                                checkpointing=checkpointing).total
-    print(f"\nresident {int(done.stdout) / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB: "
-          f"{predicted / int(done.stdout) - 1:+.2%}")
+    predicted = estimate_memory(
+        resolve(preset, **shape), batch_size=batch_size, dtype=dtype, device="cpu", checkpointing=checkpointing
+    ).total
+    print(
+        f"\nresident {int(done.stdout) / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB: {predicted / int(done.stdout) - 1:+.2%}"
+    )
     assert predicted == pytest.approx(int(done.stdout), rel=TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------------- as on a GPU
+
 
 @pytest.mark.parametrize("backend, scores", (("sdpa", 0), ("manual", 7)))
 def test_a_gpt_block_on_a_gpu_keeps_what_the_published_formula_says(backend, scores):
@@ -287,12 +343,13 @@ def test_flash_attention_on_a_gpu_keeps_no_scores_and_what_cannot_use_it_says_so
     def attention(preset, dtype="bfloat16", **keys):
         config = resolve(preset, n_layer=1, n_head=8, n_embd=512, vocab_size=64, block_size=2048, **keys)
         return measured_pieces(config, 2, 2048, dtype, "none", "cuda", True)[0][1].saved["attention"]
+
     scores = 2 * 8 * 2048 * 2048  # numbers
-    assert attention("llama") < attention("llama", "float32") < scores   # flash; memory-efficient
-    assert attention("llama3") < scores                                  # flash shares heads …
-    assert attention("llama3", "float32") > 4 * scores                   # … the memory-efficient kernel does not
-    assert attention("mistral", sliding_window=256) < scores             # a mask, heads repeated
-    assert attention("gemma2", sliding_window=256) > 4 * scores          # a soft cap: written out
+    assert attention("llama") < attention("llama", "float32") < scores  # flash; memory-efficient
+    assert attention("llama3") < scores  # flash shares heads …
+    assert attention("llama3", "float32") > 4 * scores  # … the memory-efficient kernel does not
+    assert attention("mistral", sliding_window=256) < scores  # a mask, heads repeated
+    assert attention("gemma2", sliding_window=256) > 4 * scores  # a soft cap: written out
     assert attention("gemma2", sliding_window=256, attention_backend="flex") < scores
 
 
@@ -300,17 +357,19 @@ def test_flash_attention_on_a_gpu_keeps_no_scores_and_what_cannot_use_it_says_so
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_predicted_on_a_gpu_and_checkpointing_saves_memory(preset, checkpointing):
     config = resolve(preset, n_layer=4, n_embd=128, n_head=4, head_dim=32, block_size=128, vocab_size=512)
-    modes = CHECKPOINTING[:CHECKPOINTING.index(checkpointing) + 1]
+    modes = CHECKPOINTING[: CHECKPOINTING.index(checkpointing) + 1]
     activations = [estimate_memory(config, batch_size=8, checkpointing=mode).activations for mode in modes]
     assert activations == sorted(activations, reverse=True) and activations[-1] > 0
 
 
 # ------------------------------------------------------------------------------------------- strategies
 
+
 @pytest.fixture(scope="module")
 def four_processes():
     """This process as rank 0 of four, the other three not there: collectives take and give memory, and do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     yield
     dist.destroy_process_group()
@@ -320,14 +379,28 @@ TIED = resolve("gpt2", n_layer=6, n_embd=256, n_head=4, vocab_size=1024, block_s
 UNTIED = resolve("llama", n_layer=6, n_embd=256, n_head=4, vocab_size=1024, block_size=64)
 
 
-ALONE = (dict(), dict(dtype="float32"), dict(batch_size=8), dict(gradient_accumulation_steps=2),
-         dict(batch_size=8, dtype="float32", gradient_accumulation_steps=2))
+ALONE = (
+    dict(),
+    dict(dtype="float32"),
+    dict(batch_size=8),
+    dict(gradient_accumulation_steps=2),
+    dict(batch_size=8, dtype="float32", gradient_accumulation_steps=2),
+)
 
 
-@pytest.mark.parametrize("config, options", [
-    pytest.param(config, options, marks=() if (config, number) == (UNTIED, 4) else pytest.mark.slow,
-                 id=f"{'tied' if config is TIED else 'untied'}-{options}")
-    for config in (TIED, UNTIED) for number, options in enumerate(ALONE)])
+@pytest.mark.parametrize(
+    "config, options",
+    [
+        pytest.param(
+            config,
+            options,
+            marks=() if (config, number) == (UNTIED, 4) else pytest.mark.slow,
+            id=f"{'tied' if config is TIED else 'untied'}-{options}",
+        )
+        for config in (TIED, UNTIED)
+        for number, options in enumerate(ALONE)
+    ],
+)
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
 def test_predicted_peak_of_a_process_among_four(four_processes, strategy, config, options):
     options = dict(dict(batch_size=1), **options)
@@ -341,8 +414,8 @@ def test_strategies_shard_weights_optimizer_and_gradients_as_they_say():
     assert found["ddp"].parts["weights (fp32)"] == 4 * N and found["ddp"].optimizer == 8 * N
     for name in ("zero1", "zero2", "fsdp"):
         assert found[name].parts["weights (fp32)"] == 4 * N // 8 and found[name].optimizer == N
-    assert found["hsdp"].optimizer == 2 * N                                    # four share a copy
-    assert found["zero1"].gradients >= 4 * N > 4 * found["zero2"].gradients    # whole until the last micro-batch
+    assert found["hsdp"].optimizer == 2 * N  # four share a copy
+    assert found["zero1"].gradients >= 4 * N > 4 * found["zero2"].gradients  # whole until the last micro-batch
     totals = [found[name].total for name in ("ddp", "zero1", "zero2", "fsdp")]
     assert totals == sorted(totals, reverse=True)
     assert estimate_memory(config, parallelism="hsdp", shard_size=2, **options).optimizer == 4 * N
@@ -350,9 +423,15 @@ def test_strategies_shard_weights_optimizer_and_gradients_as_they_say():
 
 # ------------------------------------------------------------------------------------------- the largest micro-batch
 
-@pytest.mark.parametrize("config, options, card_gb", (
-    (resolve("llama", **LLAMA), dict(checkpointing="none", dtype="float32"), 2.0),
-    (resolve("gpt2", **{**GPT2, "block_size": 512}), dict(checkpointing="full"), 1.1)), ids=("none", "full"))
+
+@pytest.mark.parametrize(
+    "config, options, card_gb",
+    (
+        (resolve("llama", **LLAMA), dict(checkpointing="none", dtype="float32"), 2.0),
+        (resolve("gpt2", **{**GPT2, "block_size": 512}), dict(checkpointing="full"), 1.1),
+    ),
+    ids=("none", "full"),
+)
 def test_the_largest_micro_batch_fits_and_one_more_does_not(config, options, card_gb):
     usable = card_gb * 1e9 * (1 - HEADROOM_SHARE) - HEADROOM_GB * 1e9
     best = largest_micro_batch(config, card_gb, device="cpu", **options)
@@ -372,19 +451,19 @@ def test_what_does_not_grow_with_the_batch_is_no_trap():
     config = resolve("llama", n_layer=2, n_head=8, n_embd=1024, vocab_size=64, block_size=1)
     best = largest_micro_batch(config, 2.0, optimizer="muon", device="cpu")
     usable = 2e9 * (1 - HEADROOM_SHARE) - HEADROOM_GB * 1e9
-    totals = [estimate_memory(config, batch_size=size, optimizer="muon", device="cpu").total
-              for size in (best, best + 1)]
+    totals = [estimate_memory(config, batch_size=size, optimizer="muon", device="cpu").total for size in (best, best + 1)]
     assert best > 1000 and totals[0] <= usable < totals[1]
 
 
 # ------------------------------------------------------------------------------------------- the interface
+
 
 def test_the_groups_and_the_parts_add_up_to_the_total():
     found = estimate_memory(resolve("gpt2"), batch_size=2, gradient_accumulation_steps=2)
     assert sum(found.parts.values()) == found.total > 0 and min(found.parts.values()) >= 0
     N = count_parameters(resolve("gpt2"))
     assert found.parts["weights (fp32)"] == 4 * N and found.optimizer == 8 * N and found.gradients == 4 * N
-    assert found.logits >= 2 * 2 * 2 * 1024 * 50257                            # bf16, and its gradient
+    assert found.logits >= 2 * 2 * 2 * 1024 * 50257  # bf16, and its gradient
     assert f"{found.total / 1e9:.3f} GB" in found.table() and "peak:" in found.table()
 
 
@@ -393,6 +472,7 @@ def test_memory_grows_with_batch_context_and_precision():
 
     def total(**options):
         return estimate_memory(config, **{**dict(batch_size=32), **options}).total
+
     assert total() < total(batch_size=33) < total(batch_size=40)
     assert total(context=128) < total() < total(dtype="float32")
     assert total(optimizer="muon") < total() < total(gradient_accumulation_steps=2)
@@ -401,7 +481,7 @@ def test_memory_grows_with_batch_context_and_precision():
 def test_the_constants_are_those_of_training():
     assert memory_pieces.CHUNK_BYTES == objectives.CHUNK_BYTES
     assert memory_pieces.KEPT == activation_checkpointing.KEPT
-    assert STRATEGIES == ("none", *parallelism.STRATEGIES)
+    assert ("none", *parallelism.STRATEGIES) == STRATEGIES
     assert memory_pieces.DTYPES == DTYPES
 
 
@@ -418,16 +498,25 @@ def test_estimating_leaves_the_random_state_and_memory_alone():
     estimate_memory(resolve("llama3", n_layer=2, dropout=0.3), batch_size=3, checkpointing="full")
     assert torch.equal(state, torch.get_rng_state())
     huge = resolve("llama3", n_layer=80, n_head=64, n_embd=8192, d_ff=28672, block_size=8192)
-    assert estimate_memory(huge, batch_size=64).total > 1e12                   # made of no memory at all
+    assert estimate_memory(huge, batch_size=64).total > 1e12  # made of no memory at all
 
 
-@pytest.mark.parametrize("options, words", (
-    (dict(batch_size=0), "batch_size=0"), (dict(batch_size=1.5), "batch_size=1.5"),
-    (dict(dtype="float8"), "dtype='float8'"), (dict(checkpointing="some"), "checkpointing='some'"),
-    (dict(optimizer="sgd"), "optimizer='sgd'"), (dict(parallelism="pipeline"), "parallelism='pipeline'"),
-    (dict(device="tpu"), "device='tpu'"), (dict(context=4096), "context=4096"), (dict(world_size=8), "world_size=8"),
-    (dict(parallelism="hsdp", world_size=2), "hsdp"),
-    (dict(parallelism="fsdp", world_size=4, shard_size=2), "shard_size=2")))
+@pytest.mark.parametrize(
+    "options, words",
+    (
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(batch_size=1.5), "batch_size=1.5"),
+        (dict(dtype="float8"), "dtype='float8'"),
+        (dict(checkpointing="some"), "checkpointing='some'"),
+        (dict(optimizer="sgd"), "optimizer='sgd'"),
+        (dict(parallelism="pipeline"), "parallelism='pipeline'"),
+        (dict(device="tpu"), "device='tpu'"),
+        (dict(context=4096), "context=4096"),
+        (dict(world_size=8), "world_size=8"),
+        (dict(parallelism="hsdp", world_size=2), "hsdp"),
+        (dict(parallelism="fsdp", world_size=4, shard_size=2), "shard_size=2"),
+    ),
+)
 def test_an_option_that_cannot_be_is_an_error_that_names_it(options, words):
     with pytest.raises(ValueError, match=words):
         estimate_memory(resolve("gpt2"), **{**dict(batch_size=1), **options})

@@ -33,9 +33,13 @@ def perturbed(config, seed: int = 1, scale: float = 0.2):
 
 # ------------------------------------------------------------------------------------------- Hugging Face
 
+
 def gpt2_names(config) -> dict[str, list[tuple[str, bool]]]:
     """Hugging Face's name → ours, in the order they are joined, and whether it is transposed (Conv1D)."""
-    names = {"transformer.wte.weight": [("embedding.weight", False)], "transformer.wpe.weight": [("position.table.weight", False)]}
+    names = {
+        "transformer.wte.weight": [("embedding.weight", False)],
+        "transformer.wpe.weight": [("position.table.weight", False)],
+    }
     for kind in ("weight", "bias"):
         names[f"transformer.ln_f.{kind}"] = [(f"norm.{kind}", False)]
         for i in range(config.n_layer):
@@ -76,8 +80,11 @@ def assert_equal_to_hugging_face(ours, theirs, names) -> None:
     assert sorted(used) == sorted(parameters)
 
     def theirs_from(values):
-        return {name: torch.cat([values[piece].t() if turned else values[piece] for piece, turned in pieces], dim=-1)
-                for name, pieces in names.items()}
+        return {
+            name: torch.cat([values[piece].t() if turned else values[piece] for piece, turned in pieces], dim=-1)
+            for name, pieces in names.items()
+        }
+
     with torch.no_grad():
         for name, value in theirs_from(parameters).items():
             reference[name].copy_(value)
@@ -96,10 +103,21 @@ def assert_equal_to_hugging_face(ours, theirs, names) -> None:
 @pytest.mark.parametrize("backend", TRAINABLE)
 def test_the_gpt2_preset_is_hugging_faces_gpt2(backend):
     from transformers import GPT2Config, GPT2LMHeadModel
+
     config = resolve("gpt2", **TINY, attention_backend=backend)
-    theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        attn_implementation="eager"))
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=61,
+            n_positions=16,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="eager",
+        )
+    )
     assert_equal_to_hugging_face(perturbed(config), theirs, gpt2_names(config))
 
 
@@ -107,25 +125,53 @@ def test_the_gpt2_preset_is_hugging_faces_gpt2(backend):
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_the_llama_preset_is_hugging_faces_llama(n_kv_head, tied):
     from transformers import LlamaConfig, LlamaForCausalLM
+
     config = resolve("llama", **TINY, n_kv_head=n_kv_head, weight_tying=tied, rope_theta=500.0, norm_eps=1e-4)
-    theirs = LlamaForCausalLM(LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=config.d_ff, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=n_kv_head, max_position_embeddings=16, rms_norm_eps=1e-4, tie_word_embeddings=tied,
-        rope_theta=500.0, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attn_implementation="eager"))
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=n_kv_head,
+            max_position_embeddings=16,
+            rms_norm_eps=1e-4,
+            tie_word_embeddings=tied,
+            rope_theta=500.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            attn_implementation="eager",
+        )
+    )
     assert_equal_to_hugging_face(perturbed(config), theirs, llama_names(config))
 
 
 def test_qk_norm_and_wide_heads_are_hugging_faces_qwen3():
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
     config = resolve("llama", **TINY, n_kv_head=2, head_dim=16, qk_norm=True, weight_tying=True, rope_theta=1e6, norm_eps=1e-6)
-    theirs = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=61, hidden_size=32, intermediate_size=config.d_ff, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=16, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        rope_theta=1e6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, attn_implementation="eager"))
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=16,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            rope_theta=1e6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            attn_implementation="eager",
+        )
+    )
     assert_equal_to_hugging_face(perturbed(config), theirs, llama_names(config))
 
 
 # ------------------------------------------------------------------------------------------- norms and activations
+
 
 def written_down(table: dict, name: str):
     """The formula of a component, or a skip: a part that somebody adds is tested by everything that iterates the registry."""
@@ -159,25 +205,28 @@ def test_a_norm_is_its_formula_with_statistics_in_fp32(name, dtype):
             parameter.copy_(torch.rand(width, generator=generator) + 0.5)
     bias = getattr(norm, "bias", None)
     assert (bias is not None) == (name == "layernorm")
-    cast = (lambda p: None if p is None else p if name == "rmsnorm_offset" else p.to(dtype))  # whose gain stays in fp32
+    cast = lambda p: None if p is None else p if name == "rmsnorm_offset" else p.to(dtype)  # whose gain stays in fp32
     # A large offset makes statistics in bf16 (8 bits) useless; small values make eps matter.
     for x in (torch.randn(64, width, generator=generator) + 10, torch.randn(64, width, generator=generator) * 0.01):
         x = x.to(dtype)
         y = norm(x)
         assert y.dtype == dtype
         expected = norm_by_hand(name, x, cast(norm.weight), cast(bias), eps)
-        tolerance = dict(rtol=2e-5, atol=2e-5) if dtype == torch.float32 else dict(rtol=2 ** -7, atol=2 ** -7)
+        tolerance = dict(rtol=2e-5, atol=2e-5) if dtype == torch.float32 else dict(rtol=2**-7, atol=2**-7)
         torch.testing.assert_close(y.double(), expected, **tolerance)
         if bias is None:  # roundings of single elements average out over a row; a rounded statistic scales it all
             scale = (y * expected).sum(-1) / expected.square().sum(-1)
-            assert (scale - 1).abs().max() < 2 ** -11
+            assert (scale - 1).abs().max() < 2**-11
 
 
 ACTIVATIONS_BY_HAND = dict(
     gelu=lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))),
-    gelu_tanh=lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))),
-    silu=lambda x: x / (1 + math.exp(-x)), relu=lambda x: max(x, 0.0), leaky_relu=lambda x: x if x > 0 else 0.01 * x,
-    relu2=lambda x: x * x if x > 0 else 0.0)
+    gelu_tanh=lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    silu=lambda x: x / (1 + math.exp(-x)),
+    relu=lambda x: max(x, 0.0),
+    leaky_relu=lambda x: x if x > 0 else 0.01 * x,
+    relu2=lambda x: x * x if x > 0 else 0.0,
+)
 
 
 @pytest.mark.parametrize("name", components("activation"))
@@ -191,9 +240,12 @@ def test_an_activation_is_its_formula(name):
 def feed_forwards() -> list[dict[str, str]]:
     """Every feed-forward with every activation that may be chosen with it."""
     gated = {dict(c.fixes)["activation"] for c in components("ffn_type").values() if c.fixes}
-    return [dict(ffn_type=name, activation=activation) for name, c in components("ffn_type").items()
-            for activation in ([dict(c.fixes)["activation"]] if c.fixes else components("activation"))
-            if name != "gated" or activation not in gated]  # which have a name of their own
+    return [
+        dict(ffn_type=name, activation=activation)
+        for name, c in components("ffn_type").items()
+        for activation in ([dict(c.fixes)["activation"]] if c.fixes else components("activation"))
+        if name != "gated" or activation not in gated
+    ]  # which have a name of their own
 
 
 @pytest.mark.parametrize("parts", feed_forwards(), ids=lambda parts: "-".join(parts.values()))
@@ -211,9 +263,11 @@ def test_the_feed_forwards_are_their_formulas(parts):
 
 
 NORM_POSITIONS_BY_HAND = dict(
-    pre=lambda x, branch: x + branch.sublayer(branch.norm(x)), post=lambda x, branch: branch.norm(x + branch.sublayer(x)),
+    pre=lambda x, branch: x + branch.sublayer(branch.norm(x)),
+    post=lambda x, branch: branch.norm(x + branch.sublayer(x)),
     output=lambda x, branch: x + branch.norm(branch.sublayer(x)),
-    sandwich=lambda x, branch: x + branch.output_norm(branch.sublayer(branch.norm(x))))
+    sandwich=lambda x, branch: x + branch.output_norm(branch.sublayer(branch.norm(x))),
+)
 
 
 @pytest.mark.parametrize("where", components("norm_position"))
@@ -224,6 +278,7 @@ def test_norm_positions_are_their_formulas(where):
 
 
 # ------------------------------------------------------------------------------------------- attention
+
 
 def attention_by_loops(q, k, v):
     """Causal grouped attention, one query at a time, in fp64; the queries are the last of the keys' tokens."""
@@ -248,7 +303,7 @@ def test_attention_is_the_written_out_sum_over_the_past(backend, n_kv_head, new,
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, new, 8, generator=generator)
     k, v = (torch.randn(2, n_kv_head, seen, 8, generator=generator) for _ in range(2))
-    y = component("attention_backend", backend).build(q, k, v, AttentionRules(scale=8 ** -0.5))
+    y = component("attention_backend", backend).build(q, k, v, AttentionRules(scale=8**-0.5))
     torch.testing.assert_close(y.double(), attention_by_loops(q, k, v), rtol=1e-5, atol=1e-6)
 
 
@@ -261,7 +316,7 @@ def test_sdpa_and_manual_agree_forward_and_backward(n_kv_head, new, seen):
     weight = torch.randn(2, 4, new, 8, generator=generator)
     results = []
     for attend in (sdpa_attention, manual_attention):
-        y = attend(*inputs, AttentionRules(scale=8 ** -0.5))
+        y = attend(*inputs, AttentionRules(scale=8**-0.5))
         results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -294,10 +349,11 @@ def test_attention_in_bf16_is_the_exact_one_to_bf16s_precision(backend):
     q, k, v = (torch.randn(1, 2, 64, 16, generator=generator).bfloat16() for _ in range(3))
     exact = attention_by_loops(q, k, v)
     y = component("attention_backend", backend).build(q, k, v, AttentionRules(scale=0.25))
-    assert (y.double() - exact).abs().max() < 2 ** -7 * exact.abs().max()
+    assert (y.double() - exact).abs().max() < 2**-7 * exact.abs().max()
 
 
 # ------------------------------------------------------------------------------------------- positions
+
 
 def test_rope_scores_depend_on_the_distance_alone():
     config = resolve("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=61)
@@ -309,6 +365,7 @@ def test_rope_scores_depend_on_the_distance_alone():
         turned_q = rope.rotate(q, q, rope.tables(torch.tensor([at_query])))[0]
         turned_k = rope.rotate(k, k, rope.tables(torch.tensor([at_key])))[1]
         return (turned_q * turned_k).sum(-1)
+
     for distance in (0, 1, 7):
         scores = torch.stack([score(start + distance, start) for start in (0, 3, 50, 500)])
         torch.testing.assert_close(scores, scores[:1].expand_as(scores), rtol=1e-3, atol=1e-3)
@@ -339,6 +396,7 @@ def test_without_positions_the_last_logits_forget_the_order_of_the_past():
 
 # ------------------------------------------------------------------------------------------- causality
 
+
 @pytest.mark.parametrize("backend", components("attention_backend"))
 @pytest.mark.parametrize("norm_position", components("norm_position"))
 @pytest.mark.parametrize("position_encoding", components("position_encoding"))
@@ -352,8 +410,18 @@ def test_a_token_changes_no_logits_before_it(position_encoding, norm_position, b
         norms, others = norms[:1], others[:1]
     for normalization, parts, pattern in itertools.product(norms, others, blocks):
         window = dict(sliding_window=3) if "sliding" in pattern else {}
-        config = resolve("custom", **TINY, position_encoding=position_encoding, norm_position=norm_position, **parts, **window,
-                         attention_backend=backend, normalization=normalization, layer_pattern=pattern, n_kv_head=2)
+        config = resolve(
+            "custom",
+            **TINY,
+            position_encoding=position_encoding,
+            norm_position=norm_position,
+            **parts,
+            **window,
+            attention_backend=backend,
+            normalization=normalization,
+            layer_pattern=pattern,
+            n_kv_head=2,
+        )
         model = perturbed(config).eval()
         with torch.no_grad():
             before, after = model(torch.cat((x, changed))).chunk(2)
@@ -362,6 +430,7 @@ def test_a_token_changes_no_logits_before_it(position_encoding, norm_position, b
 
 
 # ------------------------------------------------------------------------------------------- initial weights
+
 
 def test_initial_weights_have_the_documented_spread_in_every_block_type():
     config = resolve("llama", n_layer=4, n_head=4, n_embd=256, vocab_size=500, layer_pattern="transformer,mlp", bias=True)
@@ -448,6 +517,7 @@ def test_the_head_of_a_tied_model_follows_a_training_step():
 
 # ------------------------------------------------------------------------------------------- dropout
 
+
 @pytest.mark.parametrize("backend", TRAINABLE)
 def test_dropout_acts_in_train_mode_only(backend):
     model = perturbed(resolve("gpt2", **TINY, dropout=0.3, attention_backend=backend))
@@ -471,7 +541,7 @@ def test_attention_dropout_keeps_the_mean(backend):
     v = torch.ones(1, 1, 8, 8)
     attend = component("attention_backend", backend).build
     torch.manual_seed(0)
-    drawn = torch.stack([attend(q, k, v, AttentionRules(scale=8 ** -0.5, dropout=0.25)) for _ in range(200)])
+    drawn = torch.stack([attend(q, k, v, AttentionRules(scale=8**-0.5, dropout=0.25)) for _ in range(200)])
     assert drawn.std() > 0.1
     torch.testing.assert_close(drawn.mean(dim=0), torch.ones_like(v), rtol=0, atol=0.2)
 
@@ -491,6 +561,7 @@ def test_dropout_acts_on_the_embedding_and_on_each_residual_branch():
 
 
 # ------------------------------------------------------------------------------------------- padding and precision
+
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_padding_rows_are_cut_and_can_never_be_produced(tied):
@@ -534,6 +605,7 @@ def test_the_residual_stream_is_in_the_compute_dtype_and_weights_and_gradients_i
 
 
 # ------------------------------------------------------------------------------------------- the cache, sampling input
+
 
 def test_the_cache_returns_all_keys_in_order_per_layer():
     config = resolve("llama", **TINY, n_kv_head=2)

@@ -15,8 +15,21 @@ from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_padding, count_parameters, parts
 from model_builder import build_model
 from model_components import register_activation, register_norm
-from model_config import (COMPONENT_KINDS, PRESETS, ModelConfig, component, components, expand_pattern, list_components,
-                          list_presets, register, resolve, shortest_pattern, unregister, usual_d_ff)
+from model_config import (
+    COMPONENT_KINDS,
+    PRESETS,
+    ModelConfig,
+    component,
+    components,
+    expand_pattern,
+    list_components,
+    list_presets,
+    register,
+    resolve,
+    shortest_pattern,
+    unregister,
+    usual_d_ff,
+)
 
 GPT2_POSTNORM_NAME = "12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm"
 TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
@@ -26,35 +39,84 @@ KNOWN_N = {
     "GPT-2 124M": ("gpt2", {}, 124_439_808),
     "gpt2_postnorm": ("gpt2_postnorm", {}, 124_373_760),
     "LLaMA 124M": ("llama", {}, 162_220_800),
-    "LLaMA 1.36B, 18 layers": ("llama", dict(n_layer=18, n_head=18, n_embd=2304, block_size=2048, vocab_size=32000),
-                               1_294_159_104),
-    "LLaMA 1.36B, 24 layers": ("llama", dict(n_layer=24, n_head=16, n_embd=2048, block_size=2048, vocab_size=32000),
-                               1_364_297_728),
-    "GPT-2 1.36B": ("gpt2", dict(n_layer=18, n_head=19, n_embd=2432, block_size=2048, vocab_size=50257,
-                                 pad_vocab_multiple=64), 1_405_452_800),
-    "GPT-2 1.36B without biases": ("gpt2", dict(n_layer=18, n_head=19, n_embd=2432, block_size=2048, vocab_size=50304,
-                                                bias=False, normalization="layernorm_nobias"), 1_404_968_832),
-    "Llama-2-7B": ("llama", dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=32000, block_size=4096, d_ff=11008),
-                   6_738_415_616),
-    "Llama-3-8B": ("llama", dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, d_ff=14336, vocab_size=128256,
-                                 block_size=8192, rope_theta=500000), 8_030_261_248),
-    "LLaMA-3-style 1.5B": ("llama", dict(n_layer=18, n_head=16, n_kv_head=8, n_embd=2048, d_ff=7168, vocab_size=128256,
-                                         block_size=2048, rope_theta=5e5), 1_544_628_224),
-    "Qwen3-1.7B": ("llama", dict(n_layer=28, n_head=16, n_kv_head=8, n_embd=2048, d_ff=6144, vocab_size=151936,
-                                 qk_norm=True, weight_tying=True, rope_theta=1e6, norm_eps=1e-6), 1_720_574_976),
-    "Qwen3-0.6B": ("llama", dict(n_layer=28, n_head=16, n_kv_head=8, head_dim=128, n_embd=1024, d_ff=3072,
-                                 vocab_size=151936, qk_norm=True, weight_tying=True, rope_theta=1e6, norm_eps=1e-6),
-                   596_049_920),
-    "Llama-3-8B by its preset": ("llama3", dict(n_layer=32, n_head=32, n_embd=4096, d_ff=14336, vocab_size=128256,
-                                                block_size=8192), 8_030_261_248),
-    "Qwen3-1.7B by its preset": ("qwen3", dict(n_layer=28, n_head=16, n_embd=2048, d_ff=6144, vocab_size=151936),
-                                 1_720_574_976),
-    "Qwen3-0.6B by its preset": ("qwen3", dict(n_layer=28, n_head=16, n_embd=1024, d_ff=3072, vocab_size=151936),
-                                 596_049_920),
+    "LLaMA 1.36B, 18 layers": (
+        "llama",
+        dict(n_layer=18, n_head=18, n_embd=2304, block_size=2048, vocab_size=32000),
+        1_294_159_104,
+    ),
+    "LLaMA 1.36B, 24 layers": (
+        "llama",
+        dict(n_layer=24, n_head=16, n_embd=2048, block_size=2048, vocab_size=32000),
+        1_364_297_728,
+    ),
+    "GPT-2 1.36B": (
+        "gpt2",
+        dict(n_layer=18, n_head=19, n_embd=2432, block_size=2048, vocab_size=50257, pad_vocab_multiple=64),
+        1_405_452_800,
+    ),
+    "GPT-2 1.36B without biases": (
+        "gpt2",
+        dict(n_layer=18, n_head=19, n_embd=2432, block_size=2048, vocab_size=50304, bias=False, normalization="layernorm_nobias"),
+        1_404_968_832,
+    ),
+    "Llama-2-7B": (
+        "llama",
+        dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=32000, block_size=4096, d_ff=11008),
+        6_738_415_616,
+    ),
+    "Llama-3-8B": (
+        "llama",
+        dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, d_ff=14336, vocab_size=128256, block_size=8192, rope_theta=500000),
+        8_030_261_248,
+    ),
+    "LLaMA-3-style 1.5B": (
+        "llama",
+        dict(n_layer=18, n_head=16, n_kv_head=8, n_embd=2048, d_ff=7168, vocab_size=128256, block_size=2048, rope_theta=5e5),
+        1_544_628_224,
+    ),
+    "Qwen3-1.7B": (
+        "llama",
+        dict(
+            n_layer=28,
+            n_head=16,
+            n_kv_head=8,
+            n_embd=2048,
+            d_ff=6144,
+            vocab_size=151936,
+            qk_norm=True,
+            weight_tying=True,
+            rope_theta=1e6,
+            norm_eps=1e-6,
+        ),
+        1_720_574_976,
+    ),
+    "Qwen3-0.6B": (
+        "llama",
+        dict(
+            n_layer=28,
+            n_head=16,
+            n_kv_head=8,
+            head_dim=128,
+            n_embd=1024,
+            d_ff=3072,
+            vocab_size=151936,
+            qk_norm=True,
+            weight_tying=True,
+            rope_theta=1e6,
+            norm_eps=1e-6,
+        ),
+        596_049_920,
+    ),
+    "Llama-3-8B by its preset": (
+        "llama3",
+        dict(n_layer=32, n_head=32, n_embd=4096, d_ff=14336, vocab_size=128256, block_size=8192),
+        8_030_261_248,
+    ),
+    "Qwen3-1.7B by its preset": ("qwen3", dict(n_layer=28, n_head=16, n_embd=2048, d_ff=6144, vocab_size=151936), 1_720_574_976),
+    "Qwen3-0.6B by its preset": ("qwen3", dict(n_layer=28, n_head=16, n_embd=1024, d_ff=3072, vocab_size=151936), 596_049_920),
     "Mistral-7B": ("mistral", dict(n_layer=32, n_head=32, n_embd=4096, d_ff=14336, vocab_size=32000), 7_241_732_096),
     "OLMo-2-1B": ("olmo2", dict(n_layer=16, n_head=16, n_embd=2048, d_ff=8192, vocab_size=100352), 1_484_916_736),
-    "Gemma-2-2B": ("gemma2", dict(n_layer=26, n_head=8, n_embd=2304, head_dim=256, d_ff=9216, vocab_size=256000),
-                   2_614_341_888),
+    "Gemma-2-2B": ("gemma2", dict(n_layer=26, n_head=8, n_embd=2304, head_dim=256, d_ff=9216, vocab_size=256000), 2_614_341_888),
     "lm_tiny": ("gpt2", dict(n_layer=4, n_head=4, n_embd=256, block_size=256), 16_090_880),
     "lm_small": ("gpt2", dict(n_layer=6, n_head=8, n_embd=512, block_size=512), 44_909_056),
 }
@@ -72,6 +134,7 @@ KNOWN_FLOPS = {
 
 
 # ------------------------------------------------------------------------------------------- figures
+
 
 @pytest.mark.parametrize("model", KNOWN_N)
 def test_n_is_the_published_one_counted_and_built(model):
@@ -136,14 +199,18 @@ def test_usual_gated_d_ff_is_never_below_and_never_far_above_eight_thirds(n_embd
 
 # ------------------------------------------------------------------------------------------- name and fingerprint
 
-@pytest.mark.parametrize("preset, overrides, name", [
-    ("gpt2_postnorm", {}, GPT2_POSTNORM_NAME + "-Tied"),
-    ("gpt2_postnorm", dict(weight_tying=False), GPT2_POSTNORM_NAME),
-    ("gpt2", {}, "12L-12H-768D-AbsPos-LN-GELUtanh-PreNorm-V50257-Bias-Tied"),
-    ("llama", {}, "12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm"),
-    ("llama", dict(n_kv_head=4), "12L-12H-768D-KV4-RoPE-RMS-SwiGLU-PreNorm"),
-    ("custom", dict(position_encoding="none", activation="silu"), "12L-12H-768D-NoPos-LN-NB-SiLU-PreNorm"),
-])
+
+@pytest.mark.parametrize(
+    "preset, overrides, name",
+    [
+        ("gpt2_postnorm", {}, GPT2_POSTNORM_NAME + "-Tied"),
+        ("gpt2_postnorm", dict(weight_tying=False), GPT2_POSTNORM_NAME),
+        ("gpt2", {}, "12L-12H-768D-AbsPos-LN-GELUtanh-PreNorm-V50257-Bias-Tied"),
+        ("llama", {}, "12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm"),
+        ("llama", dict(n_kv_head=4), "12L-12H-768D-KV4-RoPE-RMS-SwiGLU-PreNorm"),
+        ("custom", dict(position_encoding="none", activation="silu"), "12L-12H-768D-NoPos-LN-NB-SiLU-PreNorm"),
+    ],
+)
 def test_the_name_is_the_documented_one(preset, overrides, name):
     assert resolve(preset, **overrides).name == name
 
@@ -154,22 +221,53 @@ def test_the_name_of_gpt2_postnorm_begins_with_the_documented_one():
 
 # Values to draw a model from at random. Some spellings are the same model: the property below must see through them.
 CHOICES = dict(
-    preset=list(PRESETS), n_layer=[2, 3], n_head=[2, 4], n_kv_head=[None, None, 1, 2, 4], head_dim=[None, None, 8, 16],
-    n_embd=[32, 64], d_ff=[None, None, 64, 128, 256], vocab_size=[50304, 61, 64], pad_vocab_multiple=[1, 16, 64],
-    block_size=[16, 32, 1024], normalization=[None, *components("normalization")], norm_eps=[None, 1e-5, 1e-6],
-    activation=[None, None, *components("activation")], ffn_type=[None, *components("ffn_type")],
-    position_encoding=[None, *components("position_encoding")], rope_theta=[None, None, 1e4, 1e6, 10000.5],
-    norm_position=[None, *components("norm_position")], bias=[None, True, False], qkv_bias=[None, None, True, False],
-    qk_norm=[None, True, False, "full"], sliding_window=[*[None] * 6, 0, 4, 5], attention_scale=[None, None, 0.1, 0.2],
-    rope_scaling=[*[None] * 5, *components("rope_scaling")], rope_factor=[*[None] * 9, 2.0, 4],
-    rope_low_freq_factor=[*[None] * 9, 1.5], rope_original_context=[*[None] * 9, 32, 64],
-    attention_softcap=[None, 0, 20.0, 50.0], logit_softcap=[None, 0.0, 20.0, 30], embedding_norm=[None, True, False],
-    embedding_scale=[None, True, False], zero_init=[None, True, False],
-    ffn_expansion_ratio=[*[None] * 5, 2.0, 4.0], ffn_multiple=[*[None] * 5, 64, 128],
-    weight_tying=[None, True, False], dropout=[None, 0.0, 0.1, 0.25],
-    layer_pattern=[None, None, "transformer", "transformer,mlp", "mlp,transformer", "transformer*2", ["mlp", "transformer"],
-                   "sliding,transformer"],
-    attention_backend=[None, "sdpa", "manual"])
+    preset=list(PRESETS),
+    n_layer=[2, 3],
+    n_head=[2, 4],
+    n_kv_head=[None, None, 1, 2, 4],
+    head_dim=[None, None, 8, 16],
+    n_embd=[32, 64],
+    d_ff=[None, None, 64, 128, 256],
+    vocab_size=[50304, 61, 64],
+    pad_vocab_multiple=[1, 16, 64],
+    block_size=[16, 32, 1024],
+    normalization=[None, *components("normalization")],
+    norm_eps=[None, 1e-5, 1e-6],
+    activation=[None, None, *components("activation")],
+    ffn_type=[None, *components("ffn_type")],
+    position_encoding=[None, *components("position_encoding")],
+    rope_theta=[None, None, 1e4, 1e6, 10000.5],
+    norm_position=[None, *components("norm_position")],
+    bias=[None, True, False],
+    qkv_bias=[None, None, True, False],
+    qk_norm=[None, True, False, "full"],
+    sliding_window=[*[None] * 6, 0, 4, 5],
+    attention_scale=[None, None, 0.1, 0.2],
+    rope_scaling=[*[None] * 5, *components("rope_scaling")],
+    rope_factor=[*[None] * 9, 2.0, 4],
+    rope_low_freq_factor=[*[None] * 9, 1.5],
+    rope_original_context=[*[None] * 9, 32, 64],
+    attention_softcap=[None, 0, 20.0, 50.0],
+    logit_softcap=[None, 0.0, 20.0, 30],
+    embedding_norm=[None, True, False],
+    embedding_scale=[None, True, False],
+    zero_init=[None, True, False],
+    ffn_expansion_ratio=[*[None] * 5, 2.0, 4.0],
+    ffn_multiple=[*[None] * 5, 64, 128],
+    weight_tying=[None, True, False],
+    dropout=[None, 0.0, 0.1, 0.25],
+    layer_pattern=[
+        None,
+        None,
+        "transformer",
+        "transformer,mlp",
+        "mlp,transformer",
+        "transformer*2",
+        ["mlp", "transformer"],
+        "sliding,transformer",
+    ],
+    attention_backend=[None, "sdpa", "manual"],
+)
 
 
 def random_configs(count: int, seed: int) -> list[ModelConfig]:
@@ -212,9 +310,18 @@ def test_names_and_fingerprints_are_equal_exactly_when_the_models_are():
     assert [m for m, labels in by_model.items() if len(labels) > 1] == []
 
 
-@pytest.mark.parametrize("key, one, other", [
-    ("rope_theta", 10000, 10000.0), ("rope_theta", 500000, 500000.0), ("dropout", 0, 0.0), ("n_layer", 2.0, 2),
-    ("norm_eps", 1, 1.0), ("bias", 1, True), ("weight_tying", 0, False)])
+@pytest.mark.parametrize(
+    "key, one, other",
+    [
+        ("rope_theta", 10000, 10000.0),
+        ("rope_theta", 500000, 500000.0),
+        ("dropout", 0, 0.0),
+        ("n_layer", 2.0, 2),
+        ("norm_eps", 1, 1.0),
+        ("bias", 1, True),
+        ("weight_tying", 0, False),
+    ],
+)
 def test_equal_values_of_another_python_type_are_the_same_model_or_refused(key, one, other):
     b = resolve("llama", **{**TINY, key: other})
     if isinstance(other, bool):
@@ -228,9 +335,19 @@ def test_equal_values_of_another_python_type_are_the_same_model_or_refused(key, 
     assert a == b and a.name == b.name and a.fingerprint == b.fingerprint and a.to_json() == b.to_json()
 
 
-@pytest.mark.parametrize("key, value", [
-    ("n_layer", "twelve"), ("n_layer", 2.5), ("n_head", True), ("bias", "maybe"), ("dropout", "lots"),
-    ("rope_theta", "big"), ("normalization", 3), ("layer_pattern", 3)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("n_layer", "twelve"),
+        ("n_layer", 2.5),
+        ("n_head", True),
+        ("bias", "maybe"),
+        ("dropout", "lots"),
+        ("rope_theta", "big"),
+        ("normalization", 3),
+        ("layer_pattern", 3),
+    ],
+)
 def test_a_value_of_the_wrong_type_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=key):
         resolve("llama", **{**TINY, key: value})
@@ -248,8 +365,20 @@ def test_presets_are_told_apart_by_name_and_fingerprint():
     assert resolve("team") == resolve("llama")  # the starting documents' name for the same model
     configs = [resolve(preset) for preset in PRESETS if preset != "team"]
     assert len({c.name for c in configs}) == len({c.fingerprint for c in configs}) == len(configs) == len(PRESETS) - 1
-    assert {"gpt2", "gpt2_postnorm", "llama", "llama3", "qwen3", "hybrid", "team", "olmo2", "mistral", "gemma2", "modern",
-            "custom"} <= set(PRESETS)
+    assert {
+        "gpt2",
+        "gpt2_postnorm",
+        "llama",
+        "llama3",
+        "qwen3",
+        "hybrid",
+        "team",
+        "olmo2",
+        "mistral",
+        "gemma2",
+        "modern",
+        "custom",
+    } <= set(PRESETS)
 
 
 def test_a_feature_that_came_later_leaves_the_fingerprints_before_it_as_they_were():
@@ -259,6 +388,7 @@ def test_a_feature_that_came_later_leaves_the_fingerprints_before_it_as_they_wer
 
 
 # ------------------------------------------------------------------------------------------- round trip
+
 
 def test_json_reads_back_to_an_equal_config_with_the_same_hash_name_and_fingerprint():
     for config in random_configs(300, seed=1):
@@ -294,59 +424,67 @@ def test_changing_a_preset_config_leaves_the_preset_as_it_was():
 
 # ------------------------------------------------------------------------------------------- refusals
 
-@pytest.mark.parametrize("preset, overrides, says", [
-    ("gpt2", dict(rope_theta=1e6), r"rope_theta=1000000\.0 has no effect.*position_encoding='rope'"),
-    ("llama", dict(rope_theta=1e6, position_encoding="none"), "rope_theta=.* has no effect"),
-    ("llama", dict(activation="gelu"), r"activation='gelu' has no effect with ffn_type='swiglu'.*'silu'"),
-    ("gpt2", dict(ffn_type="swiglu", activation="relu"), "activation='relu' has no effect"),
-    ("gpt2", dict(n_kv_head=5), r"n_kv_head=5 does not divide n_head=12.*1, 2, 3, 4, 6, 12"),
-    ("gpt2", dict(dropout=1.0), r"dropout=1\.0"),
-    ("gpt2", dict(dropout=-0.1), r"dropout=-0\.1"),
-    ("gpt2", dict(dropout=float("nan")), "dropout=nan"),
-    ("gpt2", dict(norm_eps=0.0), r"norm_eps=0\.0"),
-    ("gpt2", dict(norm_eps=float("inf")), "norm_eps=inf"),
-    ("llama", dict(rope_theta=1.0), r"rope_theta=1\.0"),
-    ("llama", dict(rope_theta=float("nan")), "rope_theta=nan"),
-    ("llama", dict(rope_theta=float("inf")), "rope_theta=inf"),
-    ("llama", dict(head_dim=7), "head_dim=7 is odd"),
-    ("llama", dict(n_head=0), "n_head=0 must be at least 1"),
-    ("llama", dict(n_head=-2), "n_head=-2 must be at least 1"),
-    ("llama", dict(n_embd=0), "n_embd=0 must be at least 1"),
-    ("llama", dict(n_layer=0), "n_layer=0 must be at least 1"),
-    ("llama", dict(n_layer=-3), "n_layer=-3 must be at least 1"),
-    ("llama", dict(d_ff=0), "d_ff=0 must be at least 1"),
-    ("llama", dict(vocab_size=0), "vocab_size=0 must be at least 1"),
-    ("llama", dict(block_size=0), "block_size=0 must be at least 1"),
-    ("llama", dict(pad_vocab_multiple=0), "pad_vocab_multiple=0 must be at least 1"),
-    ("llama", dict(n_kv_head=0), "n_kv_head=0 must be at least 1"),
-    ("llama", dict(head_dim=0), "head_dim=0 must be at least 1"),
-    ("llama", dict(layer_pattern="mlp"), "no block with attention"),
-    ("llama", dict(normalization="rms"), r"normalization='rms'.*did you mean 'rmsnorm'.*layernorm, layernorm_nobias, rmsnorm"),
-    ("llama", dict(attention_backend="flash"), "attention_backend='flash'.*sdpa, manual"),
-    ("llama", dict(layer_pattern="transformr"), "transformr.*did you mean 'transformer'"),
-    ("lama", {}, f"arch_preset='lama'.*did you mean 'llama'.*{', '.join(PRESETS)}"),
-    ("llama", dict(layer_pattern="sliding"), "'sliding'.*sliding_window"),
-    ("llama", dict(layer_pattern=""), "layer_pattern"),
-    ("llama", dict(layer_pattern=[]), "layer_pattern is empty"),
-    ("llama", dict(sliding_window=-1), "sliding_window=-1 must be positive"),
-    ("mistral", dict(sliding_window=7, layer_pattern="transformer"), "sliding_window=7 has no effect"),
-    ("gpt2", dict(rope_scaling="linear"), "rope_scaling='linear' has no effect"),
-    ("llama", dict(rope_scaling="linear", position_encoding="alibi"), "rope_scaling='linear' has no effect"),
-    ("llama", dict(rope_factor=2.0), r"rope_factor=2\.0 has no effect"),
-    ("llama", dict(rope_scaling="linear", rope_high_freq_factor=2.0), r"rope_high_freq_factor=2\.0 has no effect"),
-    ("llama", dict(rope_scaling="linear", rope_factor=0.0), r"rope_factor=0\.0"),
-    ("llama", dict(rope_scaling="llama3", rope_low_freq_factor=4.0), r"rope_low_freq_factor=4\.0 must be below"),
-    ("llama", dict(attention_scale=-0.5), r"attention_scale=-0\.5"),
-    ("llama", dict(attention_softcap=-1.0), r"attention_softcap=-1\.0"),
-    ("llama", dict(logit_softcap=float("nan")), "logit_softcap=nan"),
-    ("llama", dict(d_ff=64, ffn_expansion_ratio=2.0), r"ffn_expansion_ratio=2\.0 has no effect.*d_ff=64"),
-    ("llama", dict(d_ff=64, ffn_multiple=8), "ffn_multiple=8 has no effect.*d_ff=64"),
-    ("llama", dict(ffn_expansion_ratio=-1.0), r"ffn_expansion_ratio=-1\.0"),
-    ("llama", dict(ffn_expansion_ratio=float("inf")), "ffn_expansion_ratio=inf"),
-    ("llama", dict(ffn_multiple=0), "ffn_multiple=0"),
-    ("llama", dict(ffn_type="gated"), "ffn_type='swiglu'"),
-    ("custom", dict(ffn_type="gated", activation="gelu"), "ffn_type='geglu'"),
-])
+
+@pytest.mark.parametrize(
+    "preset, overrides, says",
+    [
+        ("gpt2", dict(rope_theta=1e6), r"rope_theta=1000000\.0 has no effect.*position_encoding='rope'"),
+        ("llama", dict(rope_theta=1e6, position_encoding="none"), "rope_theta=.* has no effect"),
+        ("llama", dict(activation="gelu"), r"activation='gelu' has no effect with ffn_type='swiglu'.*'silu'"),
+        ("gpt2", dict(ffn_type="swiglu", activation="relu"), "activation='relu' has no effect"),
+        ("gpt2", dict(n_kv_head=5), r"n_kv_head=5 does not divide n_head=12.*1, 2, 3, 4, 6, 12"),
+        ("gpt2", dict(dropout=1.0), r"dropout=1\.0"),
+        ("gpt2", dict(dropout=-0.1), r"dropout=-0\.1"),
+        ("gpt2", dict(dropout=float("nan")), "dropout=nan"),
+        ("gpt2", dict(norm_eps=0.0), r"norm_eps=0\.0"),
+        ("gpt2", dict(norm_eps=float("inf")), "norm_eps=inf"),
+        ("llama", dict(rope_theta=1.0), r"rope_theta=1\.0"),
+        ("llama", dict(rope_theta=float("nan")), "rope_theta=nan"),
+        ("llama", dict(rope_theta=float("inf")), "rope_theta=inf"),
+        ("llama", dict(head_dim=7), "head_dim=7 is odd"),
+        ("llama", dict(n_head=0), "n_head=0 must be at least 1"),
+        ("llama", dict(n_head=-2), "n_head=-2 must be at least 1"),
+        ("llama", dict(n_embd=0), "n_embd=0 must be at least 1"),
+        ("llama", dict(n_layer=0), "n_layer=0 must be at least 1"),
+        ("llama", dict(n_layer=-3), "n_layer=-3 must be at least 1"),
+        ("llama", dict(d_ff=0), "d_ff=0 must be at least 1"),
+        ("llama", dict(vocab_size=0), "vocab_size=0 must be at least 1"),
+        ("llama", dict(block_size=0), "block_size=0 must be at least 1"),
+        ("llama", dict(pad_vocab_multiple=0), "pad_vocab_multiple=0 must be at least 1"),
+        ("llama", dict(n_kv_head=0), "n_kv_head=0 must be at least 1"),
+        ("llama", dict(head_dim=0), "head_dim=0 must be at least 1"),
+        ("llama", dict(layer_pattern="mlp"), "no block with attention"),
+        (
+            "llama",
+            dict(normalization="rms"),
+            r"normalization='rms'.*did you mean 'rmsnorm'.*layernorm, layernorm_nobias, rmsnorm",
+        ),
+        ("llama", dict(attention_backend="flash"), "attention_backend='flash'.*sdpa, manual"),
+        ("llama", dict(layer_pattern="transformr"), "transformr.*did you mean 'transformer'"),
+        ("lama", {}, f"arch_preset='lama'.*did you mean 'llama'.*{', '.join(PRESETS)}"),
+        ("llama", dict(layer_pattern="sliding"), "'sliding'.*sliding_window"),
+        ("llama", dict(layer_pattern=""), "layer_pattern"),
+        ("llama", dict(layer_pattern=[]), "layer_pattern is empty"),
+        ("llama", dict(sliding_window=-1), "sliding_window=-1 must be positive"),
+        ("mistral", dict(sliding_window=7, layer_pattern="transformer"), "sliding_window=7 has no effect"),
+        ("gpt2", dict(rope_scaling="linear"), "rope_scaling='linear' has no effect"),
+        ("llama", dict(rope_scaling="linear", position_encoding="alibi"), "rope_scaling='linear' has no effect"),
+        ("llama", dict(rope_factor=2.0), r"rope_factor=2\.0 has no effect"),
+        ("llama", dict(rope_scaling="linear", rope_high_freq_factor=2.0), r"rope_high_freq_factor=2\.0 has no effect"),
+        ("llama", dict(rope_scaling="linear", rope_factor=0.0), r"rope_factor=0\.0"),
+        ("llama", dict(rope_scaling="llama3", rope_low_freq_factor=4.0), r"rope_low_freq_factor=4\.0 must be below"),
+        ("llama", dict(attention_scale=-0.5), r"attention_scale=-0\.5"),
+        ("llama", dict(attention_softcap=-1.0), r"attention_softcap=-1\.0"),
+        ("llama", dict(logit_softcap=float("nan")), "logit_softcap=nan"),
+        ("llama", dict(d_ff=64, ffn_expansion_ratio=2.0), r"ffn_expansion_ratio=2\.0 has no effect.*d_ff=64"),
+        ("llama", dict(d_ff=64, ffn_multiple=8), "ffn_multiple=8 has no effect.*d_ff=64"),
+        ("llama", dict(ffn_expansion_ratio=-1.0), r"ffn_expansion_ratio=-1\.0"),
+        ("llama", dict(ffn_expansion_ratio=float("inf")), "ffn_expansion_ratio=inf"),
+        ("llama", dict(ffn_multiple=0), "ffn_multiple=0"),
+        ("llama", dict(ffn_type="gated"), "ffn_type='swiglu'"),
+        ("custom", dict(ffn_type="gated", activation="gelu"), "ffn_type='geglu'"),
+    ],
+)
 def test_what_cannot_be_or_would_do_nothing_is_refused_with_the_remedy(preset, overrides, says):
     with pytest.raises(ValueError, match=says):
         resolve(preset, **overrides)
@@ -376,17 +514,50 @@ def test_the_remedy_of_an_indivisible_width_is_accepted(n_head, n_embd):
 
 def test_all_problems_are_reported_together():
     with pytest.raises(ValueError) as refusal:
-        resolve("gpt2", n_layers=3, normalization="rms", n_head=18, n_embd=2432, rope_theta=1e6, dropout=1.5, d_ff=-1,
-                norm_eps=0.0, n_kv_head=5, layer_pattern="mlp,attn")
+        resolve(
+            "gpt2",
+            n_layers=3,
+            normalization="rms",
+            n_head=18,
+            n_embd=2432,
+            rope_theta=1e6,
+            dropout=1.5,
+            d_ff=-1,
+            norm_eps=0.0,
+            n_kv_head=5,
+            layer_pattern="mlp,attn",
+        )
     told = str(refusal.value)
-    missing = [word for word in ("n_layers", "normalization='rms'", "n_head=18", "rope_theta", "dropout=1.5", "d_ff=-1",
-                                 "norm_eps=0.0", "n_kv_head=5", "'attn'") if word not in told]
+    missing = [
+        word
+        for word in (
+            "n_layers",
+            "normalization='rms'",
+            "n_head=18",
+            "rope_theta",
+            "dropout=1.5",
+            "d_ff=-1",
+            "norm_eps=0.0",
+            "n_kv_head=5",
+            "'attn'",
+        )
+        if word not in told
+    ]
     assert missing == []
 
 
-@pytest.mark.parametrize("pattern, n_layer, expected", [
-    ("a", 3, "aaa"), ("a*2,b", 6, "aabaab"), ("a*2,b", 4, "aaba"), ("a,b,c", 3, "abc"), (" a * 2 , b ", 3, "aab"),
-    (["a", "b"], 5, "ababa"), (("a*3", "b"), 4, "aaab")])
+@pytest.mark.parametrize(
+    "pattern, n_layer, expected",
+    [
+        ("a", 3, "aaa"),
+        ("a*2,b", 6, "aabaab"),
+        ("a*2,b", 4, "aaba"),
+        ("a,b,c", 3, "abc"),
+        (" a * 2 , b ", 3, "aab"),
+        (["a", "b"], 5, "ababa"),
+        (("a*3", "b"), 4, "aaab"),
+    ],
+)
 def test_a_layer_pattern_is_repeated_to_n_layer(pattern, n_layer, expected):
     assert expand_pattern(pattern, n_layer) == tuple(expected)
 
@@ -412,6 +583,7 @@ def test_a_pattern_written_in_several_ways_is_one_model():
 
 # ------------------------------------------------------------------------------------------- tables
 
+
 def test_list_presets_prints_every_preset_with_its_name(capsys):
     list_presets()
     lines = capsys.readouterr().out.splitlines()
@@ -426,11 +598,16 @@ def test_list_components_prints_every_component_with_what_it_is(capsys):
     list_components()
     lines = capsys.readouterr().out.splitlines()
     rows = {tuple(line.split()[:3]): line for line in lines[2:]}
-    expected = [("layer_pattern" if kind == "block" else kind, c.name, c.short)
-                for kind in COMPONENT_KINDS for c in components(kind).values()]
+    expected = [
+        ("layer_pattern" if kind == "block" else kind, c.name, c.short)
+        for kind in COMPONENT_KINDS
+        for c in components(kind).values()
+    ]
     assert list(rows) == expected
-    starts = {line.index(c.summary) for line, (kind, c) in zip(
-        lines[2:], [(kind, c) for kind in COMPONENT_KINDS for c in components(kind).values()])}
+    starts = {
+        line.index(c.summary)
+        for line, (kind, c) in zip(lines[2:], [(kind, c) for kind in COMPONENT_KINDS for c in components(kind).values()])
+    }
     assert len(starts) == 1  # a column
 
 
@@ -441,12 +618,16 @@ def test_every_component_says_in_a_sentence_what_it_is(kind):
         assert 15 < len(c.summary) < 140, c.name
 
 
-REQUIRED = dict(normalization={"layernorm", "layernorm_nobias", "rmsnorm", "rmsnorm_offset"},
-                activation={"gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu2"},
-                ffn_type={"standard", "swiglu", "geglu", "gated"},
-                position_encoding={"learned_absolute", "rope", "none", "sinusoidal", "alibi"},
-                rope_scaling={"none", "linear", "llama3"}, norm_position={"pre", "post", "output", "sandwich"},
-                block={"transformer", "mlp", "sliding"}, attention_backend={"sdpa", "manual", "flex"})
+REQUIRED = dict(
+    normalization={"layernorm", "layernorm_nobias", "rmsnorm", "rmsnorm_offset"},
+    activation={"gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "relu2"},
+    ffn_type={"standard", "swiglu", "geglu", "gated"},
+    position_encoding={"learned_absolute", "rope", "none", "sinusoidal", "alibi"},
+    rope_scaling={"none", "linear", "llama3"},
+    norm_position={"pre", "post", "output", "sandwich"},
+    block={"transformer", "mlp", "sliding"},
+    attention_backend={"sdpa", "manual", "flex"},
+)
 
 
 @pytest.mark.parametrize("kind", COMPONENT_KINDS)

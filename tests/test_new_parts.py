@@ -39,13 +39,14 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------- attention, by loops
 
+
 def press_slopes(n: int) -> list[float]:
     """The slopes of ALiBi as its authors' released code has them (Press et al. 2021)."""
     if math.log2(n).is_integer():
-        start = 2 ** (-2 ** -(math.log2(n) - 3))
-        return [start * start ** i for i in range(n)]
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
     below = 2 ** math.floor(math.log2(n))
-    return press_slopes(below) + press_slopes(2 * below)[0::2][:n - below]
+    return press_slopes(below) + press_slopes(2 * below)[0::2][: n - below]
 
 
 def attention_by_loops(q, k, v, scale, softcap=None, window=None, slopes=None):
@@ -69,9 +70,16 @@ def attention_by_loops(q, k, v, scale, softcap=None, window=None, slopes=None):
     return torch.stack(rows).view(B, H, T, -1)
 
 
-LIMITS = {"scale": dict(), "window 1": dict(window=1), "window 3": dict(window=3), "window 6": dict(window=6),
-          "window 50": dict(window=50), "softcap": dict(softcap=0.8), "alibi": dict(slopes=press_slopes(4)),
-          "all": dict(window=4, softcap=1.5, slopes=press_slopes(4))}
+LIMITS = {
+    "scale": dict(),
+    "window 1": dict(window=1),
+    "window 3": dict(window=3),
+    "window 6": dict(window=6),
+    "window 50": dict(window=50),
+    "softcap": dict(softcap=0.8),
+    "alibi": dict(slopes=press_slopes(4)),
+    "all": dict(window=4, softcap=1.5, slopes=press_slopes(4)),
+}
 
 
 @pytest.mark.parametrize("new, seen", [(6, 6), (1, 6), (3, 6), (1, 1)])
@@ -113,18 +121,32 @@ def heads(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", TRAINABLE)
-@pytest.mark.parametrize("overrides", [
-    dict(sliding_window=3), dict(position_encoding="alibi"), dict(attention_softcap=0.7), dict(attention_scale=0.9),
-    dict(sliding_window=4, position_encoding="alibi", attention_softcap=0.7, attention_scale=0.9, head_dim=6)],
-    ids=lambda overrides: "-".join(overrides))
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(sliding_window=3),
+        dict(position_encoding="alibi"),
+        dict(attention_softcap=0.7),
+        dict(attention_scale=0.9),
+        dict(sliding_window=4, position_encoding="alibi", attention_softcap=0.7, attention_scale=0.9, head_dim=6),
+    ],
+    ids=lambda overrides: "-".join(overrides),
+)
 def test_the_keys_of_attention_reach_the_sum_they_stand_for(overrides, backend):
     base = dict(position_encoding="none", n_kv_head=2, attention_backend=backend)
     config, x = resolve("custom", **{**TINY, **base, **overrides}), numbers(2, 9, 32)
     y, attention = attention_of(config, x)
     d = config.head_dim
     q, k, v = (heads(x @ getattr(attention, f"{name}_proj").weight.t(), d) for name in "qkv")
-    by_hand = attention_by_loops(q, k, v, overrides.get("attention_scale", 1 / math.sqrt(d)), config.attention_softcap,
-                                 config.sliding_window, press_slopes(4) if config.position_encoding == "alibi" else None)
+    by_hand = attention_by_loops(
+        q,
+        k,
+        v,
+        overrides.get("attention_scale", 1 / math.sqrt(d)),
+        config.attention_softcap,
+        config.sliding_window,
+        press_slopes(4) if config.position_encoding == "alibi" else None,
+    )
     expected = by_hand.transpose(1, 2).flatten(2) @ attention.o_proj.weight.t()
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
@@ -163,6 +185,7 @@ def test_flex_attention_refuses_what_it_cannot_do_with_the_remedy():
 
 # ------------------------------------------------------------------------------------------- positions
 
+
 @pytest.mark.parametrize("n_embd", [32, 33])
 def test_sinusoidal_positions_are_the_papers_position_by_position(n_embd):
     config = resolve("custom", n_layer=1, n_head=1, n_embd=n_embd, position_encoding="sinusoidal")
@@ -178,9 +201,14 @@ def test_sinusoidal_positions_are_the_papers_position_by_position(n_embd):
     assert list(position.parameters()) == []
 
 
-SCALINGS = [("none", {}), ("linear", dict(rope_factor=4.0)), ("linear", dict(rope_factor=2.5)),
-            ("llama3", {}), ("llama3", dict(rope_factor=32.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0)),
-            ("llama3", dict(rope_factor=2.0, rope_low_freq_factor=1.5, rope_high_freq_factor=6.0, rope_original_context=256))]
+SCALINGS = [
+    ("none", {}),
+    ("linear", dict(rope_factor=4.0)),
+    ("linear", dict(rope_factor=2.5)),
+    ("llama3", {}),
+    ("llama3", dict(rope_factor=32.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0)),
+    ("llama3", dict(rope_factor=2.0, rope_low_freq_factor=1.5, rope_high_freq_factor=6.0, rope_original_context=256)),
+]
 
 
 def rope_with(scaling: str, overrides: dict, head_dim: int, theta: float):
@@ -193,6 +221,7 @@ def rope_with(scaling: str, overrides: dict, head_dim: int, theta: float):
 def test_scaled_rope_has_the_frequencies_of_hugging_face(scaling, overrides, head_dim, theta):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     config, rope = rope_with(scaling, overrides, head_dim, theta)
     at = torch.tensor([0, 1, 5, 1000])
     cos, sin = rope.tables(at)
@@ -201,10 +230,18 @@ def test_scaled_rope_has_the_frequencies_of_hugging_face(scaling, overrides, hea
     else:
         said = {"rope_type": scaling, "rope_theta": theta, "factor": config.rope_factor}
         if scaling == "llama3":
-            said |= dict(low_freq_factor=config.rope_low_freq_factor, high_freq_factor=config.rope_high_freq_factor,
-                         original_max_position_embeddings=config.rope_original_context)
-        theirs = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, rope_parameters=said,
-                             max_position_embeddings=131072)
+            said |= dict(
+                low_freq_factor=config.rope_low_freq_factor,
+                high_freq_factor=config.rope_high_freq_factor,
+                original_max_position_embeddings=config.rope_original_context,
+            )
+        theirs = LlamaConfig(
+            hidden_size=2 * head_dim,
+            num_attention_heads=2,
+            head_dim=head_dim,
+            rope_parameters=said,
+            max_position_embeddings=131072,
+        )
         frequencies, factor = ROPE_INIT_FUNCTIONS[scaling](theirs, torch.device("cpu"))
         assert factor == 1.0
     angle = at.float()[:, None] * torch.cat((frequencies, frequencies))
@@ -233,6 +270,7 @@ def test_scores_under_scaled_rope_depend_on_the_distance_alone(scaling, override
     def score(at_query: int, at_key: int):
         turned_q = rope.rotate(q, q, rope.tables(torch.tensor([at_query])))[0]
         return (turned_q * rope.rotate(k, k, rope.tables(torch.tensor([at_key])))[1]).sum(-1)
+
     for distance in (0, 1, 7, 100):
         scores = torch.stack([score(start + distance, start) for start in (0, 3, 50, 500)])
         torch.testing.assert_close(scores, scores[:1].expand_as(scores), rtol=1e-3, atol=1e-3)
@@ -258,9 +296,22 @@ def test_no_token_changes_the_logits_before_it_whichever_it_is(position_encoding
     scalings = components("rope_scaling") if position_encoding == "rope" else [None]
     for backend, scaling in itertools.product(TRAINABLE, scalings):
         window = dict(sliding_window=3) if "sliding" in pattern else {}
-        config = resolve("custom", **TINY, position_encoding=position_encoding, norm_position=norm_position, **window,
-                         layer_pattern=pattern, rope_scaling=scaling, attention_backend=backend, attention_softcap=2.0,
-                         qk_norm="full", n_kv_head=2, embedding_norm=True, embedding_scale=True, logit_softcap=5.0)
+        config = resolve(
+            "custom",
+            **TINY,
+            position_encoding=position_encoding,
+            norm_position=norm_position,
+            **window,
+            layer_pattern=pattern,
+            rope_scaling=scaling,
+            attention_backend=backend,
+            attention_softcap=2.0,
+            qk_norm="full",
+            n_kv_head=2,
+            embedding_norm=True,
+            embedding_scale=True,
+            logit_softcap=5.0,
+        )
         x = tokens(batch=1, length=10)
         changed = x.repeat(10, 1)
         changed[torch.arange(10), torch.arange(10)] = (x[0] + 1) % 60  # row t has another token at t
@@ -274,12 +325,26 @@ def test_no_token_changes_the_logits_before_it_whichever_it_is(position_encoding
 
 # ------------------------------------------------------------------------------------------- the cache
 
-CACHED = {"window 1": dict(sliding_window=1), "window 3": dict(sliding_window=3), "window 9": dict(sliding_window=9),
-          "window over block_size": dict(sliding_window=99), "alibi": dict(position_encoding="alibi"),
-          "sinusoidal": dict(position_encoding="sinusoidal"), "llama3": dict(rope_scaling="llama3", rope_original_context=8),
-          "soft caps": dict(attention_softcap=1.0, logit_softcap=3.0), "qk_norm full": dict(qk_norm="full"),
-          "mixed": dict(layer_pattern="sliding,transformer", sliding_window=4, position_encoding="alibi",
-                        attention_softcap=2.0, norm_position="sandwich", embedding_scale=True, embedding_norm=True)}
+CACHED = {
+    "window 1": dict(sliding_window=1),
+    "window 3": dict(sliding_window=3),
+    "window 9": dict(sliding_window=9),
+    "window over block_size": dict(sliding_window=99),
+    "alibi": dict(position_encoding="alibi"),
+    "sinusoidal": dict(position_encoding="sinusoidal"),
+    "llama3": dict(rope_scaling="llama3", rope_original_context=8),
+    "soft caps": dict(attention_softcap=1.0, logit_softcap=3.0),
+    "qk_norm full": dict(qk_norm="full"),
+    "mixed": dict(
+        layer_pattern="sliding,transformer",
+        sliding_window=4,
+        position_encoding="alibi",
+        attention_softcap=2.0,
+        norm_position="sandwich",
+        embedding_scale=True,
+        embedding_norm=True,
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", components("attention_backend"))
@@ -289,7 +354,7 @@ def test_with_the_cache_as_without_in_any_division(case, backend):
     x = tokens()
     with torch.no_grad():
         whole = model(x)
-        for pieces in ([16], [1] * 16, [5, 1, 7, 3], [2, 14])[2 if backend == "flex" else 0:]:  # flex is slow on a CPU
+        for pieces in ([16], [1] * 16, [5, 1, 7, 3], [2, 14])[2 if backend == "flex" else 0 :]:  # flex is slow on a CPU
             cache = KVCache(model.config, 2, 16, torch.float32, "cpu")
             logits = torch.cat([model(piece, cache) for piece in x.split(pieces, dim=1)], dim=1)
             torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
@@ -315,6 +380,7 @@ def test_every_preset_generates_with_the_cache_as_without(preset):
 
 
 # ------------------------------------------------------------------------------------------- norms of queries and keys
+
 
 def rms(x, weight, eps):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -342,6 +408,7 @@ def test_queries_and_keys_are_normed_per_head_or_all_heads_together(qk_norm, n_k
 
 # ------------------------------------------------------------------------------------------- the whole model, by hand
 
+
 @pytest.mark.parametrize("normalization", components("normalization"))
 @pytest.mark.parametrize("norm_position", components("norm_position"))
 def test_a_model_is_its_branches_composed_by_hand(norm_position, normalization):
@@ -351,10 +418,13 @@ def test_a_model_is_its_branches_composed_by_hand(norm_position, normalization):
     h = model.embedding.weight[x]
     for block in model.blocks:
         for branch, context in ((block.attention, (tables, None)), (block.feed_forward, ())):
-            f = (lambda z, branch=branch, context=context: branch.sublayer(z, *context))
-            h = {"pre": lambda: h + f(branch.norm(h)), "post": lambda: branch.norm(h + f(h)),
-                 "output": lambda: h + branch.norm(f(h)),
-                 "sandwich": lambda: h + branch.output_norm(f(branch.norm(h)))}[norm_position]()
+            f = lambda z, branch=branch, context=context: branch.sublayer(z, *context)
+            h = {
+                "pre": lambda: h + f(branch.norm(h)),
+                "post": lambda: branch.norm(h + f(h)),
+                "output": lambda: h + branch.norm(f(h)),
+                "sandwich": lambda: h + branch.output_norm(f(branch.norm(h))),
+            }[norm_position]()
     torch.testing.assert_close(model(x), model.norm(h) @ model.head.weight.t())
 
 
@@ -386,6 +456,7 @@ def test_the_final_cap_bounds_the_logits_and_keeps_their_order(cap):
 
 
 # ------------------------------------------------------------------------------------------- initial weights
+
 
 @pytest.mark.parametrize("pattern", ["transformer", "transformer,mlp", "sliding,transformer"])
 @pytest.mark.parametrize("preset", PRESETS)
@@ -426,6 +497,7 @@ def test_a_model_that_starts_at_zero_learns(norm_position):
 
 # ------------------------------------------------------------------------------------------- feed-forward
 
+
 def test_the_parts_of_the_modern_preset_with_a_gate_are_their_formula():
     ffn = perturbed(resolve("modern", **TINY, ffn_type="gated", bias=True)).blocks[0].feed_forward.sublayer
     x = numbers(2, 5, 32)
@@ -434,16 +506,25 @@ def test_the_parts_of_the_modern_preset_with_a_gate_are_their_formula():
     torch.testing.assert_close(ffn(x), hidden @ ffn.down_proj.weight.t() + ffn.down_proj.bias)
 
 
-@pytest.mark.parametrize("preset, overrides, d_ff", [
-    ("gpt2", dict(ffn_expansion_ratio=2.0), 1536), ("gpt2", dict(ffn_expansion_ratio=3.5), 2688),
-    ("gpt2", dict(ffn_multiple=1000), 4000), ("gpt2", dict(ffn_multiple=3072), 3072),
-    ("gpt2", dict(ffn_expansion_ratio=0.5, ffn_multiple=256), 512),
-    ("llama", dict(ffn_expansion_ratio=3.5), 2688), ("llama", dict(ffn_expansion_ratio=8 / 3), 2048),
-    ("llama", dict(ffn_multiple=1), 2048), ("llama", dict(ffn_multiple=100), 2100), 
-    ("llama", dict(n_embd=1000, n_head=10, ffn_multiple=1), 2667),
-    ("llama3", dict(n_embd=4096, n_head=32, ffn_expansion_ratio=1.3 * 8 / 3, ffn_multiple=1024), 14336),  # LLaMA 3 8B
-    ("llama3", dict(n_embd=8192, n_head=64, ffn_expansion_ratio=1.3 * 8 / 3, ffn_multiple=4096), 28672),  # LLaMA 3 70B
-    ("llama", dict(n_embd=4096, n_head=32), 11008), ("llama", dict(n_embd=4096, n_head=32, ffn_multiple=256), 11008)])
+@pytest.mark.parametrize(
+    "preset, overrides, d_ff",
+    [
+        ("gpt2", dict(ffn_expansion_ratio=2.0), 1536),
+        ("gpt2", dict(ffn_expansion_ratio=3.5), 2688),
+        ("gpt2", dict(ffn_multiple=1000), 4000),
+        ("gpt2", dict(ffn_multiple=3072), 3072),
+        ("gpt2", dict(ffn_expansion_ratio=0.5, ffn_multiple=256), 512),
+        ("llama", dict(ffn_expansion_ratio=3.5), 2688),
+        ("llama", dict(ffn_expansion_ratio=8 / 3), 2048),
+        ("llama", dict(ffn_multiple=1), 2048),
+        ("llama", dict(ffn_multiple=100), 2100),
+        ("llama", dict(n_embd=1000, n_head=10, ffn_multiple=1), 2667),
+        ("llama3", dict(n_embd=4096, n_head=32, ffn_expansion_ratio=1.3 * 8 / 3, ffn_multiple=1024), 14336),  # LLaMA 3 8B
+        ("llama3", dict(n_embd=8192, n_head=64, ffn_expansion_ratio=1.3 * 8 / 3, ffn_multiple=4096), 28672),  # LLaMA 3 70B
+        ("llama", dict(n_embd=4096, n_head=32), 11008),
+        ("llama", dict(n_embd=4096, n_head=32, ffn_multiple=256), 11008),
+    ],
+)
 def test_d_ff_follows_from_a_ratio_and_a_multiple(preset, overrides, d_ff):
     config = resolve(preset, **overrides)
     assert config.d_ff == d_ff
@@ -482,9 +563,14 @@ def test_a_window_costs_what_its_tokens_see(window, context):
 
 def test_only_the_sliding_layers_of_a_pattern_are_cheaper():
     shape = {**TINY, "n_layer": 4, "block_size": 64}
-    plain, mixed, all_of_them = (attention_flops(resolve("custom", **shape, layer_pattern=pattern, **window), 64)
-                                 for pattern, window in (("transformer", {}), ("sliding,transformer", dict(sliding_window=8)),
-                                                         ("sliding", dict(sliding_window=8))))
+    plain, mixed, all_of_them = (
+        attention_flops(resolve("custom", **shape, layer_pattern=pattern, **window), 64)
+        for pattern, window in (
+            ("transformer", {}),
+            ("sliding,transformer", dict(sliding_window=8)),
+            ("sliding", dict(sliding_window=8)),
+        )
+    )
     for convention in (0, 1):
         assert mixed[convention] * 2 == plain[convention] + all_of_them[convention]
     assert all_of_them[0] * 8 == plain[0]
@@ -499,8 +585,10 @@ def test_recomputing_windows_costs_their_own_forward_once_more():
 
 # ------------------------------------------------------------------------------------------- presets and patterns
 
-@pytest.mark.parametrize("n_layer, blocks", [(1, ["sliding"]), (2, ["sliding", "transformer"]),
-                                             (3, ["sliding", "transformer", "sliding"])])
+
+@pytest.mark.parametrize(
+    "n_layer, blocks", [(1, ["sliding"]), (2, ["sliding", "transformer"]), (3, ["sliding", "transformer", "sliding"])]
+)
 def test_gemma2s_pattern_is_cut_to_the_layers_there_are(n_layer, blocks):
     config = resolve("gemma2", **{**TINY, "n_layer": n_layer})
     assert list(config.layer_pattern) == blocks
@@ -524,17 +612,38 @@ def test_a_preset_has_its_pattern_at_any_depth(preset):
         assert resolve(preset, n_layer=n_layer).layer_pattern == full[:n_layer]
 
 
-@pytest.mark.parametrize("preset, n_head, n_kv_head", [
-    ("llama3", 32, 8), ("llama3", 12, 3), ("llama3", 1, 1), ("llama3", 2, 1), ("llama3", 18, 3), ("llama3", 7, 1),
-    ("qwen3", 16, 8), ("qwen3", 1, 1), ("mistral", 32, 8), ("gemma2", 8, 4), ("llama", 12, 12), ("gpt2", 12, 12)])
+@pytest.mark.parametrize(
+    "preset, n_head, n_kv_head",
+    [
+        ("llama3", 32, 8),
+        ("llama3", 12, 3),
+        ("llama3", 1, 1),
+        ("llama3", 2, 1),
+        ("llama3", 18, 3),
+        ("llama3", 7, 1),
+        ("qwen3", 16, 8),
+        ("qwen3", 1, 1),
+        ("mistral", 32, 8),
+        ("gemma2", 8, 4),
+        ("llama", 12, 12),
+        ("gpt2", 12, 12),
+    ],
+)
 def test_key_heads_follow_from_the_query_heads_in_the_presets_proportion(preset, n_head, n_kv_head):
     assert resolve(preset, n_layer=1, n_head=n_head, n_embd=16 * n_head).n_kv_head == n_kv_head
 
 
-@pytest.mark.parametrize("preset, overrides", [
-    ("gemma2", dict(attention_softcap=0)), ("gemma2", dict(logit_softcap=0.0)), ("mistral", dict(sliding_window=0)),
-    ("gemma2", dict(layer_pattern="transformer")), ("mistral", dict(layer_pattern="transformer"))],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    "preset, overrides",
+    [
+        ("gemma2", dict(attention_softcap=0)),
+        ("gemma2", dict(logit_softcap=0.0)),
+        ("mistral", dict(sliding_window=0)),
+        ("gemma2", dict(layer_pattern="transformer")),
+        ("mistral", dict(layer_pattern="transformer")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
 def test_what_a_preset_switches_on_can_be_switched_off(preset, overrides):
     config = resolve(preset, **TINY, **overrides)
     for key in overrides:
@@ -543,10 +652,18 @@ def test_what_a_preset_switches_on_can_be_switched_off(preset, overrides):
     assert resolve("custom", **config.to_dict()) == config
 
 
-@pytest.mark.parametrize("key, one, other", [
-    ("rope_original_context", 1048576, 1048577), ("rope_factor", 8.0, 8.0000001), ("rope_high_freq_factor", 4.0, 4.0000001),
-    ("attention_scale", 0.1, 0.10000001), ("attention_softcap", 50.0, 50.000001), ("logit_softcap", 30.0, 30.000001),
-    ("sliding_window", 1048576, 1048577)])
+@pytest.mark.parametrize(
+    "key, one, other",
+    [
+        ("rope_original_context", 1048576, 1048577),
+        ("rope_factor", 8.0, 8.0000001),
+        ("rope_high_freq_factor", 4.0, 4.0000001),
+        ("attention_scale", 0.1, 0.10000001),
+        ("attention_softcap", 50.0, 50.000001),
+        ("logit_softcap", 30.0, 30.000001),
+        ("sliding_window", 1048576, 1048577),
+    ],
+)
 def test_close_values_are_two_models_with_two_names(key, one, other):
     beside = dict(rope_scaling="llama3") if key.startswith("rope_") else {}
     a, b = (resolve("llama", **TINY, **beside, **{key: value}) for value in (one, other))

@@ -28,6 +28,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
     from data.preparation import ensure_prepared, prepare_embedded, prepare_textfile
     from flops_parameter_counting import detailed_cost_analysis
     from training import checkpoint_commands
+
     ensure_prepared("pydocs")
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
@@ -45,15 +46,25 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
             if words[0] == "echo":
                 text, _, rest = line.partition(" | ")
                 sampled = shlex.split(rest, comments=True)
-                result = run_python(ROOT / sampled[1], *sampled[2:], "--max_new_tokens=5", cwd=tmp_path,
-                                    input=shlex.split(text)[1])
+                result = run_python(
+                    ROOT / sampled[1], *sampled[2:], "--max_new_tokens=5", cwd=tmp_path, input=shlex.split(text)[1]
+                )
                 assert result.returncode == 0 and result.stdout.startswith(shlex.split(text)[1]), result.stderr
                 continue
             if words[0] == "torchrun":
                 iterations += 1
                 at = words.index("train.py")
-                result = run_python("-m", "torch.distributed.run", *words[1:at], ROOT / "train.py", *words[at + 1:], *TINY,
-                                    f"--max_iters={iterations}", cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+                result = run_python(
+                    "-m",
+                    "torch.distributed.run",
+                    *words[1:at],
+                    ROOT / "train.py",
+                    *words[at + 1 :],
+                    *TINY,
+                    f"--max_iters={iterations}",
+                    cwd=tmp_path,
+                    env={"OMP_NUM_THREADS": "1"},
+                )
                 assert result.returncode == 0, (line, result.stderr)
                 continue
             assert words[0] == "python"
@@ -92,6 +103,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, run_python, cap
 
 def test_the_python_of_the_readme_runs():
     import torch
+
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     namespace = {"tokens": torch.zeros(1, 4, dtype=torch.long)}
     exec(block, namespace)
@@ -102,10 +114,13 @@ def test_the_python_of_the_readme_runs():
 def test_the_table_of_configs_is_complete_and_its_N_are_right():
     from configurator import configure
     from flops_parameter_counting.parameters import count_parameters
+
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for file in (ROOT / "config").glob("*.py"):
         assert file.name in readme, file.name
-    assert all((ROOT / "config" / name).is_file() for name in re.findall(r"\w+\.?\w*\.py", readme) if name.startswith(("arch_", "full_")))
+    assert all(
+        (ROOT / "config" / name).is_file() for name in re.findall(r"\w+\.?\w*\.py", readme) if name.startswith(("arch_", "full_"))
+    )
     for name, vocab, shown in (("quickstart", 4096, 4.3), ("shakespeare_char_cpu", 65, 0.8)):
         config = configure([str(ROOT / "config" / f"{name}.py")]).train.model_config(vocab)
         assert round(count_parameters(config) / 1e6, 1) == shown

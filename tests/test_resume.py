@@ -19,9 +19,23 @@ from safetensors.torch import load_file
 import train
 from training.checkpoint import CheckpointStore
 
-SMALL = ("--arch_preset=llama", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=2",
-         "--gradient_accumulation_steps=3", "--dropout=0.1", "--learning_rate=1e-2", "--warmup_iters=4",
-         "--lr_decay_iters=40", "--log_interval=1", "--eval_iters=1", "--device=cpu", "--threads=1")
+SMALL = (
+    "--arch_preset=llama",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--batch_size=2",
+    "--gradient_accumulation_steps=3",
+    "--dropout=0.1",
+    "--learning_rate=1e-2",
+    "--warmup_iters=4",
+    "--lr_decay_iters=40",
+    "--log_interval=1",
+    "--eval_iters=1",
+    "--device=cpu",
+    "--threads=1",
+)
 
 
 def run(out_dir: Path, dataset: Path, *arguments: str) -> int:
@@ -55,8 +69,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert different == []
 
 
-@pytest.mark.parametrize("dtype, optimizer, checkpointing", list(itertools.product(
-    ("float32", "bfloat16"), ("adamw", "muon"), ("none", "full"))))
+@pytest.mark.parametrize(
+    "dtype, optimizer, checkpointing", list(itertools.product(("float32", "bfloat16"), ("adamw", "muon"), ("none", "full")))
+)
 def test_resume_continues_bit_for_bit(tmp_path, tiny_dataset, dtype, optimizer, checkpointing):
     options = (f"--dtype={dtype}", f"--optimizer={optimizer}", f"--activation_checkpointing={checkpointing}")
     assert run(tmp_path / "whole", tiny_dataset, *options, "--max_iters=40", "--eval_interval=0") == 0
@@ -101,21 +116,37 @@ def test_the_split_of_the_global_batch_may_change_at_a_resume(tmp_path, tiny_dat
     fp32 = ("--dtype=float32", "--dropout=0.0")
     assert run(tmp_path / "whole", tiny_dataset, *fp32, "--max_iters=40") == 0
     assert run(tmp_path / "parts", tiny_dataset, *fp32, "--max_iters=15") == 0
-    assert run(tmp_path / "parts", tiny_dataset, *fp32, "--max_iters=40", "--init_from=resume",
-               "--batch_size=6", "--gradient_accumulation_steps=1") == 0
+    assert (
+        run(
+            tmp_path / "parts",
+            tiny_dataset,
+            *fp32,
+            "--max_iters=40",
+            "--init_from=resume",
+            "--batch_size=6",
+            "--gradient_accumulation_steps=1",
+        )
+        == 0
+    )
     one, other = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert max(abs(one[step] - other[step]) for step in one) < 1e-4
 
 
 def start(out_dir: Path, dataset: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out_dir}",
-                             *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out_dir}", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, tiny_dataset, number):
-    process = start(tmp_path / "parts", tiny_dataset, "--max_iters=100000", "--lr_decay_iters=100000",
-                    "--eval_interval=0", "--keep_last=1")
+    process = start(
+        tmp_path / "parts", tiny_dataset, "--max_iters=100000", "--lr_decay_iters=100000", "--eval_interval=0", "--keep_last=1"
+    )
     for line in process.stdout:
         if line.startswith("step 5/"):
             break
@@ -127,10 +158,21 @@ def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, t
     assert "--init_from=resume" in command and str(tmp_path / "parts") in command
     stopped_at = json.loads((CheckpointStore(tmp_path / "parts").pointed("latest") / "state.json").read_text())["step"]
     assert stopped_at == max(losses(tmp_path / "parts"))
-    assert run(tmp_path / "parts", tiny_dataset, f"--max_iters={stopped_at + 3}", "--lr_decay_iters=100000",
-               "--eval_interval=0", "--init_from=resume") == 0
-    assert run(tmp_path / "whole", tiny_dataset, f"--max_iters={stopped_at + 3}", "--lr_decay_iters=100000",
-               "--eval_interval=0") == 0
+    assert (
+        run(
+            tmp_path / "parts",
+            tiny_dataset,
+            f"--max_iters={stopped_at + 3}",
+            "--lr_decay_iters=100000",
+            "--eval_interval=0",
+            "--init_from=resume",
+        )
+        == 0
+    )
+    assert (
+        run(tmp_path / "whole", tiny_dataset, f"--max_iters={stopped_at + 3}", "--lr_decay_iters=100000", "--eval_interval=0")
+        == 0
+    )
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
@@ -146,7 +188,7 @@ def kill_and_resume(tmp_path: Path, dataset: Path, kills: int, seed: int) -> Non
             while process.poll() is None and not list(writing.glob(".writing_*")):
                 time.sleep(0.0005)
             time.sleep(chance.random() * 0.02)
-        else:         # some time after its first step
+        else:  # some time after its first step
             for line in process.stdout:
                 if line.startswith("step "):
                     break

@@ -10,14 +10,13 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import sample
 from data.tokenization import ByteTokenizer, CharTokenizer
 from model_builder import build_model
 from model_config import resolve
 from training.checkpoint import CheckpointStore, model_tensors
-
-from conftest import ROOT
 
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz.,'é"
 CPU = ("--device=cpu", "--dtype=float32")
@@ -30,14 +29,21 @@ def save(out_dir, model, tokenizer, step=1, best=False):
     dataset.mkdir(exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(dataset)
-    return CheckpointStore(out_dir).save(step, model_tensors(model), {"model": {"config": model.config.to_dict()}},
-                                         keep_last=9, tokenizer_folder=dataset, best=best)
+    return CheckpointStore(out_dir).save(
+        step,
+        model_tensors(model),
+        {"model": {"config": model.config.to_dict()}},
+        keep_last=9,
+        tokenizer_folder=dataset,
+        best=best,
+    )
 
 
 def random_model(vocab_size, seed=1):
     """Random weights, large enough that the likeliest token depends on the context; 24 tokens of context."""
-    model = build_model(resolve("llama", n_layer=2, n_head=2, n_embd=32, d_ff=32, block_size=24,
-                                vocab_size=vocab_size), seed=seed)
+    model = build_model(
+        resolve("llama", n_layer=2, n_head=2, n_embd=32, d_ff=32, block_size=24, vocab_size=vocab_size), seed=seed
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -47,8 +53,19 @@ def random_model(vocab_size, seed=1):
 
 def chain_model(vocab_size, cycle):
     """A model whose likeliest token after cycle[i] is cycle[i + 1], whatever stands before."""
-    model = build_model(resolve("custom", n_layer=1, n_head=1, n_embd=vocab_size, d_ff=1, block_size=64,
-                                vocab_size=vocab_size, position_encoding="none", normalization="rmsnorm"))
+    model = build_model(
+        resolve(
+            "custom",
+            n_layer=1,
+            n_head=1,
+            n_embd=vocab_size,
+            d_ff=1,
+            block_size=64,
+            vocab_size=vocab_size,
+            position_encoding="none",
+            normalization="rmsnorm",
+        )
+    )
     with torch.no_grad():
         for parameter in model.blocks.parameters():
             parameter.zero_()
@@ -62,7 +79,7 @@ def chain_model(vocab_size, cycle):
 def greedy(model, ids, count):
     """The likeliest continuation, computed one whole forward a token."""
     for _ in range(count):
-        context = torch.tensor([ids[-model.config.block_size:]])
+        context = torch.tensor([ids[-model.config.block_size :]])
         ids = ids + [max(range(model.config.vocab_size), key=lambda i, row=model(context)[0, -1]: row[i].item())]
     return ids
 
@@ -98,24 +115,29 @@ def out_dir(tmp_path_factory, model, tokenizer):
 @pytest.fixture
 def say(capsys):
     """say(arguments …) → (exit code, stdout, stderr) of sample.py on the CPU in fp32, in this process."""
+
     def run(*arguments):
         code = sample.main([*map(str, arguments), *CPU])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
+
     return run
 
 
 @pytest.fixture
 def text(say):
     """text(arguments …) → stdout of a run that succeeds and says nothing on stderr."""
+
     def run(*arguments):
         code, out, err = say(*arguments)
         assert (code, err) == (0, "")
         return out
+
     return run
 
 
 # ------------------------------------------------------------------------------------------- what is said
+
 
 def test_greedy_is_the_likeliest_token_each_time(text, out_dir, model, tokenizer):
     expected = tokenizer.decode(greedy(model, tokenizer.encode("to be"), 40))  # runs beyond the 24 of context
@@ -124,8 +146,10 @@ def test_greedy_is_the_likeliest_token_each_time(text, out_dir, model, tokenizer
     assert text(out_dir, "--prompt=to be", "--top_p=1e-9", "--max_new_tokens=40") == expected + "\n"
 
 
-@pytest.mark.parametrize("options", [("--temperature=0",), ("--temperature=1.2", "--top_k=none"),
-                                     ("--top_p=0.8", "--repetition_penalty=1.3", "--num_samples=2")])
+@pytest.mark.parametrize(
+    "options",
+    [("--temperature=0",), ("--temperature=1.2", "--top_k=none"), ("--top_p=0.8", "--repetition_penalty=1.3", "--num_samples=2")],
+)
 def test_cache_and_streaming_change_nothing(text, out_dir, options):
     arguments = (out_dir, "--prompt=to be", "--max_new_tokens=40", *options)
     plain = text(*arguments)
@@ -194,13 +218,13 @@ def test_ids_can_be_given_for_text_too(text, out_dir, tokenizer):
 
 # ------------------------------------------------------------------------------------------- how it is asked
 
+
 def test_prompt_from_argument_and_file_is_the_same(text, out_dir, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("the café\n", encoding="utf-8")
     said = text(out_dir, "--prompt=the café", SHORT)
     assert said.startswith("the café")
-    for arguments in (["--prompt", "the café"], ["--start=the café"], [f"--start=FILE:{file}"],
-                      ["--prompt_file", file]):
+    for arguments in (["--prompt", "the café"], ["--start=the café"], [f"--start=FILE:{file}"], ["--prompt_file", file]):
         assert text(out_dir, *arguments, SHORT) == said
 
 
@@ -238,16 +262,18 @@ def test_a_prompt_longer_than_the_context_is_noted(say, out_dir):
 
 
 def test_help_does_not_import_torch(run_python):
-    result = run_python("-c", "import sys, sample\ntry: sample.main(['--help'])\n"
-                              "except SystemExit as end: sys.exit(end.code or 3 * ('torch' in sys.modules))")
+    result = run_python(
+        "-c",
+        "import sys, sample\ntry: sample.main(['--help'])\n"
+        "except SystemExit as end: sys.exit(end.code or 3 * ('torch' in sys.modules))",
+    )
     assert result.returncode == 0 and "--repetition_penalty" in result.stdout and result.stderr == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_and_a_reader_that_leaves_end_it_quietly(out_dir):
     command = [sys.executable, str(ROOT / "sample.py"), str(out_dir), "--prompt=a", "--max_new_tokens=1000000", *CPU]
-    for stop, code in ((lambda process: process.send_signal(signal.SIGINT), 130),
-                       (lambda process: process.stdout.close(), 0)):
+    for stop, code in ((lambda process: process.send_signal(signal.SIGINT), 130), (lambda process: process.stdout.close(), 0)):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             try:
                 assert process.stdout.read(5)  # it streams
@@ -259,31 +285,35 @@ def test_ctrl_c_and_a_reader_that_leaves_end_it_quietly(out_dir):
 
 # ------------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--temperature=-0.1"], ["temperature='-0.1'", "from 0 on"]),
-    (["--temperature=nan"], ["temperature"]),
-    (["--temperature", "warm"], ["temperature='warm'"]),
-    (["--top_k=0"], ["top_k='0'", "none"]),
-    (["--top_p=0"], ["top_p='0'"]),
-    (["--top_p=1.01"], ["top_p='1.01'"]),
-    (["--repetition_penalty=0"], ["repetition_penalty='0'"]),
-    (["--num_samples=0"], ["num_samples='0'"]),
-    (["--max_new_tokens=1.5"], ["max_new_tokens='1.5'"]),
-    (["--seed=-1"], ["seed='-1'"]),
-    (["--dtype=float8"], ["dtype='float8'", "bfloat16"]),
-    (["--device=abacus"], ["device='abacus'"]),
-    (["--device=cuda:99"], ["device='cuda:99'", "--device=cpu"]),
-    (["--prompt_ids=1,x"], ["prompt_ids='1,x'"]),
-    (["--prompt=a", "--start=b"], ["--prompt and --start"]),
-    (["--prompt_file=no/such.txt"], ["no/such.txt", "No such file"]),
-    (["--prompt=\udcff"], ["not UTF-8"]),
-    (["--out_dir=x"], ["--out_dir='x'"]),
-    (["--prompt=a", "surplus"], ["'surplus'"]),
-    (["--prompt"], ["--prompt", "--help"]),
-    (["--stop_at_eos", "--ignore_eos"], ["not allowed with"]),
-    (["--temprature=1"], ["--temprature", "did you mean 'temperature'"]),
-    (["--temperature=-1", "--top_p=2", "--topk=3", "--seed=x"], ["temperature", "top_p", "--topk", "seed"]),
-])
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--temperature=-0.1"], ["temperature='-0.1'", "from 0 on"]),
+        (["--temperature=nan"], ["temperature"]),
+        (["--temperature", "warm"], ["temperature='warm'"]),
+        (["--top_k=0"], ["top_k='0'", "none"]),
+        (["--top_p=0"], ["top_p='0'"]),
+        (["--top_p=1.01"], ["top_p='1.01'"]),
+        (["--repetition_penalty=0"], ["repetition_penalty='0'"]),
+        (["--num_samples=0"], ["num_samples='0'"]),
+        (["--max_new_tokens=1.5"], ["max_new_tokens='1.5'"]),
+        (["--seed=-1"], ["seed='-1'"]),
+        (["--dtype=float8"], ["dtype='float8'", "bfloat16"]),
+        (["--device=abacus"], ["device='abacus'"]),
+        (["--device=cuda:99"], ["device='cuda:99'", "--device=cpu"]),
+        (["--prompt_ids=1,x"], ["prompt_ids='1,x'"]),
+        (["--prompt=a", "--start=b"], ["--prompt and --start"]),
+        (["--prompt_file=no/such.txt"], ["no/such.txt", "No such file"]),
+        (["--prompt=\udcff"], ["not UTF-8"]),
+        (["--out_dir=x"], ["--out_dir='x'"]),
+        (["--prompt=a", "surplus"], ["'surplus'"]),
+        (["--prompt"], ["--prompt", "--help"]),
+        (["--stop_at_eos", "--ignore_eos"], ["not allowed with"]),
+        (["--temprature=1"], ["--temprature", "did you mean 'temperature'"]),
+        (["--temperature=-1", "--top_p=2", "--topk=3", "--seed=x"], ["temperature", "top_p", "--topk", "seed"]),
+    ],
+)
 def test_a_wrong_command_line_is_told_in_full(capsys, out_dir, arguments, words):
     code = sample.main([str(out_dir), *arguments])
     out, err = capsys.readouterr()
@@ -292,12 +322,15 @@ def test_a_wrong_command_line_is_told_in_full(capsys, out_dir, arguments, words)
     assert all(line.startswith("sample.py: ") for line in err.splitlines())
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--prompt=to Be #1"], ["'#', '1', 'B'"]),
-    (["--prompt="], ["prompt is empty", "char"]),
-    (["--prompt_ids=0,32"], ["id 32", "0 to 31"]),
-    (["--prompt_ids=-1"], ["id -1"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--prompt=to Be #1"], ["'#', '1', 'B'"]),
+        (["--prompt="], ["prompt is empty", "char"]),
+        (["--prompt_ids=0,32"], ["id 32", "0 to 31"]),
+        (["--prompt_ids=-1"], ["id -1"]),
+    ],
+)
 def test_a_prompt_that_does_not_fit_the_model_fails(say, out_dir, arguments, words):
     code, out, err = say(out_dir, *arguments)
     assert (code, out) == (1, "") and err.count("\n") == 1 and all(word in err for word in words)
@@ -308,6 +341,7 @@ def test_what_is_no_intact_checkpoint_fails(say, out_dir, tmp_path):
         code, out, err = say(*arguments, "--prompt=a", SHORT)
         assert (code, out) == (1, "") and "Traceback" not in err
         return err
+
     assert "does not exist" in refused(tmp_path / "nowhere")
     assert "has no checkpoint" in refused(tmp_path)
     assert "has no checkpoint" in refused(tmp_path, "--best")

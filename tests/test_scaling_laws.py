@@ -12,9 +12,19 @@ import pytest
 
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_parameters
-from flops_parameter_counting.scaling_laws import (LAWS, ScalingLaw, best_plan, candidates, effective,
-                                                   embedding_parameters, golden_section, isoflop, kaplan, positive,
-                                                   read_question)
+from flops_parameter_counting.scaling_laws import (
+    LAWS,
+    ScalingLaw,
+    best_plan,
+    candidates,
+    effective,
+    embedding_parameters,
+    golden_section,
+    isoflop,
+    kaplan,
+    positive,
+    read_question,
+)
 from model_builder import build_model
 from model_config import resolve
 
@@ -25,6 +35,7 @@ EVERY_LAW = [*LAWS.values(), OWN]
 
 
 # ------------------------------------------------------------------------------------------- the laws
+
 
 def test_the_constants_are_the_published_ones():
     hoffmann, besiroglu, k = LAWS["hoffmann"], LAWS["besiroglu"], LAWS["kaplan"]
@@ -62,7 +73,7 @@ def test_an_isoflop_curve_spends_its_budget_and_has_its_valley_at_the_optimum(la
     middle = len(curve) // 2
     assert losses.index(min(losses)) == middle and curve[middle][0] == pytest.approx(law.optimum(1e21)[0])
     assert all(a > b for a, b in zip(losses[:middle], losses[1:]))
-    assert all(a < b for a, b in zip(losses[middle:], losses[middle + 1:]))
+    assert all(a < b for a, b in zip(losses[middle:], losses[middle + 1 :]))
 
 
 @pytest.mark.parametrize("wrong", [dict(A=-1), dict(alpha=0), dict(beta=math.inf), dict(E=-0.1), dict(gamma=math.nan)], ids=str)
@@ -85,6 +96,7 @@ def test_golden_section_finds_the_bottom_of_a_valley():
 
 # ------------------------------------------------------------------------------------------- data that run out
 
+
 def test_repeated_tokens_are_worth_what_the_paper_says():
     """Muennighoff et al. 2023: up to four epochs are almost as good as new data, beyond some forty nothing is gained."""
     unique = 1e9
@@ -101,12 +113,12 @@ def test_repeated_tokens_are_worth_what_the_paper_says():
 def test_a_limited_dataset_is_charged_for_repeats_and_for_excess_parameters():
     """Muennighoff et al. 2023, eq. 5 and 6 written out, with their law (App. A): A 521, B 1488, both exponents 0.3527."""
     law, unique = ScalingLaw("c4", E=1.87, A=521, B=1488, alpha=0.3527, beta=0.3527), 2e9
-    fitting = (521 / 1488) ** (1 / 0.3527) * unique                      # exponents alike: N in proportion to the data
+    fitting = (521 / 1488) ** (1 / 0.3527) * unique  # exponents alike: N in proportion to the data
     assert law.matching_parameters(unique) == pytest.approx(fitting) and 0.04 < fitting / unique < 0.06  # 0.051 there
     n, d = 3 * fitting, 5 * unique
     n_worth = fitting + fitting * 5.309743 * (1 - math.exp(-2 / 5.309743))
     d_worth = unique + unique * 15.387756 * (1 - math.exp(-4 / 15.387756))
-    assert law.loss_with_repeats(n, d, unique) == pytest.approx(1.87 + 521 / n_worth ** 0.3527 + 1488 / d_worth ** 0.3527)
+    assert law.loss_with_repeats(n, d, unique) == pytest.approx(1.87 + 521 / n_worth**0.3527 + 1488 / d_worth**0.3527)
 
 
 @pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: law.name)
@@ -143,6 +155,7 @@ def test_limits_that_leave_no_data_are_refused(limits):
 
 # ------------------------------------------------------------------------------------------- models one can build
 
+
 @pytest.mark.parametrize("preset", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("law", LAWS.values(), ids=lambda law: law.name)
 def test_candidates_can_be_built_cost_what_they_say_and_lie_near_the_best(law, preset):
@@ -154,8 +167,11 @@ def test_candidates_can_be_built_cost_what_they_say_and_lie_near_the_best(law, p
         assert sum(p.numel() for p in model.parameters()) == one.parameters == count_parameters(one.config)
         assert one.flops_per_token == flops_per_token(one.config).full
         assert one.tokens * one.flops_per_token == pytest.approx(compute)
-        tables = [model.embedding.weight, *([] if one.config.weight_tying else [model.head.weight]),
-                  *([model.position.table.weight] if preset == "gpt2" else [])]
+        tables = [
+            model.embedding.weight,
+            *([] if one.config.weight_tying else [model.head.weight]),
+            *([model.position.table.weight] if preset == "gpt2" else []),
+        ]
         assert embedding_parameters(one.config) == sum(table.numel() for table in tables)
         n = one.parameters - (0 if law.embeddings else embedding_parameters(one.config))
         assert one.loss == pytest.approx(law.loss(n, one.tokens))
@@ -178,7 +194,8 @@ def test_every_shipped_question_is_read_and_has_the_constants_of_its_folder(path
     if path.parent.name in LAWS:
         law = LAWS[path.parent.name]
         assert {key: getattr(question.law, key) for key in ("E", "A", "B", "alpha", "beta", "gamma", "embeddings")} == {
-            key: getattr(law, key) for key in ("E", "A", "B", "alpha", "beta", "gamma", "embeddings")}
+            key: getattr(law, key) for key in ("E", "A", "B", "alpha", "beta", "gamma", "embeddings")
+        }
     peak = question.gpu.peak(question.dtype).flops
     assert question.compute == pytest.approx(question.count * question.hours * 3600 * question.mfu * peak)
     resolve(question.preset, **question.model)
@@ -198,12 +215,17 @@ def write(tmp_path, content) -> Path:
 
 
 def test_slashes_in_a_text_are_no_comment(tmp_path):
-    question = read_question(write(tmp_path, '''
+    question = read_question(
+        write(
+            tmp_path,
+            """
         // a comment with a "quote
         {"law": {"name": "a // b", "E": 1.7, "A": 400, "B": 400, "alpha": 0.3, /* "alpha": 9, */ "beta": 0.3,
                  "source": "https://example.org//laws?x=/*1*/"},   // https://example.org
          "gear": {"gpu": "H20", "count": 4, "hours": 1e1, "mfu": 0.4,},
-        }'''))
+        }""",
+        )
+    )
     assert question.law.name == "a // b" and question.law.source == "https://example.org//laws?x=/*1*/"
     assert question.law.alpha == 0.3 and question.hours == 10.0 and question.gpu.name == "H20"
 
@@ -212,29 +234,41 @@ def changed(section: str, **values) -> dict:
     return {**GOOD, section: {**GOOD.get(section, {}), **values}}
 
 
-@pytest.mark.parametrize("content, said", [
-    ("", "is not JSON with comments"), ("{", "is not JSON with comments"), ("[1]", "must hold an object"),
-    ('{"law": "kaplan", "law": "hoffmann"}', 'Duplicate key "law"'),
-    ({}, "law is missing"), ({**GOOD, "law": "chinchila"}, "law='chinchila' is not one of hoffmann, besiroglu, kaplan"),
-    ({**GOOD, "law": {"form": "power"}}, "law.form='power' is not one of chinchilla, kaplan"),
-    ({**GOOD, "law": {"E": 1, "A": 2, "B": 3, "alpha": 0.3}}, "law.beta is missing"),
-    ({**GOOD, "law": {"E": 1, "A": 2, "B": 3, "alpha": 0.3, "bta": 1}}, "law.bta is not known (did you mean 'beta'?)"),
-    ({**GOOD, "law": {"E": 1, "A": "2", "B": 3, "alpha": 0.3, "beta": 0.3}}, "law.A='2' is not a number"),
-    ({**GOOD, "law": {"E": 1, "A": -2, "B": 3, "alpha": 0.3, "beta": 0.3}}, "A=-2 of the scaling law 'custom' must be positive"),
-    ('{"law": {"E": NaN, "A": 2, "B": 3, "alpha": 0.3, "beta": 0.3}, "gear": {}}', "law.E=nan is not a number"),
-    (changed("gear", gpu="H1000"), "'H1000' is no GPU whose figures are known here (nearest: H100 SXM"),
-    (changed("gear", hours=-1), "gear.hours=-1 must be positive"),
-    (changed("gear", hours=True), "gear.hours=True is not a number"),
-    (changed("gear", mfu=40), "gear.mfu=40 is more than all of the peak"),
-    (changed("gear", count=2.5), "a whole number of GPUs"),
-    (changed("gear", gpu="T4"), "No dense peak of T4 in bfloat16 is known"),
-    (changed("gear", hrs=3), "gear.hrs is not known"),
-    ({**GOOD, "gear": {"gpu": "H20"}}, "gear.count is missing"), ({**GOOD, "gear": 8}, "gear must be an object"),
-    (changed("data", unique_tokens="many"), "data.unique_tokens='many' is not a number such as 6e9"),
-    (changed("data", unique_tokens=0), "data.unique_tokens=0 must be positive"),
-    (changed("model", preset="lama"), "arch_preset='lama' is not a preset (did you mean 'llama'?)"),
-    (changed("model", n_hed=3), "model: 'n_hed' is not a key of a model (did you mean 'n_head'?)"),
-    ({**GOOD, "budget": 3}, "'budget' is not a section")], ids=str)
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "is not JSON with comments"),
+        ("{", "is not JSON with comments"),
+        ("[1]", "must hold an object"),
+        ('{"law": "kaplan", "law": "hoffmann"}', 'Duplicate key "law"'),
+        ({}, "law is missing"),
+        ({**GOOD, "law": "chinchila"}, "law='chinchila' is not one of hoffmann, besiroglu, kaplan"),
+        ({**GOOD, "law": {"form": "power"}}, "law.form='power' is not one of chinchilla, kaplan"),
+        ({**GOOD, "law": {"E": 1, "A": 2, "B": 3, "alpha": 0.3}}, "law.beta is missing"),
+        ({**GOOD, "law": {"E": 1, "A": 2, "B": 3, "alpha": 0.3, "bta": 1}}, "law.bta is not known (did you mean 'beta'?)"),
+        ({**GOOD, "law": {"E": 1, "A": "2", "B": 3, "alpha": 0.3, "beta": 0.3}}, "law.A='2' is not a number"),
+        (
+            {**GOOD, "law": {"E": 1, "A": -2, "B": 3, "alpha": 0.3, "beta": 0.3}},
+            "A=-2 of the scaling law 'custom' must be positive",
+        ),
+        ('{"law": {"E": NaN, "A": 2, "B": 3, "alpha": 0.3, "beta": 0.3}, "gear": {}}', "law.E=nan is not a number"),
+        (changed("gear", gpu="H1000"), "'H1000' is no GPU whose figures are known here (nearest: H100 SXM"),
+        (changed("gear", hours=-1), "gear.hours=-1 must be positive"),
+        (changed("gear", hours=True), "gear.hours=True is not a number"),
+        (changed("gear", mfu=40), "gear.mfu=40 is more than all of the peak"),
+        (changed("gear", count=2.5), "a whole number of GPUs"),
+        (changed("gear", gpu="T4"), "No dense peak of T4 in bfloat16 is known"),
+        (changed("gear", hrs=3), "gear.hrs is not known"),
+        ({**GOOD, "gear": {"gpu": "H20"}}, "gear.count is missing"),
+        ({**GOOD, "gear": 8}, "gear must be an object"),
+        (changed("data", unique_tokens="many"), "data.unique_tokens='many' is not a number such as 6e9"),
+        (changed("data", unique_tokens=0), "data.unique_tokens=0 must be positive"),
+        (changed("model", preset="lama"), "arch_preset='lama' is not a preset (did you mean 'llama'?)"),
+        (changed("model", n_hed=3), "model: 'n_hed' is not a key of a model (did you mean 'n_head'?)"),
+        ({**GOOD, "budget": 3}, "'budget' is not a section"),
+    ],
+    ids=str,
+)
 def test_what_is_wrong_with_a_file_is_said_in_a_sentence(tmp_path, content, said):
     path = write(tmp_path, content)
     with pytest.raises(ValueError) as caught:
@@ -250,8 +284,9 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("text, number", [("26.2B", 26.2e9), ("6e9", 6e9), (" 300M ", 3e8), ("1.5t", 1.5e12), (7, 7.0),
-                                          ("12k", 12e3)])
+@pytest.mark.parametrize(
+    "text, number", [("26.2B", 26.2e9), ("6e9", 6e9), (" 300M ", 3e8), ("1.5t", 1.5e12), (7, 7.0), ("12k", 12e3)]
+)
 def test_amounts_are_read_with_their_suffix(text, number):
     assert positive(text) == pytest.approx(number)
 

@@ -50,8 +50,9 @@ def test_meta_describes_the_files(folder):
     meta = json.loads((folder / "meta.json").read_text())
     train = meta["splits"]["train"]
     assert (train["documents"], train["bytes"], train["tokens"]) == (3, 67 + 40 + 3, 67 + 40 + 3 + 3)
-    assert train["files"] == [{"name": "train.bin", "size": 226,
-                               "sha256": hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()}]
+    assert train["files"] == [
+        {"name": "train.bin", "size": 226, "sha256": hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()}
+    ]
     assert (meta["dtype"], meta["vocab_size"], meta["special_ids"]) == ("uint16", 257, {"eos_id": 256})
 
 
@@ -119,6 +120,7 @@ def test_fingerprint_depends_on_content_only(tmp_path):
 
 # ------------------------------------------------------------------------------------------- nanoGPT's folders
 
+
 def test_a_nanogpt_folder_is_readable_and_noted(tmp_path):
     np.array([5, 1, 2, 60], dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.array([3, 4], dtype=np.uint16).tofile(tmp_path / "val.bin")
@@ -149,6 +151,7 @@ def test_a_nanogpt_folder_without_val_says_so_when_val_is_asked_for(tmp_path):
 
 # ------------------------------------------------------------------------------------------- what can be wrong
 
+
 def truncate(folder):
     os.truncate(folder / "train.bin", 100)
 
@@ -171,16 +174,23 @@ DAMAGES = {
     "unknown dtype": (lambda f: edit_meta(f, lambda m: m.update(dtype="int8")), "'int8'"),
     "wrong dtype": (lambda f: edit_meta(f, lambda m: m.update(dtype="uint32")), "uint32"),
     "wrong tokens": (lambda f: edit_meta(f, lambda m: m["splits"]["val"].update(tokens=1)), "val has 1 tokens"),
-    "ids beyond meta": (lambda f: edit_meta(f, lambda m: m.update(vocab_size=100)),
-                        "token id 256.*meta.json has vocab_size=100"),
-    "outside file": (lambda f: edit_meta(f, lambda m: m["splits"]["val"]["files"][0].update(name="../val.bin")),
-                     "not in its folder"),
+    "ids beyond meta": (lambda f: edit_meta(f, lambda m: m.update(vocab_size=100)), "token id 256.*meta.json has vocab_size=100"),
+    "outside file": (
+        lambda f: edit_meta(f, lambda m: m["splits"]["val"]["files"][0].update(name="../val.bin")),
+        "not in its folder",
+    ),
     "half published": (lambda f: (f / token_dataset.PUBLISHING).touch(), "half prepared"),
-    **{f"meta lacks {key}": (lambda f, key=key: edit_meta(f, lambda m: m.pop(key)), f"lacks {key}")
-       for key in ("vocab_size", "dtype", "splits", "tokenizer", "special_ids")},
-    **{f"split lacks {key}": (lambda f, key=key: edit_meta(f, lambda m: m["splits"]["train"].pop(key)),
-                               rf"lacks splits\.train\.{key}")
-       for key in ("tokens", "bytes", "documents", "files")},
+    **{
+        f"meta lacks {key}": (lambda f, key=key: edit_meta(f, lambda m: m.pop(key)), f"lacks {key}")
+        for key in ("vocab_size", "dtype", "splits", "tokenizer", "special_ids")
+    },
+    **{
+        f"split lacks {key}": (
+            lambda f, key=key: edit_meta(f, lambda m: m["splits"]["train"].pop(key)),
+            rf"lacks splits\.train\.{key}",
+        )
+        for key in ("tokens", "bytes", "documents", "files")
+    },
 }
 
 
@@ -247,6 +257,7 @@ def test_info_prints_sizes(folder, capsys):
 
 # ------------------------------------------------------------------------------------------- names and commands
 
+
 def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match="no folder.*python data/textfile/prepare.py FILE --name=nowhere_at_all"):
         TokenDataset.open("nowhere_at_all")
@@ -272,6 +283,7 @@ def test_names_resolve_to_data_and_paths_to_themselves(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- interrupts
 
+
 def test_an_interrupt_before_publishing_leaves_the_folder_as_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         with DatasetWriter(tmp_path / "new", ByteTokenizer()) as writer:
@@ -291,6 +303,7 @@ def test_an_interrupt_before_publishing_leaves_the_folder_as_it_was(tmp_path):
 def test_a_kill_at_any_moment_of_publishing_never_shows_a_mixture(tmp_path, monkeypatch, before):
     """Whatever change of the folder is the last one before the kill: readers find the old dataset, the new one, or an
     error."""
+
     class Killed(BaseException):
         pass
 
@@ -305,6 +318,7 @@ def test_a_kill_at_any_moment_of_publishing_never_shows_a_mixture(tmp_path, monk
                     raise Killed
                 changes += 1
                 return function(*arguments, **options)
+
             return change
 
         writer = DatasetWriter(folder, ByteTokenizer())
@@ -334,7 +348,7 @@ def test_a_kill_at_any_moment_of_publishing_never_shows_a_mixture(tmp_path, monk
             break
         allowed += 1
     assert allowed > 6 and seen == ({3, 113} if before == "dataset" else {3})
-    write(folder)                                # and the next attempt repairs it
+    write(folder)  # and the next attempt repairs it
     assert len(TokenDataset.open(folder).split("train")) == 113
 
 

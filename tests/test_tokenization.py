@@ -5,27 +5,53 @@ import sys
 import pytest
 
 from data import tokenization
-from data.tokenization import (ByteTokenizer, CharTokenizer, Gpt2Tokenizer, HuggingFaceTokenizer, StreamDecoder,
-                               Tokenizer, load_tokenizer)
+from data.tokenization import (
+    ByteTokenizer,
+    CharTokenizer,
+    Gpt2Tokenizer,
+    HuggingFaceTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+)
 
 NASTY = [
-    "", " ", "\n\n\t  x \r\n", "plain words, 1234 and punctuation!?", "Straße naïve Ωμέγα", "日本語のテキスト", "👩‍👩‍👧‍👦🏳️‍🌈",
-    "e\u0301 versus \u00e9", "\ufeffmark \u200b\u200d\u2028", "\x00\x01\x7f", "שלום مرحبا", "a<|endoftext|>b",
-    "\N{REPLACEMENT CHARACTER}", "\U0010ffff",
+    "",
+    " ",
+    "\n\n\t  x \r\n",
+    "plain words, 1234 and punctuation!?",
+    "Straße naïve Ωμέγα",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦🏳️‍🌈",
+    "e\u0301 versus \u00e9",
+    "\ufeffmark \u200b\u200d\u2028",
+    "\x00\x01\x7f",
+    "שלום مرحبا",
+    "a<|endoftext|>b",
+    "\N{REPLACEMENT CHARACTER}",
+    "\U0010ffff",
 ]
 TRAINING = ["the cat sat on the mat and the dog sat on the log. " * 20, "Straße, 日本語, 👩‍👩‍👧‍👦 and the cat. " * 5]
 
 
 def sentencepiece_like(folder):
     """A Hugging Face tokenizer that is not byte-level: word marks and byte fallback, as Llama's, with an </s>."""
-    from tokenizers import Tokenizer as Backend, decoders, models, normalizers
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abcdefghijklmnopqrstuvwxyz.,",
-             "th", "the", "▁the"]
-    backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, unk_token="<unk>",
-                                 merges=[("t", "h"), ("th", "e"), ("▁", "the")], byte_fallback=True))
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abcdefghijklmnopqrstuvwxyz.,", "th", "the", "▁the"]
+    backend = Backend(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(vocab)},
+            unk_token="<unk>",
+            merges=[("t", "h"), ("th", "e"), ("▁", "the")],
+            byte_fallback=True,
+        )
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
@@ -96,6 +122,7 @@ def test_streaming_survives_bytes_that_are_no_text():
 
 # ------------------------------------------------------------------------------------------- each kind
 
+
 def test_char_vocabulary_is_the_sorted_characters_and_eos_comes_last():
     tokenizer = CharTokenizer.from_texts(["banana", "cab"], eos=True)
     assert tokenizer.characters == ["a", "b", "c", "n"] and (tokenizer.vocab_size, tokenizer.eos_id) == (5, 4)
@@ -131,6 +158,7 @@ def test_a_vocabulary_too_small_for_bytes_is_refused():
 
 def test_byte_spelling_is_that_of_the_tokenizers_library():
     from tokenizers import pre_tokenizers
+
     spelling = tokenization._byte_spelling()
     assert sorted(spelling) == sorted(pre_tokenizers.ByteLevel.alphabet())
     assert sorted(spelling.values()) == list(range(256))
@@ -141,6 +169,7 @@ def test_gpt2_without_its_files_names_the_remedies(monkeypatch, tmp_path):
 
     def no_network(name):
         raise ConnectionError("no route")
+
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR.*--tokenizer=bpe"):
         Gpt2Tokenizer()
@@ -152,7 +181,7 @@ def test_gpt2_ids_when_its_files_are_there():
     except ValueError:
         pytest.skip("the files of the GPT-2 tokenizer are not here")
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
-    assert tokenizer.encode("Hello world") == [15496, 995]          # published ids
+    assert tokenizer.encode("Hello world") == [15496, 995]  # published ids
     for text in NASTY:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert 50256 not in tokenizer.encode("<|endoftext|>") and tokenizer.decode([50256]) == "<|endoftext|>"
@@ -171,9 +200,16 @@ def test_eos_comes_from_the_tokenizers_own_config(tmp_path):
     assert HuggingFaceTokenizer.from_pretrained(tmp_path / "sp").eos_id == 1
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "cannot be read as JSON"), ("[]", "not an object"), ('{"kind": "morse"}', "unknown kind 'morse'"),
-    ('{"kind": "char"}', "incomplete"), ('{"model": 1}', "not a Hugging Face tokenizer")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "not an object"),
+        ('{"kind": "morse"}', "unknown kind 'morse'"),
+        ('{"kind": "char"}', "incomplete"),
+        ('{"model": 1}', "not a Hugging Face tokenizer"),
+    ],
+)
 def test_a_bad_tokenizer_file_is_refused(tmp_path, content, message):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=message):

@@ -12,9 +12,21 @@ import pytest
 import train
 from training.trackers import numbers
 
-SMALL = ("--arch_preset=llama", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
-         "--log_interval=1", "--eval_iters=1", "--eval_interval=4", "--save_interval=-1", "--device=cpu", "--threads=1",
-         "--max_iters=8")
+SMALL = (
+    "--arch_preset=llama",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=16",
+    "--batch_size=2",
+    "--log_interval=1",
+    "--eval_iters=1",
+    "--eval_interval=4",
+    "--save_interval=-1",
+    "--device=cpu",
+    "--threads=1",
+    "--max_iters=8",
+)
 
 
 def run(out_dir: Path, dataset: Path, *arguments: str) -> int:
@@ -57,8 +69,8 @@ def wandb_records(path: Path):
         if 32768 - place % 32768 < 7:  # no room for a header: the rest of the block is padding
             place += 32768 - place % 32768
             continue
-        size, kind = int.from_bytes(data[place + 4:place + 6], "little"), data[place + 6]
-        pieces += data[place + 7:place + 7 + size]
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        pieces += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # whole, or the last piece
             yield pieces
@@ -68,6 +80,7 @@ def wandb_records(path: Path):
 def test_weights_and_biases_offline_keeps_the_numbers_of_the_log(tmp_path, tiny_dataset):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
+
     assert run(tmp_path, tiny_dataset, "--wandb_log", "--wandb_mode=offline", "--wandb_run_name=first") == 0
     shown, names = {}, []
     for data in wandb_records(next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))):
@@ -83,10 +96,13 @@ def test_weights_and_biases_offline_keeps_the_numbers_of_the_log(tmp_path, tiny_
     assert shown == curves(tmp_path)
 
 
-@pytest.mark.parametrize("flag, module, install", [("--tensorboard", "torch.utils.tensorboard", "pip install tensorboard"),
-                                                   ("--wandb_log", "wandb", "pip install wandb")])
-def test_a_missing_package_is_one_sentence_before_the_training(tmp_path, tiny_dataset, capsys, monkeypatch, flag, module,
-                                                               install):
+@pytest.mark.parametrize(
+    "flag, module, install",
+    [("--tensorboard", "torch.utils.tensorboard", "pip install tensorboard"), ("--wandb_log", "wandb", "pip install wandb")],
+)
+def test_a_missing_package_is_one_sentence_before_the_training(
+    tmp_path, tiny_dataset, capsys, monkeypatch, flag, module, install
+):
     monkeypatch.setitem(sys.modules, module, None)
     assert run(tmp_path, tiny_dataset, flag) == 1
     out, err = capsys.readouterr()
@@ -101,6 +117,7 @@ def test_a_tracker_that_fails_later_does_not_stop_the_run(tmp_path, tiny_dataset
 
         def close(self):
             raise AssertionError("it was left out")
+
     monkeypatch.setattr("training.trackers.open_trackers", lambda config, run: [Broken()])
     assert run(tmp_path, tiny_dataset) == 0
     assert capsys.readouterr().err.count("the service is gone") == 1
@@ -109,7 +126,9 @@ def test_a_tracker_that_fails_later_does_not_stop_the_run(tmp_path, tiny_dataset
 
 def test_numbers_are_those_of_steps_and_evaluations_only():
     assert dict(numbers({"event": "step", "step": 4, "loss": 1.5, "mfu": None, "time": "now", "step_ms": {"total": 2}})) == {
-        "train/loss": 1.5, "train/step_ms/total": 2}
+        "train/loss": 1.5,
+        "train/step_ms/total": 2,
+    }
     assert dict(numbers({"event": "eval", "step": 4, "val_loss": 2.0, "best": True})) == {"val/val_loss": 2.0}
     assert dict(numbers({"event": "checkpoint", "step": 4, "seconds": 2.0})) == {}
 

@@ -27,8 +27,20 @@ from training.precision import LossScale, SkipCounter, set_compute_dtype
 from training.schedules import learning_rate, run_length
 from training.train_config import TrainConfig
 
-SMALL = ("--arch_preset=llama", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4",
-         "--learning_rate=1e-2", "--log_interval=1", "--eval_iters=1", "--device=cpu", "--dtype=float32", "--threads=1")
+SMALL = (
+    "--arch_preset=llama",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--batch_size=4",
+    "--learning_rate=1e-2",
+    "--log_interval=1",
+    "--eval_iters=1",
+    "--device=cpu",
+    "--dtype=float32",
+    "--threads=1",
+)
 TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
 
 
@@ -49,11 +61,14 @@ def gradients(model, batch, pieces: int) -> list[torch.Tensor]:
 
 
 def relative_difference(one, other) -> float:
-    return float(sum((a - b).double().square().sum() for a, b in zip(one, other)).sqrt()
-                 / sum(a.double().square().sum() for a in one).sqrt())
+    return float(
+        sum((a - b).double().square().sum() for a, b in zip(one, other)).sqrt()
+        / sum(a.double().square().sum() for a in one).sqrt()
+    )
 
 
 # ------------------------------------------------------------------------------------------- numerics
+
 
 @pytest.mark.parametrize("preset", ("gpt2", "gpt2_postnorm", "llama", "custom"))
 def test_one_batch_of_eight_has_the_gradient_of_four_of_two(preset):
@@ -79,6 +94,7 @@ def test_selective_checkpointing_repeats_no_matrix_product_and_full_repeats_all_
     from torch.utils.flop_counter import FlopCounterMode
 
     from flops_parameter_counting.flops import flops_per_token
+
     config = resolve("llama", **TINY_MODEL)
     # PyTorch stops a recomputation once everything needed is back: here before each block's last projection
     early = 16 * config.n_layer * 2 * config.d_ff * config.n_embd
@@ -108,6 +124,7 @@ def test_bf16_keeps_fp32_weights_and_its_loss_is_near_fp32():
 
 def test_the_loss_is_the_mean_cross_entropy_in_numpy():
     import numpy as np
+
     torch.manual_seed(0)
     model, batch = build_model(resolve("gpt2", **TINY_MODEL, pad_vocab_multiple=16)), torch.randint(0, 31, (3, 9))
     batch[0, 5:] = -1  # ignored as targets
@@ -121,6 +138,7 @@ def test_the_loss_is_the_mean_cross_entropy_in_numpy():
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)))
 def test_the_chunked_loss_and_its_gradient_are_pytorchs(monkeypatch, dtype, tolerance):
     from training import objectives
+
     monkeypatch.setitem(objectives.CHUNK_BYTES, "cpu", 4 * 101 * 7)  # 7 rows at a time, the last chunk shorter
     logits = (3 * torch.randn(40, 128, generator=torch.Generator().manual_seed(0))).to(dtype)[:, :101]  # not contiguous
     targets = torch.randint(0, 101, (40,), generator=torch.Generator().manual_seed(1))
@@ -149,7 +167,7 @@ def test_an_adamw_step_by_hand():
             v.mul_(0.9).add_(0.1 * g * g)
             decay = 0.1 if p.ndim >= 2 else 0.0  # matrices only
             w = expected[name] * (1 - lr * decay)
-            expected[name] = w - lr * (m / (1 - 0.8 ** t)) / ((v / (1 - 0.9 ** t)).sqrt() + 1e-6)
+            expected[name] = w - lr * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-6)
         optimizer.step(lr, no_skip)
     for name, p in model.named_parameters():
         assert torch.allclose(p.double(), expected[name], atol=2e-6), name
@@ -161,24 +179,25 @@ def test_a_muon_step_by_hand():
     model = build_model(resolve("gpt2", **TINY_MODEL))
     optimizer = Optimizer(model, config)
     assert {optimizer.names[p] for g in optimizer.muon.param_groups for p in g["params"]} == {
-        name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+        name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2
+    }
     name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("up_proj.weight"))
     expected, buffer = weight.detach().clone(), torch.zeros_like(weight)
     for t in range(2):
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + t))
         gradient = weight.grad.clone()
-        buffer = 0.9 * buffer + 0.1 * gradient              # PyTorch's form of the momentum: a running mean
-        x = (0.1 * gradient + 0.9 * buffer).T.bfloat16()    # (d_in, d_out) is the wide orientation here
+        buffer = 0.9 * buffer + 0.1 * gradient  # PyTorch's form of the momentum: a running mean
+        x = (0.1 * gradient + 0.9 * buffer).T.bfloat16()  # (d_in, d_out) is the wide orientation here
         x = x / x.norm()
         for _ in range(5):
             a = x @ x.T
             x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
         expected = expected * (1 - 0.02 * 0.1) - 0.02 * 0.2 * math.sqrt(max(weight.shape)) * x.T.float()
         optimizer.step(0.02, torch.tensor(0.0))
-    assert relative_difference([expected], [weight.detach()]) < 2e-2       # bf16 rounding in another order
+    assert relative_difference([expected], [weight.detach()]) < 2e-2  # bf16 rounding in another order
     singular = torch.linalg.svdvals(x.float())
-    assert singular.min() > 0.5 and singular.max() < 1.5    # nearly orthogonal: it is Muon's update, not a gradient
+    assert singular.min() > 0.5 and singular.max() < 1.5  # nearly orthogonal: it is Muon's update, not a gradient
 
 
 def test_clipping_against_pytorchs_own():
@@ -210,6 +229,7 @@ def test_a_non_finite_gradient_leaves_weights_and_optimizer_state_untouched(opti
         opt.step(1e-2, skip)
         opt.zero_grad()
         return float(skip)
+
     assert step(spoil=False) == 0.0
     before = {**{n: p.detach().clone() for n, p in model.named_parameters()}, **{n: t.clone() for n, t in opt.state().items()}}
     assert step(spoil=True) == 1.0
@@ -245,40 +265,46 @@ def schedule(name: str, **keys) -> list[float]:
 
 def test_schedules_have_their_published_shapes():
     for name in ("cosine", "linear", "wsd", "constant", "inverse_sqrt"):
-        assert schedule(name)[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])     # linear warm-up
+        assert schedule(name)[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])  # linear warm-up
         assert schedule(name)[4] == pytest.approx(1.0)
     cosine, linear, wsd = schedule("cosine"), schedule("linear"), schedule("wsd", lr_decay_fraction=0.25)
-    assert cosine[14] == pytest.approx(0.55) and linear[14] == pytest.approx(0.55)       # half way
+    assert cosine[14] == pytest.approx(0.55) and linear[14] == pytest.approx(0.55)  # half way
     assert cosine[9] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
     assert linear[9] == pytest.approx(0.1 + 0.9 * 0.75)
     assert wsd[19] == pytest.approx(1.0) and wsd[4 + 15 + 3] == pytest.approx(0.1 + 0.9 * 0.4)
-    assert schedule("inverse_sqrt")[16] == pytest.approx(0.5)                # √(4/16)
+    assert schedule("inverse_sqrt")[16] == pytest.approx(0.5)  # √(4/16)
     for name in ("cosine", "linear", "wsd"):
-        assert schedule(name)[24:] == pytest.approx([0.1] * 6)               # the end is min_lr, and stays
+        assert schedule(name)[24:] == pytest.approx([0.1] * 6)  # the end is min_lr, and stays
     assert schedule("cosine", lr_decay_iters=10)[10:] == pytest.approx([0.1] * 20)
 
 
 def test_length_in_iterations_tokens_and_epochs():
     config = dict(batch_size=4, gradient_accumulation_steps=2)
     assert run_length(TrainConfig(**config, max_iters=7), 16, 100) == 7
-    assert run_length(TrainConfig(**config, max_tokens=1000), 16, 100) == 8   # 128 tokens an iteration, rounded up
-    assert run_length(TrainConfig(**config, epochs=1.5), 16, 100) == 19       # 150 windows / 8
+    assert run_length(TrainConfig(**config, max_tokens=1000), 16, 100) == 8  # 128 tokens an iteration, rounded up
+    assert run_length(TrainConfig(**config, epochs=1.5), 16, 100) == 19  # 150 windows / 8
     assert run_length(TrainConfig(total_batch_tokens=256, batch_size=4, epochs=1), 16, 100) == 7
 
 
 # ------------------------------------------------------------------------------------------- whole runs
+
 
 def test_a_run_learns_and_leaves_a_log_and_a_model_that_can_be_loaded(tmp_path, tiny_dataset, capsys):
     assert run(tiny_dataset, tmp_path, "--max_iters=60", "--eval_interval=30") == 0
     steps, evaluations, (first,) = events(tmp_path, "step"), events(tmp_path, "eval"), events(tmp_path, "run_start")
     assert [s["step"] for s in steps] == list(range(1, 61)) and steps[-1]["tokens"] == 60 * 4 * 16
     assert steps[0]["loss"] == pytest.approx(math.log(256), abs=0.3) and evaluations[-1]["val_loss"] < 3.6
-    assert first["model"]["parameters"] == build_model(resolve("llama", n_layer=2, n_head=2, n_embd=32, block_size=16,
-                                                              vocab_size=256), device="meta").num_parameters()
+    assert (
+        first["model"]["parameters"]
+        == build_model(
+            resolve("llama", n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256), device="meta"
+        ).num_parameters()
+    )
     model, tokenizer = load_model(tmp_path)
     assert tokenizer.decode(tokenizer.encode("def f():")) == "def f():"
     # the logged evaluation is the loss of the saved model on the same windows, computed here in another way
     from data.token_dataset import TokenDataset
+
     split = TokenDataset.open(tiny_dataset).split("val")
     windows = -(-(len(split) - 1) // 16)
     tokens = torch.stack([torch.from_numpy(split.read(i * windows // 4 * 16, i * windows // 4 * 16 + 17)) for i in range(4)])
@@ -291,10 +317,19 @@ def test_a_run_learns_and_leaves_a_log_and_a_model_that_can_be_loaded(tmp_path, 
 
 def test_execution_keys_do_not_change_the_losses(tmp_path, tiny_dataset):
     found = {}
-    for number, option in enumerate(("--threads=1", "--attention_backend=manual", "--activation_checkpointing=full",
-                                     "--activation_checkpointing=selective", "--log_interval=3", "--threads=2",
-                                     "--eval_interval=2", "--batch_size=2 --gradient_accumulation_steps=2",
-                                     "--total_batch_tokens=64")):
+    for number, option in enumerate(
+        (
+            "--threads=1",
+            "--attention_backend=manual",
+            "--activation_checkpointing=full",
+            "--activation_checkpointing=selective",
+            "--log_interval=3",
+            "--threads=2",
+            "--eval_interval=2",
+            "--batch_size=2 --gradient_accumulation_steps=2",
+            "--total_batch_tokens=64",
+        )
+    ):
         assert run(tiny_dataset, tmp_path / str(number), "--max_iters=9", "--save_interval=-1", *option.split()) == 0
         found[option] = events(tmp_path / str(number), "step")[-1]["loss"]
     for option, loss in found.items():
@@ -322,8 +357,19 @@ def test_eval_only_writes_no_checkpoint_and_repeats_the_logged_loss(tmp_path, ti
 
 
 def test_patience_stops_a_run_that_no_longer_improves_and_best_points_to_its_best(tmp_path, tiny_dataset, capsys):
-    assert run(tiny_dataset, tmp_path, "--max_iters=400", "--eval_interval=5", "--patience=2", "--learning_rate=0.3",
-               "--lr_schedule=constant", "--grad_clip=0") == 0
+    assert (
+        run(
+            tiny_dataset,
+            tmp_path,
+            "--max_iters=400",
+            "--eval_interval=5",
+            "--patience=2",
+            "--learning_rate=0.3",
+            "--lr_schedule=constant",
+            "--grad_clip=0",
+        )
+        == 0
+    )
     evaluations, (end,) = events(tmp_path, "eval"), events(tmp_path, "run_end")
     assert end["outcome"] == "out of patience" and len(evaluations) < 80
     best = min(evaluations, key=lambda e: e["val_loss"])
@@ -348,9 +394,25 @@ def test_a_new_run_puts_the_former_ones_checkpoints_aside(tmp_path, tiny_dataset
 
 def test_weights_of_another_run_start_a_new_one(tmp_path, tiny_dataset):
     assert run(tiny_dataset, tmp_path / "base", "--max_iters=30") == 0
-    assert train.main(["--batch_size=4", "--learning_rate=1e-3", "--max_iters=3", "--log_interval=1", "--device=cpu", "--threads=1",
-                       f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / 'tuned'}",
-                       f"--init_from=weights:{tmp_path / 'base'}", "--data_seed=5", "--dtype=float32", "--eval_interval=0"]) == 0
+    assert (
+        train.main(
+            [
+                "--batch_size=4",
+                "--learning_rate=1e-3",
+                "--max_iters=3",
+                "--log_interval=1",
+                "--device=cpu",
+                "--threads=1",
+                f"--dataset={tiny_dataset}",
+                f"--out_dir={tmp_path / 'tuned'}",
+                f"--init_from=weights:{tmp_path / 'base'}",
+                "--data_seed=5",
+                "--dtype=float32",
+                "--eval_interval=0",
+            ]
+        )
+        == 0
+    )
     steps = events(tmp_path / "tuned", "step")
     assert [s["step"] for s in steps] == [1, 2, 3] and steps[0]["loss"] < 4.0 and steps[0]["lr"] == pytest.approx(1e-3)
     one, two = (load_model(tmp_path / name)[0].config for name in ("base", "tuned"))
@@ -370,6 +432,7 @@ def test_too_many_skipped_updates_stop_the_run_and_name_the_last_good_checkpoint
 def test_mfu_is_never_claimed_against_a_peak_that_the_run_overtakes(tmp_path, tiny_dataset, monkeypatch):
     """Other work can disturb the measurement of a CPU's peak; then MFU would come out several times too high."""
     from flops_parameter_counting import hardware
+
     monkeypatch.setattr(hardware, "_measured", {})
     monkeypatch.setattr(hardware, "_measure_cpu_peak", lambda *_: hardware.Peak(1e3, "measured: disturbed", measured=True))
     assert run(tiny_dataset, tmp_path, "--max_iters=3", "--save_interval=-1") == 0
@@ -380,12 +443,14 @@ def test_mfu_is_never_claimed_against_a_peak_that_the_run_overtakes(tmp_path, ti
     assert run(tiny_dataset, tmp_path / "calm", "--max_iters=3", "--save_interval=-1") == 0
     for step in events(tmp_path / "calm", "step"):
         from flops_parameter_counting.flops import flops_per_token
+
         per_token = flops_per_token(resolve("llama", n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256)).full
         assert step["mfu"] == pytest.approx(step["tokens_per_s"] * per_token / hardware._measured[torch.float32, 1].flops)
         assert 0 < step["mfu"] < 1
 
 
 # ------------------------------------------------------------------------------------------- bad input
+
 
 def refused(capsys, code: int, *words: str) -> str:
     err = capsys.readouterr().err
@@ -397,19 +462,22 @@ def refused(capsys, code: int, *words: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--n_laye=3"], ["n_laye", "n_layer"]),
-    (["--n_layer=two"], ["n_layer", "whole number"]),
-    (["--n_embd=2432", "--n_head=18"], ["18", "2432", "n_head=19"]),
-    (["--normalization=batchnorm"], ["batchnorm", "layernorm", "rmsnorm"]),
-    (["--arch_preset=lama"], ["lama", "llama"]),
-    (["config/nothing.py"], ["config/nothing.py", "quickstart"]),
-    (["--device=tpu"], ["device", "tpu"]),
-    (["--attention_backend=flex", "--device=cpu"], ["flex", "CPU", "sdpa"]),
-    (["--attention_backend=flex", "--dropout=0.1"], ["flex", "dropout"]),
-    (["--max_iters=5", "--max_tokens=5"], ["max_iters", "max_tokens"]),
-    (["--batch_size=0"], ["batch_size=0"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--n_laye=3"], ["n_laye", "n_layer"]),
+        (["--n_layer=two"], ["n_layer", "whole number"]),
+        (["--n_embd=2432", "--n_head=18"], ["18", "2432", "n_head=19"]),
+        (["--normalization=batchnorm"], ["batchnorm", "layernorm", "rmsnorm"]),
+        (["--arch_preset=lama"], ["lama", "llama"]),
+        (["config/nothing.py"], ["config/nothing.py", "quickstart"]),
+        (["--device=tpu"], ["device", "tpu"]),
+        (["--attention_backend=flex", "--device=cpu"], ["flex", "CPU", "sdpa"]),
+        (["--attention_backend=flex", "--dropout=0.1"], ["flex", "dropout"]),
+        (["--max_iters=5", "--max_tokens=5"], ["max_iters", "max_tokens"]),
+        (["--batch_size=0"], ["batch_size=0"]),
+    ],
+)
 def test_unusable_configuration_is_a_sentence_and_exit_code_2(arguments, words, capsys):
     assert train.main(arguments) == 2
     refused(capsys, 2, *words)
@@ -432,6 +500,7 @@ def test_damaged_datasets_are_refused_with_a_sentence(tmp_path, tiny_dataset, ca
         def change(folder):
             meta = json.loads((folder / "meta.json").read_text())
             (folder / "meta.json").write_text(json.dumps({**meta, **keys}))
+
         return change
 
     def cut(folder):
@@ -442,9 +511,15 @@ def test_damaged_datasets_are_refused_with_a_sentence(tmp_path, tiny_dataset, ca
         data = bytearray((folder / "val.bin").read_bytes())
         data[100] ^= 1
         (folder / "val.bin").write_bytes(data)
-    cases = {"truncated": (cut, "train.bin"), "flipped": (flip, "val.bin"), "dtype": (edit_meta(dtype="uint32"), "dtype"),
-             "float": (edit_meta(dtype="float64"), "float64"), "no_train": (lambda f: (f / "train.bin").unlink(), "train.bin"),
-             "not_json": (lambda f: (f / "meta.json").write_text("{"), "meta.json")}
+
+    cases = {
+        "truncated": (cut, "train.bin"),
+        "flipped": (flip, "val.bin"),
+        "dtype": (edit_meta(dtype="uint32"), "dtype"),
+        "float": (edit_meta(dtype="float64"), "float64"),
+        "no_train": (lambda f: (f / "train.bin").unlink(), "train.bin"),
+        "not_json": (lambda f: (f / "meta.json").write_text("{"), "meta.json"),
+    }
     for name, (change, word) in cases.items():
         assert run(damaged(tiny_dataset, tmp_path, name, change), tmp_path / "out", "--max_iters=2") == 1, name
         refused(capsys, 1, word)
@@ -466,6 +541,7 @@ def test_resuming_a_changed_model_names_the_keys(tmp_path, tiny_dataset, capsys)
 
 def test_resuming_on_changed_data_is_refused(tmp_path, tiny_dataset, capsys):
     from data.preparation import prepare
+
     copy = tmp_path / "data"
     shutil.copytree(tiny_dataset, copy)
     assert run(copy, tmp_path / "out", "--max_iters=3") == 0
@@ -498,16 +574,26 @@ def test_a_flipped_byte_in_the_only_checkpoint_is_found(tmp_path, tiny_dataset, 
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("environment, launcher", [
-    ({}, "python train.py"),
-    (dict(RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", GROUP_WORLD_SIZE="1"), "torchrun --standalone --nproc_per_node=4 train.py"),
-    (dict(RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", GROUP_WORLD_SIZE="2"),
-     "torchrun --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py")])
+@pytest.mark.parametrize(
+    "environment, launcher",
+    [
+        ({}, "python train.py"),
+        (
+            dict(RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", GROUP_WORLD_SIZE="1"),
+            "torchrun --standalone --nproc_per_node=4 train.py",
+        ),
+        (
+            dict(RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", GROUP_WORLD_SIZE="2"),
+            "torchrun --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py",
+        ),
+    ],
+)
 def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch, environment, launcher):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert train.resume_command(["config/x.py", "--init_from=auto", "--seed=2"]) == (
-        f"{launcher} config/x.py --seed=2 --init_from=resume")
+        f"{launcher} config/x.py --seed=2 --init_from=resume"
+    )
 
 
 def test_two_starts_in_one_folder_do_not_take_it_for_two(tmp_path):
@@ -515,6 +601,7 @@ def test_two_starts_in_one_folder_do_not_take_it_for_two(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     from training.processes import World
+
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: train.prepare_out_dir(str(tmp_path / "out"), World()), range(300)))
     assert list((tmp_path / "out").iterdir()) == []
@@ -526,6 +613,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
 
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
+
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match="without locks"), CheckpointStore(tmp_path).lock():
         pass
@@ -599,6 +687,7 @@ def test_loading_a_checkpoint_never_unpickles(tmp_path, tiny_dataset, monkeypatc
 
     def forbidden(*_, **__):
         raise AssertionError("something was unpickled")
+
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, forbidden)
     monkeypatch.setattr(torch, "load", forbidden)
@@ -616,6 +705,7 @@ def test_commands_work_from_any_working_directory(tmp_path, tiny_dataset, run_py
 
 
 # ------------------------------------------------------------------------------------------- what must not be lost
+
 
 def test_an_evaluation_or_a_second_run_beside_a_live_one_harms_nothing(tmp_path, tiny_dataset, capsys):
     assert run(tiny_dataset, tmp_path, "--max_iters=4", "--save_interval=2") == 0
@@ -637,8 +727,10 @@ def test_an_evaluation_or_a_second_run_beside_a_live_one_harms_nothing(tmp_path,
 def test_no_restart_ever_deletes_a_trained_model(tmp_path, tiny_dataset):
     for seed in (1, 2, 3):
         assert run(tiny_dataset, tmp_path, "--max_iters=2", f"--seed={seed}") == 0
-    seeds = {folder.name: json.loads((folder / "step_000000002" / "state.json").read_text())["config"]["seed"]
-             for folder in tmp_path.glob("checkpoints*")}
+    seeds = {
+        folder.name: json.loads((folder / "step_000000002" / "state.json").read_text())["config"]["seed"]
+        for folder in tmp_path.glob("checkpoints*")
+    }
     assert seeds == {"checkpoints": 3, "checkpoints.previous": 1, "checkpoints.previous_2": 2}
 
 
@@ -653,6 +745,7 @@ def test_going_on_from_elsewhere_puts_the_runs_of_out_dir_aside(tmp_path, tiny_d
 def test_a_run_that_is_stopped_before_its_first_step_touches_nothing(tmp_path, tiny_dataset, capsys, monkeypatch):
     assert run(tiny_dataset, tmp_path, "--max_iters=2") == 0
     from training import signals
+
     monkeypatch.setattr(signals.StopRequest, "agree", lambda self, failed: bool(self.__dict__.update(name="SIGTERM") or True))
     assert run(tiny_dataset, tmp_path, "--max_iters=9", "--seed=3") == 0
     out = capsys.readouterr().out
@@ -667,6 +760,7 @@ def test_a_diverging_run_does_not_push_out_its_good_checkpoints(tmp_path, tiny_d
     def spoiled(model, x, y):
         count[0] += 1
         return next_token_loss(model, x, y) * (math.nan if count[0] > 4 else 1.0)
+
     monkeypatch.setattr("training.objectives.next_token_loss", spoiled)
     assert run(tiny_dataset, tmp_path, "--max_iters=50", "--eval_interval=0", "--save_interval=1", "--nonfinite_limit=10") == 1
     refused(capsys, 1, "step_000000004")
@@ -678,12 +772,18 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path, tiny_dat
     flip_byte(CheckpointStore(tmp_path).pointed("latest"))
     assert run(tiny_dataset, tmp_path, "--init_from=resume", "--max_iters=7", "--eval_interval=0") == 0
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "best", "damaged_step_000000006", "latest", "step_000000006", "step_000000007"]
+        "best",
+        "damaged_step_000000006",
+        "latest",
+        "step_000000006",
+        "step_000000007",
+    ]
 
 
 def test_stdout_may_go_away_and_training_goes_on(tmp_path, tiny_dataset):
     import subprocess
     import sys
+
     command = [sys.executable, "train.py", *SMALL, f"--dataset={tiny_dataset}", "--max_iters=30", "--eval_interval=0"]
     for number, redirection in enumerate(("| head -n 1", "> /dev/full", ">&-", "2>&-")):
         line = " ".join(command) + f" --out_dir={tmp_path / str(number)} {redirection}"
@@ -694,6 +794,7 @@ def test_stdout_may_go_away_and_training_goes_on(tmp_path, tiny_dataset):
 
 
 # ------------------------------------------------------------------------------------------- what must be true
+
 
 def test_the_first_step_line_is_as_true_as_the_others(tmp_path, tiny_dataset):
     assert run(tiny_dataset, tmp_path, "--max_iters=30", "--log_interval=10", "--save_interval=-1") == 0
@@ -724,15 +825,21 @@ def test_the_best_is_looked_for_anew_on_another_validation_set(tmp_path, tiny_da
     assert "looked for anew" in capsys.readouterr().out
 
 
-def test_a_moved_dataset_can_be_resumed_and_a_short_validation_split_is_found_at_once(tmp_path, tiny_dataset, capsys, monkeypatch):
+def test_a_moved_dataset_can_be_resumed_and_a_short_validation_split_is_found_at_once(
+    tmp_path, tiny_dataset, capsys, monkeypatch
+):
     import numpy as np
+
     shutil.copytree(tiny_dataset, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert run(Path("./data"), tmp_path / "out", "--max_iters=2") == 0
     monkeypatch.chdir("/")
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=3"]) == 0
     (tmp_path / "data").rename(tmp_path / "moved")
-    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=4", f"--dataset={tmp_path / 'moved'}"]) == 0
+    assert (
+        train.main(["--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=4", f"--dataset={tmp_path / 'moved'}"])
+        == 0
+    )
     (tmp_path / "short").mkdir()
     for name, tokens in (("train", 500), ("val", 1)):
         np.ones(tokens, dtype=np.uint16).tofile(tmp_path / "short" / f"{name}.bin")
@@ -751,8 +858,17 @@ def test_a_moved_out_dir_is_resumed_where_it_is(tmp_path, tiny_dataset, monkeypa
 
 def test_a_saved_run_is_a_config_whose_preset_and_parts_can_still_be_changed(tmp_path, tiny_dataset):
     out = tmp_path / "out"
-    options = [f"--dataset={tiny_dataset}", f"--out_dir={out}", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16",
-               "--eval_iters=1", "--threads=1", "--device=cpu"]
+    options = [
+        f"--dataset={tiny_dataset}",
+        f"--out_dir={out}",
+        "--n_layer=1",
+        "--n_head=2",
+        "--n_embd=32",
+        "--block_size=16",
+        "--eval_iters=1",
+        "--threads=1",
+        "--device=cpu",
+    ]
     assert train.main([*options, "--max_iters=2"]) == 0
     assert train.main([*options, "--max_iters=3", "--init_from=resume"]) == 0
     for saved in sorted(out.glob("run_*.json")):
@@ -764,10 +880,17 @@ def test_a_saved_run_is_a_config_whose_preset_and_parts_can_still_be_changed(tmp
         assert train.main([str(saved), "--seed=2", f"--out_dir={tmp_path / saved.stem}"]) == 0
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--foo=1", "--n_layer=abc", "--batch_size=0"], ["foo", "abc", "batch_size=0"]), (["--seed=1e30"], ["seed"]),
-    (["--out_dir="], ["out_dir"]), (["--threads=100000"], ["threads"]), (["--debug=False"], ["takes no value"]),
-    (["--init_from=resume", "--n_head=5", "--n_embd=32", "--print_config"], ["n_head=5"])])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--foo=1", "--n_layer=abc", "--batch_size=0"], ["foo", "abc", "batch_size=0"]),
+        (["--seed=1e30"], ["seed"]),
+        (["--out_dir="], ["out_dir"]),
+        (["--threads=100000"], ["threads"]),
+        (["--debug=False"], ["takes no value"]),
+        (["--init_from=resume", "--n_head=5", "--n_embd=32", "--print_config"], ["n_head=5"]),
+    ],
+)
 def test_more_unusable_configurations_are_sentences_and_exit_code_2(arguments, words, capsys):
     assert train.main(arguments) == 2
     refused(capsys, 2, *words)

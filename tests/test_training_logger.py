@@ -16,14 +16,20 @@ import torch
 import training_logger
 from training_logger import CURVE_POINTS, RunLogError, TrainingLogger, hardware_facts, read_run, rebuild, versions
 
-FACTS = {"config": {"n_layer": {"value": 2, "origin": "command line"}}, "model": {"name": "2L", "parameters": 12_345},
-         "hardware": {"device": "cpu"}, "versions": {"torch": "2"}}
+FACTS = {
+    "config": {"n_layer": {"value": 2, "origin": "command line"}},
+    "model": {"name": "2L", "parameters": 12_345},
+    "hardware": {"device": "cpu"},
+    "versions": {"torch": "2"},
+}
 
 
 def strict(line: str | bytes):
     """json.loads that takes nothing beyond the standard."""
+
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
+
     return json.loads(line, parse_constant=refuse)
 
 
@@ -32,8 +38,16 @@ def events(path: Path) -> list[dict]:
 
 
 def log_step(log: TrainingLogger, step: int, loss: float = 2.0, **extra) -> None:
-    log.step(step, tokens=step * 128, loss=loss, lr=1e-3, grad_norm=0.5, tokens_per_s=1e4,
-             step_ms={"data": 0.1, "compute": 9.0, "optimizer": 1.0, "total": 10.5}, **extra)
+    log.step(
+        step,
+        tokens=step * 128,
+        loss=loss,
+        lr=1e-3,
+        grad_norm=0.5,
+        tokens_per_s=1e4,
+        step_ms={"data": 0.1, "compute": 9.0, "optimizer": 1.0, "total": 10.5},
+        **extra,
+    )
 
 
 def short_run(out_dir: Path) -> TrainingLogger:
@@ -50,19 +64,32 @@ def short_run(out_dir: Path) -> TrainingLogger:
 
 # The lines.
 
+
 def test_every_line_is_strict_json_with_its_event_and_a_time_with_zone_and_milliseconds(tmp_path):
     log = short_run(tmp_path)
     log.end("completed", best_val_loss=0.3)
     lines = events(log.path)
     assert [line["event"] for line in lines] == (
-        ["run_start"] + (["step"] * 10 + ["eval", "checkpoint"]) * 2 + ["warning", "run_end"])
+        ["run_start"] + (["step"] * 10 + ["eval", "checkpoint"]) * 2 + ["warning", "run_end"]
+    )
     for line in lines:
         assert datetime.fromisoformat(line["time"]).tzinfo is not None
         assert len(line["time"].split(".")[1]) == len("123+00:00")
     assert lines[0]["schema_version"] == training_logger.SCHEMA_VERSION
     assert lines[0]["config"] == FACTS["config"]
-    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "mfu", "mfu_causal", "hfu",
-            "memory_gb"} <= lines[1].keys()
+    assert {
+        "step",
+        "tokens",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "step_ms",
+        "mfu",
+        "mfu_causal",
+        "hfu",
+        "memory_gb",
+    } <= lines[1].keys()
     assert lines[1]["hfu"] is None  # unknown is null, not absent
 
 
@@ -75,8 +102,16 @@ def test_each_line_is_in_the_file_when_the_call_returns(tmp_path):
         assert text.endswith("\n") and strict(text.splitlines()[-1])["step"] == step
 
 
-@pytest.mark.parametrize("value, text", [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"),
-                                         (numpy.float32("nan"), "nan"), (torch.tensor(float("inf")), "inf")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        (numpy.float32("nan"), "nan"),
+        (torch.tensor(float("inf")), "inf"),
+    ],
+)
 def test_a_number_that_is_not_finite_is_null_with_its_name_beside_it(tmp_path, value, text):
     log = TrainingLogger(tmp_path)
     log.start()
@@ -90,11 +125,26 @@ def test_a_number_that_is_not_finite_is_null_with_its_name_beside_it(tmp_path, v
 
 def test_paths_arrays_tensors_tuples_and_other_types_are_written_as_json_has_them(tmp_path):
     log = TrainingLogger(tmp_path)
-    log.start(name="x", where=Path("a/b"), shape=(1, 2), array=numpy.arange(3), scalar=torch.tensor(1.5),
-              number=numpy.int64(7), dtype=torch.bfloat16, losses=[1.0, math.nan], table={1: "one"})
+    log.start(
+        name="x",
+        where=Path("a/b"),
+        shape=(1, 2),
+        array=numpy.arange(3),
+        scalar=torch.tensor(1.5),
+        number=numpy.int64(7),
+        dtype=torch.bfloat16,
+        losses=[1.0, math.nan],
+        table={1: "one"},
+    )
     line = events(log.path)[0]
     assert (line["name"], line["where"], line["shape"], line["array"], line["scalar"], line["number"]) == (
-        "x", "a/b", [1, 2], [0, 1, 2], 1.5, 7)
+        "x",
+        "a/b",
+        [1, 2],
+        [0, 1, 2],
+        1.5,
+        7,
+    )
     assert (line["dtype"], line["losses"], line["table"]) == ("torch.bfloat16", [1.0, None], {"1": "one"})
 
 
@@ -106,6 +156,7 @@ def test_resumed_from_stands_in_run_start_and_in_the_document(tmp_path):
 
 
 # The document.
+
 
 @pytest.mark.parametrize("steps", [20, 5 * CURVE_POINTS + 7])
 def test_the_document_is_what_rebuild_makes_of_the_lines(tmp_path, steps):
@@ -176,6 +227,7 @@ def test_warnings_are_counted_however_many_and_kept_up_to_a_bound(tmp_path):
 
 # Kills.
 
+
 def test_a_log_cut_at_any_byte_gives_the_document_of_the_whole_lines_before(tmp_path):
     log = short_run(tmp_path)
     whole = log.path.read_bytes()
@@ -188,21 +240,23 @@ def test_a_log_cut_at_any_byte_gives_the_document_of_the_whole_lines_before(tmp_
         assert rebuild(cut) == expected
     cut.write_bytes(whole[:-1])  # only the newline is missing
     assert rebuild(cut)["warning_count"] == 1
-    cut.write_bytes(whole[:first_line - 2])
+    cut.write_bytes(whole[: first_line - 2])
     with pytest.raises(ValueError, match="no run_start"):
         rebuild(cut)
 
 
 def test_a_run_killed_without_warning_can_be_read_up_to_its_last_step(tmp_path, run_python):
-    code = ("import os, sys; from training_logger import TrainingLogger; log = TrainingLogger(sys.argv[1]); log.start()\n"
-            "for step in range(1, 31):\n"
-            "    log.step(step, step, 1.0, 0.1, 1.0)\n"
-            "    if step == 20: log.evaluation(step, step, val_loss=1.0)\n"
-            "os.kill(os.getpid(), 9)")
+    code = (
+        "import os, sys; from training_logger import TrainingLogger; log = TrainingLogger(sys.argv[1]); log.start()\n"
+        "for step in range(1, 31):\n"
+        "    log.step(step, step, 1.0, 0.1, 1.0)\n"
+        "    if step == 20: log.evaluation(step, step, val_loss=1.0)\n"
+        "os.kill(os.getpid(), 9)"
+    )
     assert run_python("-c", code, tmp_path).returncode == -9
     [document_path] = tmp_path.glob("run_*.json")
     assert strict(document_path.read_text())["last_step"]["step"] == 20  # as of the last evaluation
-    document = read_run(document_path)                                   # caught up from the lines
+    document = read_run(document_path)  # caught up from the lines
     assert document["last_step"]["step"] == 30 and document["outcome"] == "running"
 
 
@@ -228,11 +282,13 @@ def test_a_log_of_a_later_version_or_of_something_else_is_refused(tmp_path):
 
 # Names, and who writes.
 
+
 def test_runs_that_start_in_the_same_second_never_share_a_file(tmp_path, monkeypatch):
     class Clock(datetime):
         @classmethod
         def now(cls, tz=None):
             return cls(2026, 1, 2, 3, 4, 5)
+
     monkeypatch.setattr(training_logger, "datetime", Clock)
     (tmp_path / "run_20260102_030405_2.json").write_text("{}")
     logs = [TrainingLogger(tmp_path) for _ in range(3)]
@@ -268,6 +324,7 @@ def test_nothing_but_the_two_files_is_left(tmp_path):
 
 # Disks.
 
+
 def test_an_out_dir_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunLogError, match="cannot write the run log .*file.*Choose an out_dir") as raised:
@@ -292,7 +349,9 @@ def test_a_disk_full_from_the_start_is_an_error(tmp_path, run_python):
 
 
 def test_a_disk_that_fills_up_warns_once_and_loses_nothing_once_there_is_room_again(tmp_path, run_python):
-    code = LIMITED + """
+    code = (
+        LIMITED
+        + """
 log.start()
 limit(2000)
 for step in range(1, 101):
@@ -303,6 +362,7 @@ for step in range(1, 101):
         limit(resource.RLIM_INFINITY)
 log.end("completed")
 """
+    )
     done = run_python("-c", code, tmp_path)
     assert done.returncode == 0, done.stderr
     size, whole_lines = done.stdout.split()
@@ -315,6 +375,7 @@ log.end("completed")
 
 
 # What the run ran on.
+
 
 def test_versions_name_the_commit_of_this_repository(monkeypatch):
     versions.cache_clear()

@@ -10,11 +10,16 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 _aten = torch.ops.aten
 # 'selective' keeps what is expensive to recompute, matrix products and attention, and recomputes the rest.
-KEPT = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default]
+KEPT = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: str) -> None:

@@ -24,16 +24,17 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.command_line import Failure
+from command_line import Failure
 from training.parallelism import local
 from training.processes import World
 
@@ -49,6 +50,7 @@ class CheckpointError(Failure):
 
 # ------------------------------------------------------------------------------------------- finding
 
+
 class CheckpointStore:
     """The checkpoints of one run, below out_dir/checkpoints. `world`: the processes that write one together."""
 
@@ -63,18 +65,24 @@ class CheckpointStore:
         with open(file, "a+", encoding="utf-8") as handle:
             try:
                 import fcntl
+
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except ImportError:  # not a POSIX system: nothing to lock with
                 pass
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks (Lustre, some NFS)
-                    warnings.warn(f"{file.parent} is on a file system without locks ({error.strerror}): see to it yourself that "
-                                  "one run at a time writes there.")
+                    warnings.warn(
+                        f"{file.parent} is on a file system without locks ({error.strerror}): see to it yourself that "
+                        "one run at a time writes there.",
+                        stacklevel=2,
+                    )
                     yield
                     return
                 handle.seek(0)
-                raise CheckpointError(f"Another run (process {handle.read().strip() or 'unknown'}) is writing to "
-                                      f"{file.parent}. Wait for it, or choose another --out_dir.") from error
+                raise CheckpointError(
+                    f"Another run (process {handle.read().strip() or 'unknown'}) is writing to "
+                    f"{file.parent}. Wait for it, or choose another --out_dir."
+                ) from error
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
@@ -140,8 +148,16 @@ class CheckpointStore:
 
     # --------------------------------------------------------------------------------------- writing
 
-    def save(self, step: int, tensors: dict[str, Tensor] | Iterator[tuple[str, Tensor]], state: dict[str, Any], *,
-             keep_last: int, tokenizer_folder: Path | None = None, best: bool = False) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor] | Iterator[tuple[str, Tensor]],
+        state: dict[str, Any],
+        *,
+        keep_last: int,
+        tokenizer_folder: Path | None = None,
+        best: bool = False,
+    ) -> Path:
         """Write a checkpoint of this step, publish it, point 'latest' (and 'best') at it and drop old ones.
 
         keep_last: how many to keep besides the best; 0 keeps all. Every process of `world` calls this; each writes and
@@ -174,8 +190,7 @@ class CheckpointStore:
 
         def publish() -> None:
             listed = {name: entry for part in parts for name, entry in part.items()}
-            _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION,
-                                                      "files": dict(sorted(listed.items()))})
+            _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": dict(sorted(listed.items()))})
             _fsync(temporary / "manifest.json")
             _fsync(temporary)
             for damaged in [folder for folder in self.damaged if folder.exists()]:
@@ -201,8 +216,9 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) or type(error) is Failure:  # here, or in another process
                 reason = error.strerror or error if isinstance(error, OSError) else error
-                raise CheckpointError(f"The checkpoint of step {step} could not be written to {self.folder}: "
-                                      f"{reason}. {self._remaining()}") from error
+                raise CheckpointError(
+                    f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. {self._remaining()}"
+                ) from error
             raise
         return self.folder / name
 
@@ -234,14 +250,19 @@ class CheckpointStore:
 
     def _remaining(self) -> str:
         latest = self.pointed("latest")
-        return (f"The last good checkpoint, {latest}, is untouched; free some space and resume with --init_from=resume."
-                if latest else "There is no earlier checkpoint; choose another --out_dir or free some space.")
+        return (
+            f"The last good checkpoint, {latest}, is untouched; free some space and resume with --init_from=resume."
+            if latest
+            else "There is no earlier checkpoint; choose another --out_dir or free some space."
+        )
 
 
 # ------------------------------------------------------------------------------------------- reading
 
-def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None, which: str = "latest",
-                    holding: str | None = None) -> Path:
+
+def find_checkpoint(
+    path: str | Path, warn: Callable[[str], None] | None = None, which: str = "latest", holding: str | None = None
+) -> Path:
     """A checkpoint folder, or an out_dir (its latest intact one, or its best) → a verified checkpoint.
 
     holding: verify only what this kind of tensors ('model') needs. Raises CheckpointError.
@@ -256,15 +277,17 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None] | None = None,
     if which == "best" and store.all():
         best = store.pointed("best")
         if best is None:
-            raise CheckpointError(f"{store.folder} has no best checkpoint, as none was saved right after an "
-                                  "evaluation; use the latest one.")
+            raise CheckpointError(
+                f"{store.folder} has no best checkpoint, as none was saved right after an evaluation; use the latest one."
+            )
         verify(best, holding)
         return best
     found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)), holding)
     if found is None:
         what = "has no checkpoint in it" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}; give an out_dir or a checkpoint folder (…/checkpoints/step_000001000), "
-                              "or train one first.")
+        raise CheckpointError(
+            f"{path} {what}; give an out_dir or a checkpoint folder (…/checkpoints/step_000001000), or train one first."
+        )
     return found
 
 
@@ -272,8 +295,9 @@ def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[st
     """state.json of a checkpoint. Raises CheckpointError if it is unreadable, of a later format, or lacks what is needed."""
     state = _read_json(checkpoint / "state.json")
     if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{checkpoint} has checkpoint format {state.get('format_version')!r}; this version of "
-                              f"kitbash reads {FORMAT_VERSION}.")
+        raise CheckpointError(
+            f"{checkpoint} has checkpoint format {state.get('format_version')!r}; this version of kitbash reads {FORMAT_VERSION}."
+        )
     missing = [key for key in needs if not isinstance(state.get(key), dict)]
     if missing:
         raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its state.json has no {', '.join(missing)}.")
@@ -283,8 +307,11 @@ def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[st
 def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """The manifest's files: name → {bytes, sha256, holds}. Raises CheckpointError."""
     files = _read_json(checkpoint / "manifest.json").get("files")
-    if not isinstance(files, dict) or not files or not all(
-            isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values()):
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values())
+    ):
         raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
     return files
 
@@ -295,8 +322,7 @@ def verify(checkpoint: Path, holding: str | None = None) -> None:
     holding: only the tensor files with this kind of tensors ('model'), and what is not a tensor file.
     """
     files = listed_files(checkpoint)
-    wanted = {name: entry for name, entry in files.items()
-              if holding is None or holding in entry.get("holds", [holding])}
+    wanted = {name: entry for name, entry in files.items() if holding is None or holding in entry.get("holds", [holding])}
 
     def check(name: str) -> str | None:
         path, expected = checkpoint / name, wanted[name]
@@ -306,6 +332,7 @@ def verify(checkpoint: Path, holding: str | None = None) -> None:
         if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}."
         return None if _sha256(path) == expected["sha256"] else f"the checksum of {name} does not match."
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for problem in pool.map(check, wanted):
             if problem:
@@ -329,8 +356,9 @@ def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str,
         if name not in stored:
             raise CheckpointError(f"Checkpoint {checkpoint} has no tensor {name!r}.")
         if tuple(stored[name].size) != tuple(tensor.shape):
-            raise CheckpointError(f"Checkpoint {checkpoint}: {name} has shape {tuple(stored[name].size)}, the model "
-                                  f"needs {tuple(tensor.shape)}.")
+            raise CheckpointError(
+                f"Checkpoint {checkpoint}: {name} has shape {tuple(stored[name].size)}, the model needs {tuple(tensor.shape)}."
+            )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -346,8 +374,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a folder that make up its tokenizer, ours or Hugging Face's, its chat template included."""
-    return sorted(path for pattern in ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
-                  for path in folder.glob(pattern))
+    return sorted(
+        path for pattern in ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja") for path in folder.glob(pattern)
+    )
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -382,6 +411,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", which: str 
 
 # ------------------------------------------------------------------------------------------- random state
 
+
 def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
     """This rank's random state as tensors."""
     state = {f"rng.{rank:05d}.cpu": torch.get_rng_state()}
@@ -398,6 +428,7 @@ def set_random_state(state: dict[str, Tensor], device: torch.device, rank: int =
 
 
 # ------------------------------------------------------------------------------------------- files
+
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Every process writes its part of the tensors, and those that it alone has, through torch.distributed.checkpoint."""
@@ -435,24 +466,28 @@ def _entry(path: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     if path.suffix == ".safetensors":
         from safetensors import safe_open
+
         with safe_open(path, framework="pt") as file:
             entry["holds"] = sorted({kind_of(name) for name in file.keys()})
     return entry
 
 
-def write_streamed(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int,
-                   metadata: dict[str, str] | None = None) -> tuple[list[tuple[Path, list[str]]], int]:
+def write_streamed(
+    folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int, metadata: dict[str, str] | None = None
+) -> tuple[list[tuple[Path, list[str]]], int]:
     """(name, tensor) pairs → safetensors files of about file_bytes; no more than one file's worth is in memory.
 
     Returns the files with the names in each, and the bytes of all tensors.
     """
     from safetensors.torch import save_file
+
     files, waiting, filled, total = [], {}, 0, 0
 
     def write() -> None:
         path = folder / f"part-{len(files) + 1:05d}.safetensors"
         save_file(waiting, path, metadata=metadata)
         files.append((path, list(waiting)))
+
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if waiting and filled + size > file_bytes:
@@ -497,4 +532,5 @@ def _fsync(path: Path) -> None:
 
 if __name__ == "__main__":
     from training.checkpoint_commands import main
+
     sys.exit(main(sys.argv[1:]))

@@ -8,15 +8,28 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import (FORMAT_VERSION, CheckpointError, CheckpointStore, _entry, _write_json, find_checkpoint,
-                                 kind_of, listed_files, load_tensors, read_state, tokenizer_files, verify)
-from training.command_line import Parser, UsageError, guarded
+from command_line import Parser, UsageError, guarded
+from training.checkpoint import (
+    FORMAT_VERSION,
+    CheckpointError,
+    CheckpointStore,
+    _entry,
+    _write_json,
+    find_checkpoint,
+    kind_of,
+    listed_files,
+    load_tensors,
+    read_state,
+    tokenizer_files,
+    verify,
+)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors says
 
 
 def main(argv: list[str]) -> int:
     """inspect DIR | consolidate DIR OUT; returns the exit code."""
+
     def job() -> int:
         parser = Parser(prog="python -m training.checkpoint", description=__doc__)
         commands = parser.add_subparsers(dest="command", required=True)
@@ -33,6 +46,7 @@ def main(argv: list[str]) -> int:
             return inspect(given.path, given.tensors)
         print(consolidate(given.path, given.out))
         return 0
+
     return guarded("training.checkpoint", argv, job)
 
 
@@ -53,22 +67,32 @@ def inspect(path: str, list_tensors: bool = False) -> int:
         damage = str(error)
     tensors = read_headers(folder) if damage is None else {}
     kinds: dict[str, list[int]] = {}
-    for name, (_, shape, parts) in tensors.items():
+    for name, (_, _, parts) in tensors.items():
         kinds.setdefault(kind_of(name), []).append(sum(parts))
     config, model, progress = state.get("config", {}), state["model"], state.get("progress") or {}
-    rows = [("checkpoint", folder), ("intact", damage or "yes, every file has its size and checksum"),
-            ("model", f"{model['name']}   (fingerprint {model['fingerprint']})"),
-            ("step", state["step"]),
-            ("tokens", f"{progress['tokens']:,}" if "tokens" in progress else "unknown"),
-            ("loss", f"validation {progress.get('val_loss')}, best {progress.get('best_val_loss')} at step "
-                     f"{progress.get('best_step')}"),
-            ("saved by", f"{state.get('world_size', 1)} process(es), parallelism "
-                         f"{state.get('parallelism') or config.get('parallelism')}, {state.get('dtype')}, "
-                         f"{state.get('threads')} thread(s)"),
-            ("dataset", f"{(state.get('dataset') or {}).get('name')}   "
-                        f"(fingerprint {(state.get('dataset') or {}).get('fingerprint')})"),
-            ("versions", ", ".join(f"{k} {v}" for k, v in (state.get("versions") or {}).items() if v is not None)),
-            ("files", f"{len(files)}, {sum(f['bytes'] for f in files.values()) / 1e6:,.1f} MB")]
+    rows = [
+        ("checkpoint", folder),
+        ("intact", damage or "yes, every file has its size and checksum"),
+        ("model", f"{model['name']}   (fingerprint {model['fingerprint']})"),
+        ("step", state["step"]),
+        ("tokens", f"{progress['tokens']:,}" if "tokens" in progress else "unknown"),
+        (
+            "loss",
+            f"validation {progress.get('val_loss')}, best {progress.get('best_val_loss')} at step {progress.get('best_step')}",
+        ),
+        (
+            "saved by",
+            f"{state.get('world_size', 1)} process(es), parallelism "
+            f"{state.get('parallelism') or config.get('parallelism')}, {state.get('dtype')}, "
+            f"{state.get('threads')} thread(s)",
+        ),
+        (
+            "dataset",
+            f"{(state.get('dataset') or {}).get('name')}   (fingerprint {(state.get('dataset') or {}).get('fingerprint')})",
+        ),
+        ("versions", ", ".join(f"{k} {v}" for k, v in (state.get("versions") or {}).items() if v is not None)),
+        ("files", f"{len(files)}, {sum(f['bytes'] for f in files.values()) / 1e6:,.1f} MB"),
+    ]
     rows += [(kind, f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB") for kind, sizes in kinds.items()]
     for label, text in rows:
         print(f"{label:<11}{text}")
@@ -111,8 +135,9 @@ def consolidate(path: str, out: str) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already; name a new folder.")
     state = read_state(source)
-    shapes = {name: (dtype, shape) for name, (dtype, shape, _) in sorted(read_headers(source).items())
-              if kind_of(name) == "model"}
+    shapes = {
+        name: (dtype, shape) for name, (dtype, shape, _) in sorted(read_headers(source).items()) if kind_of(name) == "model"
+    }
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in shapes.items():
         size = _DTYPES[dtype].itemsize * torch.Size(shape).numel()
@@ -127,9 +152,17 @@ def consolidate(path: str, out: str) -> Path:
             tensor = torch.empty(shape, dtype=_DTYPES[dtype])
             load_tensors(source, {name: tensor})
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    _write_json(target / "state.json", {"format_version": FORMAT_VERSION, **{
-        key: state[key] for key in ("step", "model", "config", "origins", "dataset", "versions", "run", "source", "dtype")
-        if key in state}})
+    _write_json(
+        target / "state.json",
+        {
+            "format_version": FORMAT_VERSION,
+            **{
+                key: state[key]
+                for key in ("step", "model", "config", "origins", "dataset", "versions", "run", "source", "dtype")
+                if key in state
+            },
+        },
+    )
     for file in tokenizer_files(source):
         (target / file.name).write_bytes(file.read_bytes())
     files = {path.name: _entry(path) for path in sorted(target.iterdir())}

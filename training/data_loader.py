@@ -8,8 +8,8 @@ of windows of every evaluation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch
 from data.token_dataset import DatasetError, TokenSplit
 from training.objectives import IGNORE
 
-FEISTEL_ROUNDS = 10                              # with fewer, some orders of very few windows are visibly favoured
+FEISTEL_ROUNDS = 10  # with fewer, some orders of very few windows are visibly favoured
 
 
 class WindowOrder:
@@ -31,12 +31,14 @@ class WindowOrder:
 
     def __init__(self, tokens: int, block_size: int, data_seed: int):
         if tokens < block_size + 1:
-            raise DatasetError(f"The training text has {tokens:,} tokens, too few for one window of "
-                               f"block_size={block_size:,} and its shifted targets; use "
-                               f"--block_size={max(1, tokens - 1)} or smaller, or more text.")
+            raise DatasetError(
+                f"The training text has {tokens:,} tokens, too few for one window of "
+                f"block_size={block_size:,} and its shifted targets; use "
+                f"--block_size={max(1, tokens - 1)} or smaller, or more text."
+            )
         self.tokens, self.block_size, self.data_seed = tokens, block_size, data_seed
         self.windows_per_epoch = max(1, (tokens - block_size) // block_size)
-        self._offsets = tokens - self.windows_per_epoch * block_size     # how many offsets keep every window inside
+        self._offsets = tokens - self.windows_per_epoch * block_size  # how many offsets keep every window inside
         # The permutation works on pairs of half_bits-bit numbers: the smallest square domain with room for all windows.
         self._half_bits = np.uint64(max(1, ((self.windows_per_epoch - 1).bit_length() + 1) // 2))
 
@@ -44,7 +46,7 @@ class WindowOrder:
         """Token positions at which sequences [first, first + count) start."""
         sequence = np.arange(first, first + count, dtype=np.uint64)
         epoch, place = np.divmod(sequence, np.uint64(self.windows_per_epoch))
-        key = _mix(epoch + _mix(np.array([self.data_seed % 2 ** 64], dtype=np.uint64)))
+        key = _mix(epoch + _mix(np.array([self.data_seed % 2**64], dtype=np.uint64)))
         offset = _mix(key) % np.uint64(self._offsets)
         return (offset + self._permuted(place, key) * np.uint64(self.block_size)).astype(np.int64)
 
@@ -79,8 +81,17 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class DataLoader:
     """This rank's rows of any batch of training sequences; the batch after it is read in the background meanwhile."""
 
-    def __init__(self, split: TokenSplit, block_size: int, data_seed: int, *, vocab_size: int | None = None,
-                 rank: int = 0, world_size: int = 1, prefetch: bool = True):
+    def __init__(
+        self,
+        split: TokenSplit,
+        block_size: int,
+        data_seed: int,
+        *,
+        vocab_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: bool = True,
+    ):
         self.split, self.block_size, self.vocab_size = split, block_size, vocab_size
         self.rank, self.world_size = rank, world_size
         self.order = WindowOrder(len(split), block_size, data_seed)
@@ -115,16 +126,23 @@ class DataLoader:
             self._worker.shutdown(wait=True, cancel_futures=True)
         self._worker = self._guess = None
 
-    def __enter__(self) -> "DataLoader":
+    def __enter__(self) -> DataLoader:
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
 
 
-def validation_batches(split: TokenSplit, block_size: int, windows: int | None, batch_size: int, rank: int = 0,
-                       world_size: int = 1, *,
-                       vocab_size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def validation_batches(
+    split: TokenSplit,
+    block_size: int,
+    windows: int | None,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    vocab_size: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (inputs, targets), each (rows, block_size), of a fixed set of windows side by side.
 
     windows: how many, spread evenly over the split; 0 or None for all of them, so that every token but the first is a
@@ -134,22 +152,23 @@ def validation_batches(split: TokenSplit, block_size: int, windows: int | None, 
     """
     targets_in_all = len(split) - 1
     if targets_in_all < 1:
-        raise DatasetError(f"{split.label} has {len(split)} tokens, too few to validate on (2 at least); use more text "
-                           "or a larger val_fraction.")
+        raise DatasetError(
+            f"{split.label} has {len(split)} tokens, too few to validate on (2 at least); use more text or a larger val_fraction."
+        )
     existing = -(-targets_in_all // block_size)
     used = min(windows or existing, existing)
     chosen = np.arange(used) * existing // used
     batches = -(-used // (batch_size * world_size))
-    rows = -(-used // (batches * world_size))                        # evenly full batches, batch_size at most
+    rows = -(-used // (batches * world_size))  # evenly full batches, batch_size at most
     for batch in range(batches):
         first = (batch * world_size + rank) * rows
         inputs = torch.zeros(rows, block_size, dtype=torch.long)
         targets = torch.full((rows, block_size), IGNORE, dtype=torch.long)
-        for row, window in enumerate(chosen[first:first + rows]):
+        for row, window in enumerate(chosen[first : first + rows]):
             start = int(window) * block_size
             length = min(block_size + 1, len(split) - start)
             tokens = torch.from_numpy(_read_windows(split, np.array([start]), length, vocab_size)[0])
-            inputs[row, :length - 1], targets[row, :length - 1] = tokens[:-1], tokens[1:]
+            inputs[row, : length - 1], targets[row, : length - 1] = tokens[:-1], tokens[1:]
         yield inputs, targets
 
 
@@ -159,7 +178,9 @@ def _read_windows(split: TokenSplit, starts: np.ndarray, length: int, vocab_size
     for row, start in enumerate(starts.tolist()):
         windows[row] = split.read(start, start + length)
     if vocab_size is not None and windows.size and (largest := windows.max()) >= vocab_size:
-        raise DatasetError(f"{split.label} holds the token id {largest:,}, but the model has "
-                           f"vocab_size={vocab_size:,}; use --vocab_size={largest + 1} or larger, or a dataset "
-                           "prepared for this vocabulary.")
+        raise DatasetError(
+            f"{split.label} holds the token id {largest:,}, but the model has "
+            f"vocab_size={vocab_size:,}; use --vocab_size={largest + 1} or larger, or a dataset "
+            "prepared for this vocabulary."
+        )
     return windows

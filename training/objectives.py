@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +62,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device,
-              over_all: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[float, int]:
+def mean_loss(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    over_all: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> tuple[float, int]:
     """Loss per token in nats over (inputs, targets) batches, in eval mode, and the number of tokens it is over.
 
     `over_all` adds up the (loss, tokens) sums of all processes that evaluate together.

@@ -23,17 +23,25 @@ class Optimizer:
         muon, matrices, vectors = [], [], []
         for parameter, name in self.names.items():
             in_block = name.startswith("blocks.") and parameter.ndim == 2
-            (muon if config.optimizer == "muon" and in_block else
-             matrices if parameter.ndim >= 2 else vectors).append(parameter)
-        groups = [{"params": group, "weight_decay": decay}
-                  for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if group]
-        self.adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                                       eps=config.adam_eps, fused=True)
+            (muon if config.optimizer == "muon" and in_block else matrices if parameter.ndim >= 2 else vectors).append(parameter)
+        groups = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+            if group
+        ]
+        self.adamw = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
+        )
         self.muon = None
         if muon:
             kind = ShardedMuon if is_sharded(muon[0]) else torch.optim.Muon
-            self.muon = kind(muon, lr=config.learning_rate, weight_decay=config.weight_decay,
-                             momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw")
+            self.muon = kind(
+                muon,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                momentum=config.muon_momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
         self.all = [self.adamw] + ([self.muon] if self.muon else [])
 
     def step(self, learning_rate: float, skip: Tensor) -> None:
@@ -70,8 +78,12 @@ class Optimizer:
                             state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                     if optimizer is self.adamw and "step" not in state:
                         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        return {f"{self.names[parameter]}.{kind}": tensor for optimizer in self.all
-                for parameter, state in optimizer.state.items() for kind, tensor in state.items()}
+        return {
+            f"{self.names[parameter]}.{kind}": tensor
+            for optimizer in self.all
+            for parameter, state in optimizer.state.items()
+            for kind, tensor in state.items()
+        }
 
 
 class ShardedMuon(torch.optim.Muon):
@@ -89,19 +101,21 @@ class ShardedMuon(torch.optim.Muon):
             shards = mesh.get_group("shard")
             me, size = dist.get_rank(shards), dist.get_world_size(shards)
             for first in range(0, len(group["params"]), size):
-                some = group["params"][first:first + size]
+                some = group["params"][first : first + size]
                 whole = [whole_matrix(self._direction(parameter, group), len(parameter), shards) for parameter in some]
                 if me < len(some):
                     whole[me] = orthogonalized(whole[me], group["ns_coefficients"], group["ns_steps"], group["eps"])
-                sent = [dist.broadcast(matrix, dist.get_global_rank(shards, owner), group=shards, async_op=True)
-                        for owner, matrix in enumerate(whole)]
+                sent = [
+                    dist.broadcast(matrix, dist.get_global_rank(shards, owner), group=shards, async_op=True)
+                    for owner, matrix in enumerate(whole)
+                ]
                 for parameter, matrix, arrival in zip(some, whole, sent):
                     arrival.wait()
                     mine = local(parameter)
                     start = me * -(-matrix.size(0) // size)  # rows are dealt out as torch.chunk does
-                    ratio = 0.2 * max(matrix.shape) ** 0.5   # AdamW's RMS (Liu et al. 2025)
+                    ratio = 0.2 * max(matrix.shape) ** 0.5  # AdamW's RMS (Liu et al. 2025)
                     mine.mul_(1 - group["lr"] * group["weight_decay"])
-                    mine.add_(matrix[start:start + mine.size(0)], alpha=-group["lr"] * ratio)
+                    mine.add_(matrix[start : start + mine.size(0)], alpha=-group["lr"] * ratio)
 
     def _direction(self, parameter: Tensor, group: dict) -> Tensor:
         """This process's rows of where to go: Nesterov's momentum, in bf16."""
@@ -123,14 +137,14 @@ def whole_matrix(rows: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     """All `count` rows, of which each process of the group has some, dealt out as torch.chunk does."""
     size = dist.get_world_size(group)
     padded = rows.new_zeros(-(-count // size), rows.size(1))
-    padded[:rows.size(0)] = rows
+    padded[: rows.size(0)] = rows
     everyones = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(everyones, padded, group=group)
     return torch.cat(everyones)[:count]
 
 
 def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Newton–Schulz: a matrix with about the singular vectors of this bf16 one, and singular values near 1 (Jordan et al. 2024)."""
+    """Newton–Schulz: a matrix with about the singular vectors of this bf16 one, singular values near 1 (Jordan et al. 2024)."""
     a, b, c = coefficients
     x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
     x = x / x.norm().clamp(min=eps)

@@ -20,14 +20,15 @@ reduced in fp32.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Iterable, Iterator, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.command_line import UsageError
+from command_line import UsageError
 from training.processes import World
 
 T = TypeVar("T")
@@ -38,10 +39,10 @@ class Strategy:
     """When the units of a model travel. `summary` is what `--parallelism=auto` says of it."""
 
     summary: str
-    sharded: bool = True               # weights and optimizer state 1/W each; else whole in every process
-    keeps_gathered: bool = True        # from the first use in a step to the last; else a unit at a time
-    reduces_once: bool = False         # gradients summed after the last micro-batch only
-    replicas: bool = False             # groups that shard among themselves, and sum between them
+    sharded: bool = True  # weights and optimizer state 1/W each; else whole in every process
+    keeps_gathered: bool = True  # from the first use in a step to the last; else a unit at a time
+    reduces_once: bool = False  # gradients summed after the last micro-batch only
+    replicas: bool = False  # groups that shard among themselves, and sum between them
 
 
 STRATEGIES = {
@@ -75,10 +76,12 @@ class Sharded(Alone):
     Apply it to a model on the meta device, then materialise: no process ever holds all of the weights in fp32.
     """
 
-    def __init__(self, model: nn.Module, name: str, world: World, device: torch.device, dtype: torch.dtype,
-                 shard_size: int | None = None):
+    def __init__(
+        self, model: nn.Module, name: str, world: World, device: torch.device, dtype: torch.dtype, shard_size: int | None = None
+    ):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         self.model, self.strategy, self.world = model, STRATEGIES[name], world
         if not self.strategy.sharded:
             mesh = init_device_mesh(device.type, (world.size, 1), mesh_dim_names=("replicate", "shard"))
@@ -95,8 +98,12 @@ class Sharded(Alone):
         policy = as_stored if dtype == torch.float32 else replace(as_stored, param_dtype=dtype)
         for unit in units(model):
             looked_up = unit is model.embedding or (unit is model and model.config.weight_tying)
-            fully_shard(unit, mesh=mesh, reshard_after_forward=not self.strategy.keeps_gathered,
-                        mp_policy=as_stored if looked_up else policy)  # a frequent token's gradients add up in fp32
+            fully_shard(
+                unit,
+                mesh=mesh,
+                reshard_after_forward=not self.strategy.keeps_gathered,
+                mp_policy=as_stored if looked_up else policy,
+            )  # a frequent token's gradients add up in fp32
         self.units = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
         for unit in self.units:  # the loss is divided by all tokens of the global batch already: gradients only add up
             unit.set_gradient_divide_factor(1.0)
@@ -125,6 +132,7 @@ class Sharded(Alone):
     def put(parameter: Tensor, values: Tensor) -> None:
         """Give a sharded parameter this process's part of its values, which every process has whole."""
         from torch.distributed.tensor import distribute_tensor
+
         mesh = parameter.device_mesh
         parameter.copy_(distribute_tensor(values.to(parameter.device), mesh, parameter.placements, src_data_rank=None))
 
@@ -152,19 +160,25 @@ def usual_shard_size(world: World) -> int:
 def check_shard_size(shards: int, world: World) -> None:
     """Raise UsageError unless `shards` processes can share a copy and there are at least two copies."""
     if world.size < 4 or shards < 2 or world.size % shards or world.size // shards < 2:
-        raise UsageError(f"parallelism='hsdp' needs at least 2 groups of at least 2 processes each; {world.size} processes do "
-                         f"not split into groups of {shards}. Use fsdp, or set --hsdp_shard_size.")
+        raise UsageError(
+            f"parallelism='hsdp' needs at least 2 groups of at least 2 processes each; {world.size} processes do "
+            f"not split into groups of {shards}. Use fsdp, or set --hsdp_shard_size."
+        )
 
 
 # ------------------------------------------------------------------------------------------- choosing
 
-def parallelize(model: nn.Module, name: str, world: World, device: torch.device, dtype: torch.dtype,
-                shard_size: int | None = None) -> Alone:
+
+def parallelize(
+    model: nn.Module, name: str, world: World, device: torch.device, dtype: torch.dtype, shard_size: int | None = None
+) -> Alone:
     """Apply a strategy to a model on the meta device. 'none' changes nothing. Raises UsageError where it cannot be."""
     if name == "none":
         if world.size > 1:
-            raise UsageError(f"parallelism='none' is for one process, but {world.size} were started. Leave it out (auto), or "
-                             f"use one of {', '.join(STRATEGIES)}.")
+            raise UsageError(
+                f"parallelism='none' is for one process, but {world.size} were started. Leave it out (auto), or "
+                f"use one of {', '.join(STRATEGIES)}."
+            )
         return Alone()
     return Sharded(model, name, world, device, dtype, shard_size)
 
@@ -177,19 +191,31 @@ def choose(config, model_config, world: World, device: torch.device, dtype: str)
     if world.size == 1:
         return "none", ""
     from flops_parameter_counting.memory import estimate_memory
+
     available = memory_of(device, world)
     sequences = config.sequences_per_iteration(model_config.block_size)
     micro_batches = -(-sequences // (world.size * config.batch_size))  # of one process
     for name in ("ddp", "zero1", "zero2", "fsdp"):
         needed = estimate_memory(
-            model_config, batch_size=config.batch_size, dtype=dtype, checkpointing=config.activation_checkpointing,
-            optimizer=config.optimizer, parallelism=name, world_size=world.size, device=device.type,
-            gradient_accumulation_steps=micro_batches).total
+            model_config,
+            batch_size=config.batch_size,
+            dtype=dtype,
+            checkpointing=config.activation_checkpointing,
+            optimizer=config.optimizer,
+            parallelism=name,
+            world_size=world.size,
+            device=device.type,
+            gradient_accumulation_steps=micro_batches,
+        ).total
         if needed <= 0.9 * available:
-            return name, (f"parallelism={name} (auto): {STRATEGIES[name].summary}; about {needed / 1e9:.1f} of "
-                          f"{available / 1e9:.1f} GB a process")
-    return "fsdp", (f"parallelism=fsdp (auto): even so about {needed / 1e9:.1f} GB a process are needed, and there are "
-                    f"{available / 1e9:.1f}; a smaller --batch_size or --activation_checkpointing=full needs less")
+            return name, (
+                f"parallelism={name} (auto): {STRATEGIES[name].summary}; about {needed / 1e9:.1f} of "
+                f"{available / 1e9:.1f} GB a process"
+            )
+    return "fsdp", (
+        f"parallelism=fsdp (auto): even so about {needed / 1e9:.1f} GB a process are needed, and there are "
+        f"{available / 1e9:.1f}; a smaller --batch_size or --activation_checkpointing=full needs less"
+    )
 
 
 def memory_of(device: torch.device, world: World) -> float:

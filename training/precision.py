@@ -23,7 +23,7 @@ class LossScale:
     host sync. With any other dtype the scale is 1 and never moves.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, start: float = 2.0 ** 16, interval: int = 2000):
+    def __init__(self, dtype: torch.dtype, device: torch.device, start: float = 2.0**16, interval: int = 2000):
         self.enabled, self.interval = dtype == torch.float16, interval
         self.scale = torch.tensor(start if self.enabled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)

@@ -14,22 +14,32 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.command_line import Failure, UsageError, is_expected
+from command_line import Failure, UsageError, is_expected
 
 T = TypeVar("T")
-LOOK_INTERVAL = 0.5   # seconds between two looks at the others
-MEETING = 300         # seconds that processes wait for each other at the start
-OWN_WORDS = 2.0       # seconds that a process may go on after another one has failed
-GRACE = 5.0           # seconds that a process which lost contact waits for the reason to become known
-_CONTACT_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL", "Gloo",
-                 "Socket", "gloo")
+LOOK_INTERVAL = 0.5  # seconds between two looks at the others
+MEETING = 300  # seconds that processes wait for each other at the start
+OWN_WORDS = 2.0  # seconds that a process may go on after another one has failed
+GRACE = 5.0  # seconds that a process which lost contact waits for the reason to become known
+_CONTACT_LOST = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "NCCL",
+    "Gloo",
+    "Socket",
+    "gloo",
+)
 
 
 class LostContact(Failure):
@@ -48,6 +58,7 @@ def rank() -> int:
 
 # ------------------------------------------------------------------------------------------- the world
 
+
 class World:
     """All processes of one run, seen from one of them.
 
@@ -55,9 +66,17 @@ class World:
     training goes through the default group (gloo between CPUs, nccl between GPUs); `beside()` has a group of its own.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1, *,
-                 group: dist.ProcessGroup | None = None, watch: Watch | None = None,
-                 timeout: datetime.timedelta | None = None):
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        local_rank: int = 0,
+        local_size: int = 1,
+        *,
+        group: dist.ProcessGroup | None = None,
+        watch: Watch | None = None,
+        timeout: datetime.timedelta | None = None,
+    ):
         self.timeout = timeout  # of a collective; None: as the default group's backend has it
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.group, self._watch = group, watch
@@ -115,8 +134,10 @@ class World:
         for number, theirs in enumerate(everyone):
             for key in first:
                 if theirs.get(key) != first[key]:
-                    raise UsageError(f"rank {number} has {key}={theirs.get(key)!r}, rank 0 has {first[key]!r}: every process "
-                                     f"needs the same {what}.")
+                    raise UsageError(
+                        f"rank {number} has {key}={theirs.get(key)!r}, rank 0 has {first[key]!r}: every process "
+                        f"needs the same {what}."
+                    )
 
     def beside(self) -> World:
         """The same processes with a gloo group of their own, for another thread to talk over."""
@@ -161,6 +182,7 @@ def _received(failure: tuple[str, str], rank: int) -> Exception:
 
 # ------------------------------------------------------------------------------------------- meeting
 
+
 @contextmanager
 def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterator[World]:
     """Meet the other processes that torchrun started; yields the World. Without torchrun there is nobody to meet.
@@ -184,8 +206,7 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
     patience = datetime.timedelta(seconds=timeout + 60)  # the watch speaks first
     dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=patience)
     try:
-        yield World(me, size, _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD, watch=watch,
-                    timeout=patience)
+        yield World(me, size, _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD, watch=watch, timeout=patience)
     except RuntimeError as error:
         if watch is not None and any(sign in str(error) for sign in _CONTACT_LOST):
             raise watch.explain(error) from error
@@ -247,8 +268,10 @@ def _name_of_meeting(store: dist.Store, me: int, size: int) -> str:
             seen.add(name)
         time.sleep(0.01 + size / 1000)
     absent = [other for other in range(size) if not store.check([f"hello/{other}"])]
-    raise LostContact(f"rank {me} has waited {MEETING} s for the other {size - 1} processes"
-                      + (f"; not here: rank {', '.join(map(str, absent))}." if absent else ", some of which did not answer."))
+    raise LostContact(
+        f"rank {me} has waited {MEETING} s for the other {size - 1} processes"
+        + (f"; not here: rank {', '.join(map(str, absent))}." if absent else ", some of which did not answer.")
+    )
 
 
 def first_to_say(text: str) -> bool:
@@ -275,6 +298,7 @@ def leave(code: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------- watching
+
 
 class Watch(threading.Thread):
     """Ends this process when another one has failed, or when nothing moves any more: with a message, whatever hangs.
@@ -334,11 +358,15 @@ class Watch(threading.Thread):
                 age = time.time() - float(when)
                 where = f"step {step}, {doing}, in {place}" + (f", last heard of {age:.0f} s ago" if age > GRACE else "")
             ranks_at.setdefault(where, []).append(other)
-        places = "; ".join(f"rank {', '.join(map(str, ranks))}: {where}"
-                           for where, ranks in sorted(ranks_at.items(), key=lambda item: len(item[1])))
-        return (f"rank {self.rank} has waited {silent:.0f} s for the other processes at step {self.step} ({self.doing}). "
-                f"One of them hangs: {places}. Look there (py-spy dump --pid …); if it only needs longer, raise "
-                "--collective_timeout.")
+        places = "; ".join(
+            f"rank {', '.join(map(str, ranks))}: {where}"
+            for where, ranks in sorted(ranks_at.items(), key=lambda item: len(item[1]))
+        )
+        return (
+            f"rank {self.rank} has waited {silent:.0f} s for the other processes at step {self.step} ({self.doing}). "
+            f"One of them hangs: {places}. Look there (py-spy dump --pid …); if it only needs longer, raise "
+            "--collective_timeout."
+        )
 
     def explain(self, error: RuntimeError) -> Failure:
         """Why a collective failed, once the others have had time to say."""
@@ -352,9 +380,11 @@ class Watch(threading.Thread):
                 return LostContact(f"rank {self.rank} stops at step {self.step}, because rank {failed}.")
             time.sleep(0.1)
         reason = str(error).strip().split("\n")[0].split(". ")[0]  # the first sentence
-        return LostContact(f"rank {self.rank} lost contact with another process at step {self.step} ({self.doing}): it was "
-                           f"killed, or its machine is gone ({reason}). Start again with --init_from=auto; torchrun "
-                           "--max-restarts=3 does so by itself.")
+        return LostContact(
+            f"rank {self.rank} lost contact with another process at step {self.step} ({self.doing}): it was "
+            f"killed, or its machine is gone ({reason}). Start again with --init_from=auto; torchrun "
+            "--max-restarts=3 does so by itself."
+        )
 
     def _end(self, text: str) -> None:
         print(f"train.py: {text}", file=sys.stderr, flush=True)

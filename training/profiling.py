@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Callable, ContextManager
 
 import torch
 
@@ -28,14 +28,24 @@ class Profiler(NoProfiler):
     the context in which time does not count as training's.
     """
 
-    def __init__(self, out_dir: str | Path, device: torch.device, rank: int, say: Callable[[str], None],
-                 excluded: Callable[[], ContextManager] = nullcontext):
+    def __init__(
+        self,
+        out_dir: str | Path,
+        device: torch.device,
+        rank: int,
+        say: Callable[[str], None],
+        excluded: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         from torch.profiler import ProfilerActivity, profile, schedule
+
         self.path, self.say, self.device = Path(out_dir) / f"trace_rank{rank}.json.gz", say, device
         self.written, self.steps, self.excluded = False, 0, excluded
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-        self.profile = profile(activities=activities, on_trace_ready=self._write,
-                               schedule=schedule(wait=SKIPPED, warmup=WARM_UP, active=TRACED, repeat=1))
+        self.profile = profile(
+            activities=activities,
+            on_trace_ready=self._write,
+            schedule=schedule(wait=SKIPPED, warmup=WARM_UP, active=TRACED, repeat=1),
+        )
         self.profile.start()
 
     def step(self) -> None:

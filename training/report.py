@@ -9,8 +9,16 @@ from flops_parameter_counting.flops import FlopsPerToken
 from flops_parameter_counting.parameters import count_padding, count_parameters
 from model_config import COMPONENT_KINDS, ModelConfig, component, shortest_pattern
 
-SHOWN_IF_SET = ("rope_theta", "sliding_window", "attention_scale", "attention_softcap", "logit_softcap", "embedding_norm",
-                "embedding_scale", "zero_init")
+SHOWN_IF_SET = (
+    "rope_theta",
+    "sliding_window",
+    "attention_scale",
+    "attention_softcap",
+    "logit_softcap",
+    "embedding_norm",
+    "embedding_scale",
+    "zero_init",
+)
 ASSUMED_MFU = 0.3  # for the time announced before anything has been measured
 
 
@@ -22,8 +30,21 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def start_report(model: ModelConfig, flops: FlopsPerToken, *, config, dataset, sequences: int, length: int,
-                 windows_per_epoch: int, progress, hardware: str, peak, log: str, notes: list[str]) -> str:
+def start_report(
+    model: ModelConfig,
+    flops: FlopsPerToken,
+    *,
+    config,
+    dataset,
+    sequences: int,
+    length: int,
+    windows_per_epoch: int,
+    progress,
+    hardware: str,
+    peak,
+    log: str,
+    notes: list[str],
+) -> str:
     """The print-out at the start of a run: model, every component, N, cost, data, batch, hardware, expected time."""
     tokens, left = sequences * model.block_size, max(0, length - progress.step)
     padding = count_padding(model)
@@ -35,24 +56,43 @@ def start_report(model: ModelConfig, flops: FlopsPerToken, *, config, dataset, s
             rows.append(("", f"{'layer_pattern' if kind == 'block' else kind:<18} {value}{about}"))
     kv = "" if model.n_kv_head == model.n_head else f", {model.n_kv_head} key/value heads"
     rows += [
-        ("", f"{'shape':<18} {model.n_layer} layers, {model.n_head} heads of {model.head_dim}{kv}, width "
-             f"{model.n_embd}, feed-forward {model.d_ff}, context {model.block_size}, vocabulary {model.vocab_size}"),
-        ("", f"{'other':<18} bias {model.bias}, qkv_bias {model.qkv_bias}, qk_norm {model.qk_norm}, weight_tying "
-             f"{model.weight_tying}, dropout {model.dropout}, norm_eps {model.norm_eps}"
-             + "".join(f", {key} {getattr(model, key)}" for key in SHOWN_IF_SET if getattr(model, key))),
-        ("parameters", f"N = {count_parameters(model):,}" + (f", of which {padding:,} pad the vocabulary"
-                                                             if padding else "")),
-        ("cost", f"{flops.full / 1e9:.4g} GFLOP a token, forward and backward, full attention "
-                 f"({flops.causal / 1e9:.4g} causal)"),
-        ("data", f"{config.dataset}: {len(dataset.split('train')):,} training and {len(dataset.split('val')):,} "
-                 f"validation tokens, vocabulary {dataset.vocab_size or 'unknown'}"),
-        ("batch", f"{sequences} sequences × {model.block_size} tokens = {tokens:,} tokens per iteration, in "
-                  f"micro-batches of {min(config.batch_size, sequences)}"),
-        ("length", f"{length:,} iterations = {progress.tokens + left * tokens:,} tokens = "
-                   f"{(progress.sequences + left * sequences) / windows_per_epoch:.2f} epochs"
-                   + (f"; {progress.step:,} done" if progress.step else "")),
-        ("hardware", hardware + ("" if peak is None else
-                                 f", {peak.flops / 1e12:.3g} TFLOP/s peak ({'measured' if peak.measured else peak.source})"))]
+        (
+            "",
+            f"{'shape':<18} {model.n_layer} layers, {model.n_head} heads of {model.head_dim}{kv}, width "
+            f"{model.n_embd}, feed-forward {model.d_ff}, context {model.block_size}, vocabulary {model.vocab_size}",
+        ),
+        (
+            "",
+            f"{'other':<18} bias {model.bias}, qkv_bias {model.qkv_bias}, qk_norm {model.qk_norm}, weight_tying "
+            f"{model.weight_tying}, dropout {model.dropout}, norm_eps {model.norm_eps}"
+            + "".join(f", {key} {getattr(model, key)}" for key in SHOWN_IF_SET if getattr(model, key)),
+        ),
+        ("parameters", f"N = {count_parameters(model):,}" + (f", of which {padding:,} pad the vocabulary" if padding else "")),
+        ("cost", f"{flops.full / 1e9:.4g} GFLOP a token, forward and backward, full attention ({flops.causal / 1e9:.4g} causal)"),
+        (
+            "data",
+            f"{config.dataset}: {len(dataset.split('train')):,} training and {len(dataset.split('val')):,} "
+            f"validation tokens, vocabulary {dataset.vocab_size or 'unknown'}",
+        ),
+        (
+            "batch",
+            f"{sequences} sequences × {model.block_size} tokens = {tokens:,} tokens per iteration, in "
+            f"micro-batches of {min(config.batch_size, sequences)}",
+        ),
+        (
+            "length",
+            f"{length:,} iterations = {progress.tokens + left * tokens:,} tokens = "
+            f"{(progress.sequences + left * sequences) / windows_per_epoch:.2f} epochs"
+            + (f"; {progress.step:,} done" if progress.step else ""),
+        ),
+        (
+            "hardware",
+            hardware
+            + (
+                "" if peak is None else f", {peak.flops / 1e12:.3g} TFLOP/s peak ({'measured' if peak.measured else peak.source})"
+            ),
+        ),
+    ]
     if peak is not None:
         seconds = left * tokens * flops.hardware / (peak.flops * ASSUMED_MFU)
         rows.append(("time", f"about {duration(seconds)} at an assumed MFU of {ASSUMED_MFU:.0%}; the step lines measure it"))
@@ -60,24 +100,36 @@ def start_report(model: ModelConfig, flops: FlopsPerToken, *, config, dataset, s
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
 
 
-def step_line(step: int, length: int, loss: float, lr: float, grad_norm: float, tokens_per_s: float,
-              step_ms: dict[str, float], mfu: float | None, memory_gb: float, skipped: int) -> str:
+def step_line(
+    step: int,
+    length: int,
+    loss: float,
+    lr: float,
+    grad_norm: float,
+    tokens_per_s: float,
+    step_ms: dict[str, float],
+    mfu: float | None,
+    memory_gb: float,
+    skipped: int,
+) -> str:
     """One line of the log for people; times in ms, memory in GB, the rest of the run in words."""
     laps = ", ".join(f"{name} {ms:.1f}" for name, ms in step_ms.items() if name != "total")
     utilisation = f" | mfu {mfu:.1%}" if mfu is not None else ""
     again = f" | skipped {skipped}" if skipped else ""
     left = duration((length - step) * step_ms["total"] / 1e3)
-    return (f"step {step}/{length} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
-            f"{tokens_per_s:,.0f} tok/s | {step_ms['total']:.1f} ms ({laps}){utilisation} | {memory_gb:.1f} GB{again} | "
-            f"{left} left")
+    return (
+        f"step {step}/{length} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
+        f"{tokens_per_s:,.0f} tok/s | {step_ms['total']:.1f} ms ({laps}){utilisation} | {memory_gb:.1f} GB{again} | "
+        f"{left} left"
+    )
 
 
-def evaluation_line(step: int, loss: float, perplexity: float, bits_per_byte: float | None, seconds: float,
-                    best: bool) -> str:
+def evaluation_line(step: int, loss: float, perplexity: float, bits_per_byte: float | None, seconds: float, best: bool) -> str:
     """One line about an evaluation."""
     bits = f" | {bits_per_byte:.4f} bits per byte" if bits_per_byte is not None else ""
-    return (f"eval at {step} | val loss {loss:.4f} | perplexity {perplexity:.2f}{bits} | {seconds:.1f} s"
-            + (" | best so far" if best else ""))
+    return f"eval at {step} | val loss {loss:.4f} | perplexity {perplexity:.2f}{bits} | {seconds:.1f} s" + (
+        " | best so far" if best else ""
+    )
 
 
 class Display:
@@ -93,6 +145,7 @@ class Display:
         """Show a bar of the run's steps, if a person is watching."""
         if self.enabled and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
+
             self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, leave=False)
 
     def advance(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ class BackgroundSaver(Saver):
                 self._seconds = time.perf_counter() - started
             except BaseException as error:
                 self._error, self.failed = error, True
+
         self._done = done
         self._thread = threading.Thread(target=job, name="saver")
         self._thread.start()
@@ -110,4 +112,5 @@ def _empty_copy(tensor: Tensor) -> Tensor:
     if not hasattr(tensor, "device_mesh"):
         return copy
     from torch.distributed.tensor import DTensor
+
     return DTensor(copy, tensor._spec, requires_grad=False)  # the mesh stays: only its shape matters for saving

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 from training.train_config import TrainConfig
 
 # Progress p in [0, 1] from the end of the warm-up to lr_decay_iters → share of the way from min_lr up to the peak.
 _SHAPES: dict[str, Callable[[float, TrainConfig], float]] = {
-    "cosine": lambda p, c: 0.5 * (1 + math.cos(math.pi * p)),                       # Loshchilov & Hutter 2017
+    "cosine": lambda p, c: 0.5 * (1 + math.cos(math.pi * p)),  # Loshchilov & Hutter 2017
     "linear": lambda p, c: 1 - p,
-    "wsd": lambda p, c: min(1.0, (1 - p) / c.lr_decay_fraction),                    # Hu et al. 2024 (MiniCPM)
+    "wsd": lambda p, c: min(1.0, (1 - p) / c.lr_decay_fraction),  # Hu et al. 2024 (MiniCPM)
     "constant": lambda p, c: 1.0,
 }
 

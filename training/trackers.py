@@ -7,10 +7,11 @@ train/<key>, those of an evaluation as val/<key>, over the step.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
-from training.command_line import Failure
+from command_line import Failure
 
 PREFIX = {"step": "train", "eval": "val"}  # the events whose numbers are curves
 
@@ -36,8 +37,10 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise TrackerError("tensorboard=True needs the package tensorboard, which is not installed here. Install it with "
-                               "pip install tensorboard, or leave the key out.") from error
+            raise TrackerError(
+                "tensorboard=True needs the package tensorboard, which is not installed here. Install it with "
+                "pip install tensorboard, or leave the key out."
+            ) from error
         self.writer = SummaryWriter(str(Path(out_dir) / "tensorboard" / run))
 
     def add(self, event: dict[str, Any]) -> None:
@@ -60,14 +63,23 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise TrackerError("wandb_log=True needs the package wandb, which is not installed here. Install it with "
-                               "pip install wandb, or leave the key out.") from error
+            raise TrackerError(
+                "wandb_log=True needs the package wandb, which is not installed here. Install it with "
+                "pip install wandb, or leave the key out."
+            ) from error
         try:
-            self.run = wandb.init(project=project, name=name or run, mode=mode, dir=str(out_dir),
-                                  settings=wandb.Settings(console="off", silent=True))
+            self.run = wandb.init(
+                project=project,
+                name=name or run,
+                mode=mode,
+                dir=str(out_dir),
+                settings=wandb.Settings(console="off", silent=True),
+            )
         except Exception as error:  # not logged in, no network: whatever it is, training has not begun
-            raise TrackerError(f"Weights & Biases cannot start: {str(error).strip().splitlines()[0]} Log in with 'wandb login', "
-                               "or use --wandb_mode=offline.") from error
+            raise TrackerError(
+                f"Weights & Biases cannot start: {str(error).strip().splitlines()[0]} Log in with 'wandb login', "
+                "or use --wandb_mode=offline."
+            ) from error
         self.run.define_metric("*", step_metric="step")  # a resumed run may log a step again
 
     def add(self, event: dict[str, Any]) -> None:
@@ -90,6 +102,9 @@ def open_trackers(config, run: str) -> list[TensorBoard | WeightsAndBiases]:
     if config.tensorboard:
         trackers.append(TensorBoard(config.out_dir, run))
     if config.wandb_log:
-        trackers.append(WeightsAndBiases(config.out_dir, run, project=config.wandb_project, name=config.wandb_run_name,
-                                         mode=config.wandb_mode))
+        trackers.append(
+            WeightsAndBiases(
+                config.out_dir, run, project=config.wandb_project, name=config.wandb_run_name, mode=config.wandb_mode
+            )
+        )
     return trackers

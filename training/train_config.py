@@ -16,9 +16,17 @@ from model_config import ARCHITECTURE_KEYS, ModelConfig, resolve
 _MODEL_TYPES = typing.get_type_hints(ModelConfig)
 _ModelKeys = dataclasses.make_dataclass(
     "_ModelKeys",
-    [(f.name, (str if f.name == "layer_pattern" else _MODEL_TYPES[f.name]) | None,
-      dataclasses.field(default=None, metadata=f.metadata)) for f in dataclasses.fields(ModelConfig)],
-    kw_only=True, frozen=True)
+    [
+        (
+            f.name,
+            (str if f.name == "layer_pattern" else _MODEL_TYPES[f.name]) | None,
+            dataclasses.field(default=None, metadata=f.metadata),
+        )
+        for f in dataclasses.fields(ModelConfig)
+    ],
+    kw_only=True,
+    frozen=True,
+)
 
 
 def _key(default: Any, help: str, group: str, *, resume: Literal["may change", "fixed"] = "may change") -> Any:
@@ -36,8 +44,12 @@ class TrainConfig(_ModelKeys):
     arch_preset: str = _key("gpt2", "the preset that the architecture keys override", "architecture", resume="fixed")
 
     out_dir: str = _key("out", "where checkpoints and logs go", "run")
-    init_from: str = _key("scratch", "scratch | resume | auto (resume if there is something) | a checkpoint to go on from | "
-                                     "weights:CHECKPOINT or hf:NAME_OR_FOLDER to start a new run with its weights", "run")
+    init_from: str = _key(
+        "scratch",
+        "scratch | resume | auto (resume if there is something) | a checkpoint to go on from | "
+        "weights:CHECKPOINT or hf:NAME_OR_FOLDER to start a new run with its weights",
+        "run",
+    )
     eval_only: bool = _key(False, "evaluate once and stop; writes no checkpoint", "run")
     notice: str = _key("", "one line to print at the start", "run")
     seed: int = _key(1337, "of the initial weights and of dropout", "run", resume="fixed")
@@ -48,8 +60,9 @@ class TrainConfig(_ModelKeys):
     gradient_accumulation_steps: int = _key(1, "the global batch is batch_size × this, whatever the machine", "data")
     total_batch_tokens: int | None = _key(None, "size of the global batch in tokens, instead of the line above", "data")
 
-    optimizer: Literal["adamw", "muon"] = _key("adamw", "muon: for the 2-D weights of blocks, AdamW for the rest",
-                                               "optimizer", resume="fixed")
+    optimizer: Literal["adamw", "muon"] = _key(
+        "adamw", "muon: for the 2-D weights of blocks, AdamW for the rest", "optimizer", resume="fixed"
+    )
     learning_rate: float = _key(6e-4, "peak learning rate", "optimizer", resume="fixed")
     weight_decay: float = _key(0.1, "decoupled, on matrices only", "optimizer", resume="fixed")
     beta1: float = _key(0.9, "AdamW's decay of the first moment", "optimizer", resume="fixed")
@@ -59,8 +72,8 @@ class TrainConfig(_ModelKeys):
     grad_clip: float = _key(1.0, "largest norm of the gradient; 0: no clipping", "optimizer", resume="fixed")
 
     lr_schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = _key(
-        "cosine", "after the warm-up; wsd: constant, then linear down over the last lr_decay_fraction", "schedule",
-        resume="fixed")
+        "cosine", "after the warm-up; wsd: constant, then linear down over the last lr_decay_fraction", "schedule", resume="fixed"
+    )
     warmup_iters: int = _key(0, "iterations of linear warm-up", "schedule", resume="fixed")
     min_lr: float | None = _key(None, "where the schedule ends [learning_rate / 10]", "schedule", resume="fixed")
     lr_decay_iters: int | None = _key(None, "iteration at which the schedule ends [the run's length]", "schedule")
@@ -73,8 +86,11 @@ class TrainConfig(_ModelKeys):
     eval_iters: int = _key(20, "size of the fixed validation set in global batches; 0: all of it", "watching")
     patience: int = _key(0, "stop after so many evaluations without a better loss; 0: never", "watching")
     log_interval: int = _key(10, "iterations between lines of the log", "watching")
-    save_interval: int | None = _key(None, "iterations between checkpoints, and one at the end; 0: only at the end; "
-                                           "-1: none at all [eval_interval]", "watching")
+    save_interval: int | None = _key(
+        None,
+        "iterations between checkpoints, and one at the end; 0: only at the end; -1: none at all [eval_interval]",
+        "watching",
+    )
     keep_last: int = _key(2, "checkpoints to keep, besides the best", "watching")
     nonfinite_limit: int = _key(20, "skipped updates in a row (non-finite gradients) that stop the run", "watching")
 
@@ -82,27 +98,35 @@ class TrainConfig(_ModelKeys):
     wandb_log: bool = _key(False, "also log to Weights & Biases", "watching")
     wandb_project: str = _key("kitbash", "the project there", "watching")
     wandb_run_name: str | None = _key(None, "the run's name there [the run log's]", "watching")
-    wandb_mode: Literal["online", "offline"] | None = _key(None, "offline: kept in out_dir/wandb until 'wandb sync' [wandb's "
-                                                                 "own setting, WANDB_MODE]", "watching")
+    wandb_mode: Literal["online", "offline"] | None = _key(
+        None, "offline: kept in out_dir/wandb until 'wandb sync' [wandb's own setting, WANDB_MODE]", "watching"
+    )
     profile: bool = _key(False, "write a PyTorch trace of a few steps to out_dir and print the top of it", "watching")
-    price_per_gpu_hour: float | None = _key(None, "for the estimated cost in the summary: a process's price an hour, in any "
-                                                  "currency", "watching")
+    price_per_gpu_hour: float | None = _key(
+        None, "for the estimated cost in the summary: a process's price an hour, in any currency", "watching"
+    )
 
     device: str = _key("auto", "auto | cpu | cuda | cuda:N", "execution")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
-        "auto", "compute dtype; auto: bfloat16 where the hardware has it", "execution")
+        "auto", "compute dtype; auto: bfloat16 where the hardware has it", "execution"
+    )
     compile: Literal["auto"] | bool = _key("auto", "torch.compile each block; auto: on a GPU", "execution")
     activation_checkpointing: Literal["none", "full", "selective"] = _key(
-        "none", "recompute activations in backward: whole blocks, or all but their matrix products", "execution")
+        "none", "recompute activations in backward: whole blocks, or all but their matrix products", "execution"
+    )
     parallelism: Literal["auto", "none", "ddp", "zero1", "zero2", "fsdp", "hsdp"] = _key(
-        "auto", "how processes share the work; auto: the first of ddp, zero1, zero2, fsdp that fits into memory; "
-                "--use_zero1=True and --use_fsdp=True mean zero1 and fsdp", "execution")
-    hsdp_shard_size: int | None = _key(None, "processes that share one copy under hsdp [those of a node; half on one node]",
-                                       "execution")
-    async_checkpoint: bool = _key(False, "write checkpoints in the background; training waits only for the copy",
-                                  "execution")
-    collective_timeout: int = _key(600, "seconds without progress after which several processes give up and say who hangs",
-                                   "execution")
+        "auto",
+        "how processes share the work; auto: the first of ddp, zero1, zero2, fsdp that fits into memory; "
+        "--use_zero1=True and --use_fsdp=True mean zero1 and fsdp",
+        "execution",
+    )
+    hsdp_shard_size: int | None = _key(
+        None, "processes that share one copy under hsdp [those of a node; half on one node]", "execution"
+    )
+    async_checkpoint: bool = _key(False, "write checkpoints in the background; training waits only for the copy", "execution")
+    collective_timeout: int = _key(
+        600, "seconds without progress after which several processes give up and say who hangs", "execution"
+    )
     threads: int | None = _key(None, "CPU threads [PyTorch's choice; a resumed run: as before]", "execution")
 
     def model_config(self, dataset_vocab_size: int | None = None) -> ModelConfig:
@@ -120,10 +144,16 @@ class TrainConfig(_ModelKeys):
 
     def problems(self, with_model: bool = True) -> list[str]:
         """Every reason why this run cannot start, one sentence each; the model's own are included unless told not to."""
-        problems = [f"{key}={getattr(self, key)} must be at least {least} and finite." for key, least in _AT_LEAST.items()
-                    if getattr(self, key) is not None and not least <= getattr(self, key) < math.inf]
-        problems += [f"{key}={getattr(self, key)} must be below {most}." for key, most in _BELOW.items()
-                     if getattr(self, key) is not None and getattr(self, key) >= most]
+        problems = [
+            f"{key}={getattr(self, key)} must be at least {least} and finite."
+            for key, least in _AT_LEAST.items()
+            if getattr(self, key) is not None and not least <= getattr(self, key) < math.inf
+        ]
+        problems += [
+            f"{key}={getattr(self, key)} must be below {most}."
+            for key, most in _BELOW.items()
+            if getattr(self, key) is not None and getattr(self, key) >= most
+        ]
         if not self.out_dir:
             problems.append("out_dir='' is empty; name a folder.")
         for key in ("learning_rate", "adam_eps"):
@@ -135,8 +165,9 @@ class TrainConfig(_ModelKeys):
         if not 0 < self.lr_decay_fraction <= 1:
             problems.append(f"lr_decay_fraction={self.lr_decay_fraction} must be in (0, 1].")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
-            problems.append(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; "
-                            "lower it (the usual choice is a tenth).")
+            problems.append(
+                f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it (the usual choice is a tenth)."
+            )
         device = self.device.split(":")[0]
         if device not in ("auto", "cpu", "cuda"):
             problems.append(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N.")
@@ -146,20 +177,42 @@ class TrainConfig(_ModelKeys):
             block_size = self.model_config().block_size
             if self.total_batch_tokens is not None and self.total_batch_tokens % block_size:
                 whole = max(1, round(self.total_batch_tokens / block_size)) * block_size
-                problems.append(f"total_batch_tokens={self.total_batch_tokens} is not a multiple of "
-                                f"block_size={block_size}. Use {whole}.")
+                problems.append(
+                    f"total_batch_tokens={self.total_batch_tokens} is not a multiple of block_size={block_size}. Use {whole}."
+                )
         except ValueError as error:
             problems += str(error).split("\n")
         return problems
 
 
-_AT_LEAST = dict(batch_size=1, gradient_accumulation_steps=1, total_batch_tokens=1, weight_decay=0, grad_clip=0,
-                 warmup_iters=0, lr_decay_iters=1, max_iters=0, max_tokens=1, epochs=0, eval_interval=0, eval_iters=0,
-                 patience=0, log_interval=1, save_interval=-1, keep_last=1, nonfinite_limit=1, threads=1, min_lr=0,
-                 seed=0, data_seed=0, hsdp_shard_size=2, collective_timeout=1,
-                 price_per_gpu_hour=0)
+_AT_LEAST = dict(
+    batch_size=1,
+    gradient_accumulation_steps=1,
+    total_batch_tokens=1,
+    weight_decay=0,
+    grad_clip=0,
+    warmup_iters=0,
+    lr_decay_iters=1,
+    max_iters=0,
+    max_tokens=1,
+    epochs=0,
+    eval_interval=0,
+    eval_iters=0,
+    patience=0,
+    log_interval=1,
+    save_interval=-1,
+    keep_last=1,
+    nonfinite_limit=1,
+    threads=1,
+    min_lr=0,
+    seed=0,
+    data_seed=0,
+    hsdp_shard_size=2,
+    collective_timeout=1,
+    price_per_gpu_hour=0,
+)
 
-_BELOW = dict(seed=2 ** 63, data_seed=2 ** 63, threads=1025)
+_BELOW = dict(seed=2**63, data_seed=2**63, threads=1025)
 
 _FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 KEYS = {"arch_preset": _FIELDS["arch_preset"], **_FIELDS}
@@ -167,8 +220,11 @@ TYPES = typing.get_type_hints(TrainConfig)
 GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "execution")
 
 # Of each pair or triple at most one may be set at a time; a stronger source clears what a weaker one set.
-EXCLUSIVE = (("max_iters", "max_tokens", "epochs"), ("gradient_accumulation_steps", "total_batch_tokens"),
-             ("d_ff", "ffn_expansion_ratio"))
+EXCLUSIVE = (
+    ("max_iters", "max_tokens", "epochs"),
+    ("gradient_accumulation_steps", "total_batch_tokens"),
+    ("d_ff", "ffn_expansion_ratio"),
+)
 
 # Other names of keys' values: {alias: (key, value)}; alias=True says key=value, alias=False nothing.
 ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "fsdp")}
@@ -176,4 +232,3 @@ ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "f
 # What a resumed run takes from its checkpoint; a different value on the command line is refused.
 MODEL_KEYS = ("arch_preset", *ARCHITECTURE_KEYS, "block_size")
 FIXED_ON_RESUME = (*MODEL_KEYS, *(name for name, f in KEYS.items() if f.metadata.get("resume") == "fixed"))
-

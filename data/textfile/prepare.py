@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))         # works from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from any working directory
 
 from data.preparation import prepare_textfile
 

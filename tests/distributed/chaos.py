@@ -28,19 +28,35 @@ sys.path.insert(0, str(ROOT))
 
 from tests.distributed.launching import SMALL, Launcher, children, torchrun, wait_for  # noqa: E402
 
-LONGEST_LIFE = 14   # steps after its first one, before a run is killed (or before its next save, in which it is)
+LONGEST_LIFE = 14  # steps after its first one, before a run is killed (or before its next save, in which it is)
 STEPS_A_KILL = LONGEST_LIFE + 7  # of the run's length, so that it cannot end before it has been killed often enough
 SAVE_INTERVAL, EVAL_INTERVAL = 5, 7  # the best so far is saved too
 
 
-def chaos(folder: Path, dataset: Path, kills: int, seed: int = 0, strategy: str = "zero1", asynchronous: bool = False,
-          restart: str = "hand", patience: float = 5.0, say=print) -> Counter:
+def chaos(
+    folder: Path,
+    dataset: Path,
+    kills: int,
+    seed: int = 0,
+    strategy: str = "zero1",
+    asynchronous: bool = False,
+    restart: str = "hand",
+    patience: float = 5.0,
+    say=print,
+) -> Counter:
     """Do it below `folder`; AssertionError where something is not as it has to be. Returns how often what was killed.
 
     restart: 'hand' or 'torchrun'. patience: seconds that a process which lost contact waits for the reason (by hand only).
     """
-    options = (*SMALL, f"--dataset={dataset}", f"--parallelism={strategy}", f"--async_checkpoint={asynchronous}",
-               f"--save_interval={SAVE_INTERVAL}", f"--eval_interval={EVAL_INTERVAL}", f"--max_iters={kills * STEPS_A_KILL + 20}")
+    options = (
+        *SMALL,
+        f"--dataset={dataset}",
+        f"--parallelism={strategy}",
+        f"--async_checkpoint={asynchronous}",
+        f"--save_interval={SAVE_INTERVAL}",
+        f"--eval_interval={EVAL_INTERVAL}",
+        f"--max_iters={kills * STEPS_A_KILL + 20}",
+    )
     whole, parts = folder / "whole", folder / "parts"
     with Launcher() as launcher:
         undisturbed = launcher.start(*options, f"--out_dir={whole}")
@@ -48,21 +64,26 @@ def chaos(folder: Path, dataset: Path, kills: int, seed: int = 0, strategy: str 
             assert undisturbed.wait(600) == [0, 0], undisturbed.err
             done = under_torchrun((*options, f"--out_dir={parts}", "--init_from=auto"), parts, kills, random.Random(seed), say)
         else:
-            done = by_hand(launcher, (*options, f"--out_dir={parts}", "--init_from=auto"), parts, kills, random.Random(seed),
-                           patience, say)
+            done = by_hand(
+                launcher, (*options, f"--out_dir={parts}", "--init_from=auto"), parts, kills, random.Random(seed), patience, say
+            )
             assert undisturbed.wait(600) == [0, 0], undisturbed.err
     same_tensors(whole, parts)
     same_logs(whole, parts, kills * STEPS_A_KILL + 20)
-    left = [str(path) for path in [*parts.iterdir(), *(parts / "checkpoints").iterdir()]
-            if path.name.startswith(".") and path.name != ".lock"]
+    left = [
+        str(path)
+        for path in [*parts.iterdir(), *(parts / "checkpoints").iterdir()]
+        if path.name.startswith(".") and path.name != ".lock"
+    ]
     assert left == [], f"temporary files are left: {left}"
     others = {path.name for path in parts.iterdir() if not path.name.startswith((".", "run_"))}
     assert others == {"checkpoints"}, others
     return done
 
 
-def by_hand(launcher: Launcher, arguments: tuple, out_dir: Path, kills: int, chance: random.Random, patience: float,
-            say) -> Counter:
+def by_hand(
+    launcher: Launcher, arguments: tuple, out_dir: Path, kills: int, chance: random.Random, patience: float, say
+) -> Counter:
     """Start, kill, see the others end, start again; at last let it finish."""
     impatient, done = f"import training.processes; training.processes.GRACE = {patience}", Counter()
     for number in range(1, kills + 1):
@@ -89,6 +110,7 @@ def under_torchrun(arguments: tuple, out_dir: Path, kills: int, chance: random.R
 
     def printed() -> str:
         return (folder / "stdout").read_text()
+
     try:
         for number in range(1, kills + 1):
             wait_for(lambda: len(children(launcher.pid)) == 2, 60, "two workers")
@@ -100,8 +122,15 @@ def under_torchrun(arguments: tuple, out_dir: Path, kills: int, chance: random.R
                 kill(workers[victim])
             started = time.monotonic()
             wait_for(lambda: not set(workers) & set(children(launcher.pid)), 60, "the others to end")
-            report(number, victims, out_dir, printed()[before:], done, say,
-                   f"the rest ended after {time.monotonic() - started:.1f} s")
+            report(
+                number,
+                victims,
+                out_dir,
+                printed()[before:],
+                done,
+                say,
+                f"the rest ended after {time.monotonic() - started:.1f} s",
+            )
             before = len(printed())
         code = launcher.wait(600)
         assert code == 0, (code, (folder / "stderr").read_text())
@@ -139,8 +168,10 @@ def report(number: int, victims: tuple, out_dir: Path, printed: str, done: Count
     done["of both" if len(victims) == 2 else f"of rank {victims[0]}"] += 1
     done["cut a save short"] += bool(cut)
     last = [line.split("/")[0] for line in printed.splitlines() if line.startswith("step ")][-1:]
-    say(f"kill {number}: rank {' and '.join(map(str, victims))} after {last[0] if last else 'no step'}"
-        f"{', ' + cut[0] + ' left behind' if cut else ''}; it had {resumed_at(printed)}; {then}")
+    say(
+        f"kill {number}: rank {' and '.join(map(str, victims))} after {last[0] if last else 'no step'}"
+        f"{', ' + cut[0] + ' left behind' if cut else ''}; it had {resumed_at(printed)}; {then}"
+    )
 
 
 def resumed_at(printed: str) -> str:
@@ -151,15 +182,18 @@ def resumed_at(printed: str) -> str:
 
 # ------------------------------------------------------------------------------------------- what must be true in the end
 
+
 def same_tensors(one: Path, other: Path) -> None:
     """Every tensor of the two latest checkpoints is the same, read with the safetensors library alone."""
     import torch
     from safetensors.torch import load_file
+
     found = []
     for out_dir in (one, other):
         folder = out_dir / "checkpoints" / (out_dir / "checkpoints" / "latest").read_text().strip()
-        found.append({(file.name, name): tensor for file in folder.glob("*.safetensors")
-                      for name, tensor in load_file(file).items()})
+        found.append(
+            {(file.name, name): tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        )
     assert found[0].keys() == found[1].keys() and len(found[0]) > 40
     different = [name for _, name in found[0] if not torch.equal(found[0][_, name], found[1][_, name])]
     assert different == [], f"these tensors differ: {different}"
@@ -169,8 +203,9 @@ def same_logs(whole: Path, parts: Path, length: int) -> None:
     """The joined logs have every step and evaluation, as undisturbed; each log begins where it says and has no gap."""
     expected, found = joined(whole), joined(parts)
     assert list(found["step"]) == list(range(1, length + 1)), "the joined logs lack steps"
-    assert found == expected, {kind: [step for step in expected[kind] if found[kind].get(step) != expected[kind][step]]
-                               for kind in expected}
+    assert found == expected, {
+        kind: [step for step in expected[kind] if found[kind].get(step) != expected[kind][step]] for kind in expected
+    }
 
 
 def joined(out_dir: Path) -> dict[str, dict[int, float]]:
@@ -182,7 +217,7 @@ def joined(out_dir: Path) -> dict[str, dict[int, float]]:
             assert lines[0]["event"] == "run_start", file
             logs.append((lines[0]["time"], file, lines))
     found: dict[str, dict[int, float]] = {"step": {}, "eval": {}}
-    for number, (_, file, lines) in enumerate(sorted(logs)):
+    for _, file, lines in sorted(logs):
         steps = [line["step"] for line in lines if line["event"] == "step"]
         source = lines[0]["resumed_from"]
         first = source["step"] + 1 if source else 1
@@ -204,23 +239,38 @@ def main() -> int:
     parser.add_argument("--restart", default="both", choices=("hand", "torchrun", "both"), help="both: half of the kills each")
     given = parser.parse_args()
     from data.preparation import prepare
+
     by = {"both": [("hand", given.kills - given.kills // 2), ("torchrun", given.kills // 2)]}.get(
-        given.restart, [(given.restart, given.kills)])
+        given.restart, [(given.restart, given.kills)]
+    )
     started, total = time.monotonic(), Counter()
     with tempfile.TemporaryDirectory() as folder:
         text = Path(argparse.__file__).read_text(encoding="utf-8")[:67_000]
         prepare(lambda: iter([("argparse.py", text)]), Path(folder) / "data", tokenizer="byte")
         for restart, kills in by:
-            print(f"restarted by {restart}: {kills} kills, strategy {given.strategy}, seed {given.seed}"
-                  f"{', saving in the background' if given.asynchronous else ''}", flush=True)
+            print(
+                f"restarted by {restart}: {kills} kills, strategy {given.strategy}, seed {given.seed}"
+                f"{', saving in the background' if given.asynchronous else ''}",
+                flush=True,
+            )
             try:
-                total += chaos(Path(folder) / restart, Path(folder) / "data", kills, given.seed, given.strategy,
-                               given.asynchronous, restart, say=lambda text: print(f"  {text}", flush=True))
+                total += chaos(
+                    Path(folder) / restart,
+                    Path(folder) / "data",
+                    kills,
+                    given.seed,
+                    given.strategy,
+                    given.asynchronous,
+                    restart,
+                    say=lambda text: print(f"  {text}", flush=True),
+                )
             except AssertionError as error:
                 print(f"FAILED: {error}", file=sys.stderr)
                 return 1
-    print(f"{dict(total)} in {time.monotonic() - started:.0f} s. Weights, optimizer state, random states and losses are those of "
-          "the undisturbed run, bit for bit; nothing temporary is left; no step is missing or twice.")
+    print(
+        f"{dict(total)} in {time.monotonic() - started:.0f} s. Weights, optimizer state, random states and losses are those of "
+        "the undisturbed run, bit for bit; nothing temporary is left; no step is missing or twice."
+    )
     return 0
 
 

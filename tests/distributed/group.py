@@ -20,14 +20,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import wait
-from typing import Any, Callable
+from typing import Any
 
 import torch.distributed as dist
 
 _ADDRESS = "127.0.0.1"
-_LATER = 5.0   # seconds by which a collective may outlast its call: that a call takes too long is said by who asked
+_LATER = 5.0  # seconds by which a collective may outlast its call: that a call takes too long is said by who asked
 
 
 class RankFailed(RuntimeError):
@@ -55,6 +56,7 @@ def train_in_processes(size: int, *arguments: str, timeout: float = 120) -> None
 def train_here(arguments: tuple[str, ...]) -> None:
     """train.py in one of them. RuntimeError unless it exits with 0."""
     import train
+
     code = train.main(list(arguments))
     if code != 0:
         raise RuntimeError(f"train.py exits with {code}")
@@ -62,13 +64,22 @@ def train_here(arguments: tuple[str, ...]) -> None:
 
 # ------------------------------------------------------------------------------------------- the starting side
 
+
 class Group:
     """`size` processes, waiting for work."""
 
     def __init__(self, size: int):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo",
-                                        "torch.utils.checkpoint", "torch.profiler", "safetensors.torch"])
+        context.set_forkserver_preload(
+            [
+                "torch.distributed.fsdp",
+                "torch.distributed.checkpoint",
+                "torch._dynamo",
+                "torch.utils.checkpoint",
+                "torch.profiler",
+                "safetensors.torch",
+            ]
+        )
         self.size, self.alive = size, True
         self.store = dist.TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False)
         self.processes, self.connections = [], []
@@ -132,9 +143,11 @@ _groups: dict[int, Group] = {}
 
 # ------------------------------------------------------------------------------------------- the started side
 
+
 def _serve(connection, rank: int, size: int, port: int) -> None:
     """Do what is asked, until the asking process is gone."""
     import torch
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asking process, which then ends this one
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     store = dist.TCPStore(_ADDRESS, port, is_master=False)
@@ -146,8 +159,13 @@ def _serve(connection, rank: int, size: int, port: int) -> None:
             with redirect_stdout(printed), redirect_stderr(printed):
                 function, arguments, timeout = pickle.loads(message)
                 torch.set_num_threads(1)
-                dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=size,
-                                        timeout=datetime.timedelta(seconds=timeout + _LATER))
+                dist.init_process_group(
+                    "gloo",
+                    store=dist.PrefixStore(str(number), store),
+                    rank=rank,
+                    world_size=size,
+                    timeout=datetime.timedelta(seconds=timeout + _LATER),
+                )
                 result = function(*arguments)
                 dist.barrier()  # nobody leaves while another still talks
                 dist.destroy_process_group()

@@ -17,17 +17,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
 LONGEST = 300.0  # seconds after which a group is killed, whatever a test does
 
-SMALL = ("--arch_preset=llama", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=2",
-         "--gradient_accumulation_steps=2", "--dropout=0.1", "--learning_rate=1e-2", "--log_interval=1", "--eval_iters=1",
-         "--device=cpu", "--dtype=float32", "--threads=1")
+SMALL = (
+    "--arch_preset=llama",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--batch_size=2",
+    "--gradient_accumulation_steps=2",
+    "--dropout=0.1",
+    "--learning_rate=1e-2",
+    "--log_interval=1",
+    "--eval_iters=1",
+    "--device=cpu",
+    "--dtype=float32",
+    "--threads=1",
+)
 
 
 class Group:
@@ -64,7 +77,9 @@ class Group:
     @property
     def complaints(self) -> list[str]:
         """The lines on stderr, without those that PyTorch's own C++ code writes."""
-        return [line for line in self.err.splitlines() if line.strip() and not line.startswith(("[", "frame #", "Exception raised"))]
+        return [
+            line for line in self.err.splitlines() if line.strip() and not line.startswith(("[", "frame #", "Exception raised"))
+        ]
 
     @property
     def codes(self) -> dict[int, int]:
@@ -79,9 +94,11 @@ class Group:
 
     def wait_for_line(self, start: str, timeout: float = 60) -> str:
         """Wait for a line of stdout that starts so, and return it."""
+
         def found() -> str | None:
             lines = (line for line in self.out.splitlines(keepends=True) if line.endswith("\n"))
             return next((line.rstrip() for line in lines if line.startswith(start)), None)
+
         wait_for(lambda: found() or len(self.codes) == len(self.pids), timeout, lambda: f"{start!r}:\n{self.out}{self.err}")
         assert (line := found()), f"ended without {start!r}:\n{self.out}{self.err}"
         return line
@@ -92,8 +109,14 @@ class Launcher:
 
     def __enter__(self) -> Launcher:
         self.folder = tempfile.TemporaryDirectory(prefix="groups_")
-        self.server = subprocess.Popen([sys.executable, __file__], env={**os.environ, **ALONE}, cwd=ROOT, text=True,
-                                       stdin=subprocess.PIPE, start_new_session=True)
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, **ALONE},
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         return self
 
     def __exit__(self, *_) -> None:
@@ -109,8 +132,9 @@ class Launcher:
         group = Group(Path(tempfile.mkdtemp(dir=self.folder.name)))
         for name in ("stdout", "stderr"):
             (group.folder / name).touch()
-        self.server.stdin.write(json.dumps(dict(folder=str(group.folder), arguments=[*map(str, arguments)], size=size,
-                                                inject=inject)) + "\n")
+        self.server.stdin.write(
+            json.dumps(dict(folder=str(group.folder), arguments=[*map(str, arguments)], size=size, inject=inject)) + "\n"
+        )
         self.server.stdin.flush()
         return group
 
@@ -129,13 +153,27 @@ def shared_launcher() -> Launcher:
     return launcher
 
 
-def torchrun(*arguments: object, size: int = 2, options: tuple[str, ...] = (), script: object = "train.py",
-             **popen) -> subprocess.Popen:
+def torchrun(
+    *arguments: object, size: int = 2, options: tuple[str, ...] = (), script: object = "train.py", **popen
+) -> subprocess.Popen:
     """`torchrun` itself, as a user starts it, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *options, str(script),
-         *map(str, arguments)], cwd=ROOT, env={**os.environ, **ALONE}, text=True, start_new_session=True,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={size}",
+            *options,
+            str(script),
+            *map(str, arguments),
+        ],
+        cwd=ROOT,
+        env={**os.environ, **ALONE},
+        text=True,
+        start_new_session=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen},
+    )
 
 
 def children(pid: int) -> list[int]:
@@ -161,6 +199,7 @@ def wait_for(condition: Callable[[], object], timeout: float, what: str | Callab
 
 # ------------------------------------------------------------------------------------------- the server
 
+
 def serve() -> None:
     """Read one order a line; fork an agent for each, which forks the ranks. A rank returns from here, to run and exit."""
     import torch._dynamo
@@ -168,15 +207,10 @@ def serve() -> None:
     import torch.distributed.fsdp
     import torch.distributed.tensor  # noqa: F401  all of it imported once, before any thread is started
 
-    import data.preparation
-    import train
-    import training.data_loader
-    import training.optimizers
-    import training.report
-    import training.saving
     import training_logger  # noqa: F401
     from model_builder import build_model
     from model_config import resolve
+
     build_model(resolve("llama", n_layer=1, n_head=1, n_embd=8, vocab_size=8), device="meta")
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
     agents = []
@@ -195,6 +229,7 @@ def serve() -> None:
 def agent(folder: str, arguments: list[str], size: int, inject: str) -> None:
     """Fork the ranks, hold their store, note how each ends, and leave none behind."""
     import torch.distributed as dist
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -209,6 +244,7 @@ def agent(folder: str, arguments: list[str], size: int, inject: str) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         os._exit(0)
+
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGALRM, end)
     signal.alarm(int(LONGEST))
@@ -225,18 +261,27 @@ def agent(folder: str, arguments: list[str], size: int, inject: str) -> None:
 def be_rank(rank: int, size: int, port: int, folder: Path, arguments: list[str], inject: str) -> None:
     """Become one rank: what torchrun puts into the environment, then train.py as a script."""
     import ctypes
+
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the agent
     for name, number in (("stdout", 1), ("stderr", 2)):
         file = os.open(folder / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     os.open(os.devnull, os.O_RDONLY)  # stdin
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
-                      TORCHELASTIC_RESTART_COUNT="0")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
+    )
     sys.argv[:] = ["train.py", *arguments]
     exec(compile(inject, "<injected>", "exec"), {"RANK": rank, "SIZE": size})
     import train
+
     sys.exit(train.leave(train.main(arguments)))
 
 

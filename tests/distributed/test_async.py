@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import train
-from tests.distributed.launching import ROOT, SMALL, shared_launcher, wait_for
+from tests.distributed.launching import SMALL, shared_launcher, wait_for
 from training.checkpoint import CheckpointStore, verify
 
 SLOW_DISK = "import time, training.checkpoint; training.checkpoint._fsync = lambda path: time.sleep(0.1)"
@@ -21,18 +21,30 @@ SLOW_DISK = "import time, training.checkpoint; training.checkpoint._fsync = lamb
 @pytest.fixture
 def start(tiny_dataset, tmp_path):
     """start(name, *arguments, **options of Launcher.start) → the running Group, which saves to tmp_path / name."""
+
     def run(name: str, *arguments: str, **options):
-        return shared_launcher().start(*SMALL, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / name}", "--save_interval=5",
-                                       "--parallelism=fsdp", "--eval_interval=0", *arguments, **options)
+        return shared_launcher().start(
+            *SMALL,
+            f"--dataset={tiny_dataset}",
+            f"--out_dir={tmp_path / name}",
+            "--save_interval=5",
+            "--parallelism=fsdp",
+            "--eval_interval=0",
+            *arguments,
+            **options,
+        )
+
     return run
 
 
 def tensors(checkpoint: Path) -> dict[tuple[str, str], bytes]:
     """(file, name) → the bytes of every tensor of an intact checkpoint, read with the safetensors library alone."""
     from safetensors.numpy import load_file
+
     verify(checkpoint)
-    return {(file.name, name): array.tobytes() for file in checkpoint.glob("*.safetensors")
-            for name, array in load_file(file).items()}
+    return {
+        (file.name, name): array.tobytes() for file in checkpoint.glob("*.safetensors") for name, array in load_file(file).items()
+    }
 
 
 def events(out_dir: Path, kind: str) -> list[dict]:
@@ -42,10 +54,13 @@ def events(out_dir: Path, kind: str) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------- the same checkpoints
 
+
 def test_saved_in_the_background_is_the_same_bit_for_bit_and_resumes_alike(start, tmp_path):
     """The copy is of the step that it says, although training changes the weights while it is written."""
-    for group in [start(name, f"--async_checkpoint={background}", "--max_iters=13", "--keep_last=9", inject=SLOW_DISK)
-                  for name, background in (("waited", "False"), ("background", "True"))]:
+    for group in [
+        start(name, f"--async_checkpoint={background}", "--max_iters=13", "--keep_last=9", inject=SLOW_DISK)
+        for name, background in (("waited", "False"), ("background", "True"))
+    ]:
         assert group.wait() == [0, 0] and group.err == "", group.err
     one, other = (CheckpointStore(tmp_path / name).all() for name in ("waited", "background"))
     assert [path.name for path in one] == [path.name for path in other] == ["step_000000005", "step_000000010", "step_000000013"]
@@ -54,8 +69,10 @@ def test_saved_in_the_background_is_the_same_bit_for_bit_and_resumes_alike(start
         mine, theirs = (json.loads((path / "state.json").read_text()) for path in (a, b))
         assert (mine["progress"], mine["model"], mine["dataset"]) == (theirs["progress"], theirs["model"], theirs["dataset"])
     assert [e["step"] for e in events(tmp_path / "background", "checkpoint")] == [5, 10, 13]
-    for group in [start(name, f"--async_checkpoint={background}", "--max_iters=16", "--init_from=resume")
-                  for name, background in (("waited", "True"), ("background", "False"))]:  # each in the other way
+    for group in [
+        start(name, f"--async_checkpoint={background}", "--max_iters=16", "--init_from=resume")
+        for name, background in (("waited", "True"), ("background", "False"))
+    ]:  # each in the other way
         assert group.wait() == [0, 0] and group.err == "", group.err
     one, other = (CheckpointStore(tmp_path / name).pointed("latest") for name in ("waited", "background"))
     assert one.name == "step_000000016" and tensors(one) == tensors(other)
@@ -63,13 +80,25 @@ def test_saved_in_the_background_is_the_same_bit_for_bit_and_resumes_alike(start
 
 def test_one_process_saves_in_the_background_too(tmp_path, tiny_dataset):
     for name, background in (("waited", "False"), ("background", "True")):
-        assert train.main([*SMALL, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / name}", "--save_interval=2", "--max_iters=7",
-                           f"--async_checkpoint={background}"]) == 0
+        assert (
+            train.main(
+                [
+                    *SMALL,
+                    f"--dataset={tiny_dataset}",
+                    f"--out_dir={tmp_path / name}",
+                    "--save_interval=2",
+                    "--max_iters=7",
+                    f"--async_checkpoint={background}",
+                ]
+            )
+            == 0
+        )
     one, other = (CheckpointStore(tmp_path / name).pointed("latest") for name in ("waited", "background"))
     assert one.name == "step_000000007" and tensors(one) == tensors(other)
 
 
 # ------------------------------------------------------------------------------------------- nothing is lost
+
 
 def test_a_kill_during_a_background_save_loses_nothing(start, tmp_path):
     group = start("out", "--async_checkpoint=True", "--max_iters=100000", inject=SLOW_DISK)
@@ -79,7 +108,7 @@ def test_a_kill_during_a_background_save_loses_nothing(start, tmp_path):
     wait_for(lambda: len(events(tmp_path / "out", "step")) >= begun + 2, 60, "steps meanwhile")
     group.send(signal.SIGKILL)
     assert group.wait() == [-signal.SIGKILL, -signal.SIGKILL]
-    assert list(checkpoints.glob(".writing_*10"))       # training went on while it was written
+    assert list(checkpoints.glob(".writing_*10"))  # training went on while it was written
     verify(CheckpointStore(tmp_path / "out").pointed("latest"))
     assert start("out", "--async_checkpoint=True", "--max_iters=12", "--init_from=auto").wait() == [0, 0]
     assert start("whole", "--max_iters=12").wait() == [0, 0]
@@ -153,12 +182,31 @@ def test_of_a_large_model_training_waits_for_less_than_a_quarter(tiny_dataset, t
     """GPT-2's 124M parameters, 1.5 GB a checkpoint; prints the medians."""
     started = time.monotonic()
     group = shared_launcher().run(
-        "--arch_preset=gpt2", "--vocab_size=50257", "--block_size=32", "--batch_size=1", "--gradient_accumulation_steps=2",
-        "--device=cpu", "--dtype=float32", "--threads=1", f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / 'out'}",
-        "--max_iters=10", "--save_interval=1", "--eval_interval=0", "--eval_iters=1", "--async_checkpoint=True", "--keep_last=1",
-        f"--parallelism={'zero1' if size > 1 else 'none'}", size=size, inject=TAKES_TURNS.format(tmp_path), timeout=280)
+        "--arch_preset=gpt2",
+        "--vocab_size=50257",
+        "--block_size=32",
+        "--batch_size=1",
+        "--gradient_accumulation_steps=2",
+        "--device=cpu",
+        "--dtype=float32",
+        "--threads=1",
+        f"--dataset={tiny_dataset}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--max_iters=10",
+        "--save_interval=1",
+        "--eval_interval=0",
+        "--eval_iters=1",
+        "--async_checkpoint=True",
+        "--keep_last=1",
+        f"--parallelism={'zero1' if size > 1 else 'none'}",
+        size=size,
+        inject=TAKES_TURNS.format(tmp_path),
+        timeout=280,
+    )
     assert set(group.codes.values()) == {0}, group.err
     found = medians(tmp_path)
-    print(f"\n{size} process(es): waited for {found['Saver']:.2f} s, in the background {found['BackgroundSaver']:.3f} s "
-          f"({found['BackgroundSaver'] / found['Saver']:.1%}); {time.monotonic() - started:.0f} s in all")
+    print(
+        f"\n{size} process(es): waited for {found['Saver']:.2f} s, in the background {found['BackgroundSaver']:.3f} s "
+        f"({found['BackgroundSaver'] / found['Saver']:.1%}); {time.monotonic() - started:.0f} s in all"
+    )
     assert found["BackgroundSaver"] < found["Saver"] / 4, found

@@ -25,6 +25,7 @@ GATHER, SCATTER, SUM = "c10d::_allgather_base_", "c10d::_reduce_scatter_base_", 
 
 # ------------------------------------------------------------------------------------------- how often
 
+
 def count_collectives(dataset, model: str, strategy: str) -> dict[str, int]:
     """Of the second step's forward and backward passes: how often each operation of torch.distributed is called."""
     built, parallel = build(model, strategy)
@@ -51,8 +52,9 @@ PER_UNIT = {  # operation → how often a unit does it in one step
 }
 
 
-@pytest.mark.parametrize("size, strategy, model", [
-    *product((2,), STRATEGIES[2], ("tied", "untied")), (4, "zero1", "untied"), (4, "hsdp", "untied")])
+@pytest.mark.parametrize(
+    "size, strategy, model", [*product((2,), STRATEGIES[2], ("tied", "untied")), (4, "zero1", "untied"), (4, "hsdp", "untied")]
+)
 def test_a_unit_travels_as_often_as_its_strategy_says(tiny_dataset, size, strategy, model):
     expected = Counter({operation: times * units(model) for operation, times in PER_UNIT[strategy].items()})
     expected[SUM] += 1  # the loss, for the log
@@ -61,6 +63,7 @@ def test_a_unit_travels_as_often_as_its_strategy_says(tiny_dataset, size, strate
 
 
 # ------------------------------------------------------------------------------------------- how much
+
 
 def measure_memory(dataset, strategy: str) -> dict[str, int]:
     """Bytes in this process after a step of AdamW: of parameters, of optimizer state, of all tensors that live."""
@@ -71,8 +74,7 @@ def measure_memory(dataset, strategy: str) -> dict[str, int]:
     norm, skip = clip_and_check(built, backward(built, parallel, micro_batches), 1.0, torch.ones(()))
     optimizer.step(1e-3, skip)
     optimizer.zero_grad()
-    found = dict(parameters=held(built.parameters()), state=held(optimizer.state().values()),
-                 living=live_bytes())
+    found = dict(parameters=held(built.parameters()), state=held(optimizer.state().values()), living=live_bytes())
     with torch.no_grad():
         built(micro_batches[0][:, :-1])
     parallel.settle()
@@ -104,8 +106,9 @@ def of_one_process(dataset) -> dict[str, int]:
     return in_processes(1, measure_memory, dataset, "none")[0]
 
 
-@pytest.mark.parametrize("size, strategy, share", [
-    (4, "zero1", 1 / 4), (4, "fsdp", 1 / 4), (4, "hsdp", 1 / 2), (4, "ddp", 1), (2, "zero2", 1 / 2)])
+@pytest.mark.parametrize(
+    "size, strategy, share", [(4, "zero1", 1 / 4), (4, "fsdp", 1 / 4), (4, "hsdp", 1 / 2), (4, "ddp", 1), (2, "zero2", 1 / 2)]
+)
 def test_each_process_keeps_its_share(tiny_dataset, size, strategy, share):
     whole = of_one_process(tiny_dataset)
     assert whole["state"] > 2 * whole["parameters"] > 0

@@ -18,8 +18,10 @@ RUN = (*SMALL, "--parallelism=zero1", "--save_interval=5", "--eval_interval=0")
 @pytest.fixture(scope="module")
 def start(tiny_dataset):
     """start(out_dir, *arguments, **options of Launcher.run) → the ended Group of two processes."""
+
     def run(out_dir: Path, *arguments: str, **options) -> Group:
         return shared_launcher().run(*RUN, f"--dataset={tiny_dataset}", f"--out_dir={out_dir}", *arguments, **options)
+
     return run
 
 
@@ -72,6 +74,7 @@ def resumed_from(out_dir: Path) -> int | None:
 
 # ------------------------------------------------------------------------------------------- the disk
 
+
 @pytest.mark.parametrize("rank", (0, 1))
 @pytest.mark.parametrize("background", (False, True))
 def test_no_space_in_one_process_is_one_sentence_and_the_checkpoints_before_are_untouched(start, copy, rank, background):
@@ -110,7 +113,8 @@ def test_a_latest_that_points_to_nothing_is_said_and_the_newest_used(start, copy
     group = start(copy, "--init_from=auto", "--max_iters=12")
     assert group.wait() == [0, 0] and group.err == ""
     assert [line for line in group.out.splitlines() if line.startswith("warning")] == [
-        f"warning: {copy / 'checkpoints' / 'latest'} does not point to a checkpoint; using the newest, step_000000010."]
+        f"warning: {copy / 'checkpoints' / 'latest'} does not point to a checkpoint; using the newest, step_000000010."
+    ]
     assert resumed_from(copy) == 10 and CheckpointStore(copy).pointed("latest").name == "step_000000012"
 
 
@@ -139,6 +143,7 @@ def test_an_out_dir_that_is_not_the_same_for_all_is_refused(start, tmp_path):
 
 # ------------------------------------------------------------------------------------------- processes that differ
 
+
 def test_one_rank_with_another_configuration_is_named_with_the_key(start, tmp_path):
     (tmp_path / "config.py").write_text("import os as _os\nwarmup_iters = 3 if _os.environ['RANK'] == '0' else 4\n")
     refused(start(tmp_path / "out", str(tmp_path / "config.py"), "--max_iters=5"), 2, "warmup_iters=4", "rank 1", "has 3")
@@ -156,7 +161,8 @@ def test_one_rank_that_fails_before_they_meet_takes_the_others_along_in_seconds(
     group = start(tmp_path / "out", str(tmp_path / "config.py"), "--max_iters=5")
     assert group.wait() == [1, 2] and time.monotonic() - started < 30
     assert "nonsense" in group.complaints[0] and group.complaints[1:] == [
-        "train.py: rank 0 stops at step 0, because rank 1 failed."]
+        "train.py: rank 0 stops at step 0, because rank 1 failed."
+    ]
 
 
 def test_processes_that_are_restarted_find_each_other_and_not_what_the_former_ones_left():
@@ -167,6 +173,7 @@ def test_processes_that_are_restarted_find_each_other_and_not_what_the_former_on
     import torch.distributed as dist
 
     from training.processes import _name_of_meeting
+
     store, names = dist.HashStore(), []
     for generation in range(4):
         found: dict[int, str] = {}
@@ -174,6 +181,7 @@ def test_processes_that_are_restarted_find_each_other_and_not_what_the_former_on
         def meet(rank: int) -> None:
             time.sleep(random.Random(generation * 10 + rank).random() * 0.2)
             found[rank] = _name_of_meeting(store, rank, 3)
+
         if generation == 2:  # one that two of them did not live to see
             store.set("hello/1", "gone")
             store.set("words", "gone gone gone")
@@ -187,12 +195,15 @@ def test_processes_that_are_restarted_find_each_other_and_not_what_the_former_on
     assert len(set(names)) == 4
 
 
-@pytest.mark.parametrize("arguments, size, words", [
-    (("--batch_szie=3",), 2, ("batch_szie", "batch_size")),
-    (("--max_iters=5",), 3, ("4 sequences", "3 processes", "multiple of 3")),
-    (("--max_iters=5", "--parallelism=none"), 2, ("none", "2 were started")),
-    (("--max_iters=5", "--init_from=resume"), 2, ("Nothing to resume",)),
-])
+@pytest.mark.parametrize(
+    "arguments, size, words",
+    [
+        (("--batch_szie=3",), 2, ("batch_szie", "batch_size")),
+        (("--max_iters=5",), 3, ("4 sequences", "3 processes", "multiple of 3")),
+        (("--max_iters=5", "--parallelism=none"), 2, ("none", "2 were started")),
+        (("--max_iters=5", "--init_from=resume"), 2, ("Nothing to resume",)),
+    ],
+)
 def test_what_concerns_all_of_them_is_said_once(start, tmp_path, arguments, size, words):
     group = start(tmp_path / "out", *arguments, size=size)
     refused(group, 1 if "Nothing" in words[0] else 2, *words)

@@ -34,10 +34,14 @@ def test_results_come_by_rank_from_processes_that_stay():
     assert [pid for _, pid in first] == [pid for _, pid in second] and first[0] != first[1]
 
 
-@pytest.mark.parametrize("how, error, message", [
-    ("raises", RankFailed, "(?s)^rank 1 of 2.*in misbehave.*ValueError: one is wrong.*printed before"),
-    ("dies", RankFailed, "rank 1 of 2 died, exit code 7"),
-    ("hangs", TimeoutError, "after 3 s no answer from rank 0, 1 of 2")])
+@pytest.mark.parametrize(
+    "how, error, message",
+    [
+        ("raises", RankFailed, "(?s)^rank 1 of 2.*in misbehave.*ValueError: one is wrong.*printed before"),
+        ("dies", RankFailed, "rank 1 of 2 died, exit code 7"),
+        ("hangs", TimeoutError, "after 3 s no answer from rank 0, 1 of 2"),
+    ],
+)
 def test_what_goes_wrong_in_one_rank_ends_all_and_is_said(how, error, message):
     pids = [pid for _, pid in in_processes(2, add_up, 0)]
     with pytest.raises(error, match=message):

@@ -17,11 +17,29 @@ from training_runs import BF16, CONFIGURATIONS, FP32, STRATEGIES
 
 SAVED, LENGTH = 5, 10  # steps
 # 6 rows (norms), 5 rows (d_ff) and 258 rows do not divide by 4, and of the first two the last of 4 processes has none.
-SMALL = ("--arch_preset=llama", "--n_layer=2", "--n_head=1", "--n_embd=6", "--d_ff=5", "--block_size=16",
-         "--vocab_size=257", "--pad_vocab_multiple=3", "--batch_size=4", "--gradient_accumulation_steps=4",
-         "--learning_rate=1e-2", "--warmup_iters=2", f"--lr_decay_iters={LENGTH}", f"--max_iters={LENGTH}",
-         f"--save_interval={SAVED}", "--keep_last=5", "--eval_interval=0", "--eval_iters=1",
-         "--log_interval=1", "--device=cpu", "--dtype=float32")
+SMALL = (
+    "--arch_preset=llama",
+    "--n_layer=2",
+    "--n_head=1",
+    "--n_embd=6",
+    "--d_ff=5",
+    "--block_size=16",
+    "--vocab_size=257",
+    "--pad_vocab_multiple=3",
+    "--batch_size=4",
+    "--gradient_accumulation_steps=4",
+    "--learning_rate=1e-2",
+    "--warmup_iters=2",
+    f"--lr_decay_iters={LENGTH}",
+    f"--max_iters={LENGTH}",
+    f"--save_interval={SAVED}",
+    "--keep_last=5",
+    "--eval_interval=0",
+    "--eval_iters=1",
+    "--log_interval=1",
+    "--device=cpu",
+    "--dtype=float32",
+)
 ALL = [(1, "none"), *CONFIGURATIONS]
 
 
@@ -38,17 +56,31 @@ def whole(tiny_dataset, tmp_path_factory):
         key = (size, strategy, *options)
         if key not in made:
             folder = tmp_path_factory.mktemp("whole")
-            train_in_processes(size, *SMALL, f"--parallelism={strategy}", f"--dataset={tiny_dataset}",
-                               f"--out_dir={folder}", "--threads=1", *options)
+            train_in_processes(
+                size,
+                *SMALL,
+                f"--parallelism={strategy}",
+                f"--dataset={tiny_dataset}",
+                f"--out_dir={folder}",
+                "--threads=1",
+                *options,
+            )
             made[key] = folder
         return made[key]
+
     return run
 
 
 def resume(size: int, strategy: str, saved: Path, out_dir: Path, *options: str) -> Path:
     """Go on from the checkpoint in the middle of the run in `saved`."""
-    train_in_processes(size, f"--init_from={checkpoint(saved, SAVED)}", f"--out_dir={out_dir}",
-                       f"--parallelism={strategy}", "--threads=1", *options)
+    train_in_processes(
+        size,
+        f"--init_from={checkpoint(saved, SAVED)}",
+        f"--out_dir={out_dir}",
+        f"--parallelism={strategy}",
+        "--threads=1",
+        *options,
+    )
     return out_dir
 
 
@@ -58,11 +90,12 @@ def checkpoint(out_dir: Path, step: int) -> Path:
 
 def figures(out_dir: Path) -> list[float]:
     """The losses of the steps after the save, and the validation loss at the end."""
-    log, = out_dir.glob("run_*.jsonl")
+    (log,) = out_dir.glob("run_*.jsonl")
     events = [json.loads(line) for line in log.read_text().splitlines()]
     losses = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
     return [losses[step] for step in range(SAVED + 1, LENGTH + 1)] + [
-        event["val_loss"] for event in events if event["event"] == "eval"]
+        event["val_loss"] for event in events if event["event"] == "eval"
+    ]
 
 
 def tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -84,15 +117,21 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- the same again
 
+
 @pytest.mark.parametrize("size, strategy", ALL)
 def test_the_same_processes_and_strategy_go_on_bit_for_bit(tmp_path, whole, size, strategy):
     first = whole(size, strategy)
     assert_same_bits(resume(size, strategy, first, tmp_path), first)
 
 
-@pytest.mark.parametrize("size, strategy, options", [
-    (2, "zero1", ("--dtype=bfloat16", "--activation_checkpointing=full")), (4, "hsdp", ("--optimizer=muon",)),
-    (2, "fsdp", ("--arch_preset=gpt2", "--async_checkpoint=True"))])
+@pytest.mark.parametrize(
+    "size, strategy, options",
+    [
+        (2, "zero1", ("--dtype=bfloat16", "--activation_checkpointing=full")),
+        (4, "hsdp", ("--optimizer=muon",)),
+        (2, "fsdp", ("--arch_preset=gpt2", "--async_checkpoint=True")),
+    ],
+)
 def test_dropout_goes_on_bit_for_bit_in_every_rank(tmp_path, whole, size, strategy, options):
     first = whole(size, strategy, "--dropout=0.3", *options)
     assert_same_bits(resume(size, strategy, first, tmp_path), first)
@@ -126,9 +165,13 @@ def test_the_chosen_pairs_hold_every_strategy_and_number_of_processes_on_both_si
     assert {strategy for _, strategy in ALL} == {"none", *STRATEGIES[4]}
 
 
-@pytest.mark.parametrize("before, after", [
-    pytest.param(*pair, marks=() if pair in CHOSEN else pytest.mark.slow, id=f"{name(*pair[0])}-{name(*pair[1])}")
-    for pair in PAIRS])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        pytest.param(*pair, marks=() if pair in CHOSEN else pytest.mark.slow, id=f"{name(*pair[0])}-{name(*pair[1])}")
+        for pair in PAIRS
+    ],
+)
 def test_a_run_goes_on_under_another_strategy(tmp_path, whole, before, after):
     first = whole(*before)
     assert figures(resume(*after, first, tmp_path, "--save_interval=-1")) == pytest.approx(figures(first), rel=FP32)
@@ -136,10 +179,17 @@ def test_a_run_goes_on_under_another_strategy(tmp_path, whole, before, after):
 
 # ------------------------------------------------------------------------------------------- what else may change
 
-@pytest.mark.parametrize("option, tolerance", [
-    ("--dtype=bfloat16", BF16), ("--activation_checkpointing=full", FP32),
-    ("--batch_size=2 --gradient_accumulation_steps=8", FP32), ("--async_checkpoint=True", FP32),
-    pytest.param("--compile=True", FP32, marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize(
+    "option, tolerance",
+    [
+        ("--dtype=bfloat16", BF16),
+        ("--activation_checkpointing=full", FP32),
+        ("--batch_size=2 --gradient_accumulation_steps=8", FP32),
+        ("--async_checkpoint=True", FP32),
+        pytest.param("--compile=True", FP32, marks=pytest.mark.slow),
+    ],
+)
 def test_what_says_how_to_compute_may_change_with_the_strategy(tmp_path, whole, option, tolerance):
     first = whole(2, "fsdp")
     assert figures(resume(4, "zero1", first, tmp_path, *option.split())) == pytest.approx(figures(first), rel=tolerance)

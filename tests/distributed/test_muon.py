@@ -27,13 +27,19 @@ def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
 def differences(strategy: str) -> tuple[str, list[str]]:
     """(kind of Muon used, names of block matrices and momenta that differ from PyTorch's Muon on whole matrices)."""
     from torch.distributed.tensor import distribute_tensor
+
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size(), group=dist.group.WORLD)
     train = TrainConfig(optimizer="muon", weight_decay=0.1)
     whole = build_model(CONFIG, seed=3)
     names = [name for name, p in whole.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     matrices = dict(whole.named_parameters())
-    oracle = torch.optim.Muon([matrices[name] for name in names], lr=0.01, weight_decay=0.1, momentum=train.muon_momentum,
-                              adjust_lr_fn="match_rms_adamw")
+    oracle = torch.optim.Muon(
+        [matrices[name] for name in names],
+        lr=0.01,
+        weight_decay=0.1,
+        momentum=train.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
     model = build_model(CONFIG, device="meta")
     parallel = parallelize(model, strategy, world, torch.device("cpu"), torch.float32)
     model.to_empty(device="cpu")
@@ -41,18 +47,22 @@ def differences(strategy: str) -> tuple[str, list[str]]:
     optimizer = Optimizer(model, train)
     for step in range(STEPS):
         for name, parameter in model.named_parameters():
-            parameter.grad = distribute_tensor(gradient(name, parameter.shape, step), parameter.device_mesh,
-                                               parameter.placements, src_data_rank=None)
+            parameter.grad = distribute_tensor(
+                gradient(name, parameter.shape, step), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
         for name in names:
             matrices[name].grad = gradient(name, matrices[name].shape, step)
         optimizer.step(0.01, torch.zeros(()))
         oracle.step()
     sharded, state = dict(model.named_parameters()), optimizer.state()
     pairs = {name: (sharded[name], matrices[name]) for name in names}
-    pairs |= {f"{name}.momentum_buffer": (state[f"{name}.momentum_buffer"], oracle.state[matrices[name]]["momentum_buffer"])
-              for name in names}
-    return type(optimizer.muon).__name__, [name for name, (one, other) in pairs.items()
-                                           if not torch.equal(one.full_tensor(), other)]
+    pairs |= {
+        f"{name}.momentum_buffer": (state[f"{name}.momentum_buffer"], oracle.state[matrices[name]]["momentum_buffer"])
+        for name in names
+    }
+    return type(optimizer.muon).__name__, [
+        name for name, (one, other) in pairs.items() if not torch.equal(one.full_tensor(), other)
+    ]
 
 
 @pytest.mark.parametrize("size, strategy", [(2, "zero1"), (2, "fsdp"), (4, "zero2"), (4, "hsdp"), (2, "ddp")])

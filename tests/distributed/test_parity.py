@@ -13,8 +13,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from group import in_processes, train_here
 from torch import nn
-from training_runs import (BF16, CLIP, CONFIGURATIONS, FP32, LEARNING_RATE, MODELS, SEED, backward, batches, build,
-                           config_of, train_a_little, worst_difference)
+from training_runs import (
+    BF16,
+    CLIP,
+    CONFIGURATIONS,
+    FP32,
+    LEARNING_RATE,
+    MODELS,
+    SEED,
+    backward,
+    batches,
+    build,
+    config_of,
+    train_a_little,
+    worst_difference,
+)
 
 from model_builder import build_model
 
@@ -23,8 +36,9 @@ MUON = 1e-3
 
 
 @cache
-def one_process(dataset: Path, model: str, accumulation: int = 1, dtype: torch.dtype = torch.float32,
-                optimizer: str = "sgd") -> list[tuple[float, float]]:
+def one_process(
+    dataset: Path, model: str, accumulation: int = 1, dtype: torch.dtype = torch.float32, optimizer: str = "sgd"
+) -> list[tuple[float, float]]:
     """The run that all others are compared with: by train.py's functions, without a strategy."""
     return in_processes(1, train_one, dataset, model, accumulation, dtype, optimizer)[0]
 
@@ -45,6 +59,7 @@ def shared(size: int, dataset: Path, model: str, strategy: str, accumulation: in
 
 
 # ------------------------------------------------------------------------------------------- the oracle
+
 
 def train_by_pytorch(dataset: Path, model: str, accumulation: int) -> list[tuple[float, float]]:
     """PyTorch's DistributedDataParallel around the same model: mean losses, its own averaging, clipping and SGD."""
@@ -85,6 +100,7 @@ def test_the_runs_show_what_goes_wrong(tiny_dataset, model):
 
 # ------------------------------------------------------------------------------------------- every strategy
 
+
 @pytest.mark.parametrize("accumulation, model", list(product((1, 4), ("tied", "untied"))))
 @pytest.mark.parametrize("size, strategy", CONFIGURATIONS)
 def test_every_strategy_gives_the_losses_and_norms_of_one_process(tiny_dataset, size, strategy, accumulation, model):
@@ -108,8 +124,9 @@ def test_bf16_agrees_with_bf16_of_one_process(tiny_dataset, size, strategy):
 USUAL = ((1, "ddp"), (2, "ddp"), (2, "zero1"), (2, "fsdp"), (4, "hsdp"))  # the others take their time
 
 
-@pytest.mark.parametrize("size, strategy", [pytest.param(*c, marks=() if c in USUAL else pytest.mark.slow)
-                                            for c in CONFIGURATIONS])
+@pytest.mark.parametrize(
+    "size, strategy", [pytest.param(*c, marks=() if c in USUAL else pytest.mark.slow) for c in CONFIGURATIONS]
+)
 def test_muon_agrees_with_muon_of_one_process(tiny_dataset, size, strategy):
     figures = shared(size, tiny_dataset, "untied", strategy, 1, optimizer="muon")
     assert worst_difference(figures, one_process(tiny_dataset, "untied", optimizer="muon")) < MUON
@@ -129,6 +146,7 @@ def test_compiled_blocks_change_nothing(tiny_dataset, strategy):
 
 
 # ------------------------------------------------------------------------------------------- bf16, where it matters
+
 
 def gradients(model: str, strategy: str, tokens: torch.Tensor, parts: int) -> dict[str, torch.Tensor]:
     """In bf16: each parameter's gradient, whole, of a batch of which each process has its rows in so many parts."""
@@ -163,6 +181,7 @@ def test_bf16_means_the_same_under_a_strategy_as_without_one(model, strategy):
 
 # ------------------------------------------------------------------------------------------- where it starts
 
+
 def initial_weights(strategy: str, dtype: torch.dtype) -> dict[str, bytes]:
     """The bits of every parameter of every model, whole."""
     bits = {}
@@ -174,12 +193,13 @@ def initial_weights(strategy: str, dtype: torch.dtype) -> dict[str, bytes]:
 
 
 def bits_of(model: str, built: nn.Module) -> dict[str, bytes]:
-    return {f"{model}: {name}": whole(parameter).detach().numpy().tobytes()
-            for name, parameter in built.named_parameters()}
+    return {f"{model}: {name}": whole(parameter).detach().numpy().tobytes() for name, parameter in built.named_parameters()}
 
 
-@pytest.mark.parametrize("size, strategy, dtype", [
-    *((*configuration, torch.float32) for configuration in CONFIGURATIONS), (2, "zero1", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "size, strategy, dtype",
+    [*((*configuration, torch.float32) for configuration in CONFIGURATIONS), (2, "zero1", torch.bfloat16)],
+)
 def test_initial_weights_are_the_same_bits_everywhere(size, strategy, dtype):
     expected = {}
     for model in MODELS:
@@ -191,14 +211,27 @@ def test_initial_weights_are_the_same_bits_everywhere(size, strategy, dtype):
 
 # ------------------------------------------------------------------------------------------- what train.py feeds
 
-RUN = ("--arch_preset=llama", "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=16", "--batch_size=3",
-       "--gradient_accumulation_steps=4", "--max_iters=3", "--save_interval=-1", "--eval_iters=1", "--device=cpu",
-       "--dtype=float32", "--threads=1")
+RUN = (
+    "--arch_preset=llama",
+    "--n_layer=1",
+    "--n_head=1",
+    "--n_embd=8",
+    "--block_size=16",
+    "--batch_size=3",
+    "--gradient_accumulation_steps=4",
+    "--max_iters=3",
+    "--save_interval=-1",
+    "--eval_iters=1",
+    "--device=cpu",
+    "--dtype=float32",
+    "--threads=1",
+)
 
 
 def trained_on(arguments: tuple[str, ...]) -> tuple[list, list]:
     """Run train.py; what this process trains on: the (inputs, targets) of each micro-batch, and the dropout masks."""
     from training import objectives
+
     fed, masks, loss, dropout = [], [], objectives.next_token_loss, F.dropout
 
     def watched_loss(model, inputs, targets):
@@ -211,8 +244,8 @@ def trained_on(arguments: tuple[str, ...]) -> tuple[list, list]:
         if training:
             masks.append(result.detach() != 0)
         return result
-    with (mock.patch.object(objectives, "next_token_loss", watched_loss),
-          mock.patch.object(F, "dropout", watched_dropout)):
+
+    with mock.patch.object(objectives, "next_token_loss", watched_loss), mock.patch.object(F, "dropout", watched_dropout):
         train_here(arguments)
     return fed, masks
 
@@ -220,7 +253,7 @@ def trained_on(arguments: tuple[str, ...]) -> tuple[list, list]:
 @pytest.mark.parametrize("size, strategy", [(2, "zero1"), (3, "ddp"), (4, "fsdp")])
 def test_the_processes_together_train_on_the_batches_of_one(tmp_path, tiny_dataset, size, strategy):
     arguments = (*RUN, f"--dataset={tiny_dataset}")
-    (alone, _), = in_processes(1, trained_on, (*arguments, f"--out_dir={tmp_path / 'one'}"))
+    ((alone, _),) = in_processes(1, trained_on, (*arguments, f"--out_dir={tmp_path / 'one'}"))
     ranks = in_processes(size, trained_on, (*arguments, f"--out_dir={tmp_path / 'more'}", f"--parallelism={strategy}"))
     for kind in range(2):  # inputs, targets
         steps = torch.cat([micro_batch[kind] for micro_batch in alone]).view(3, 12, 16)
@@ -231,8 +264,10 @@ def test_the_processes_together_train_on_the_batches_of_one(tmp_path, tiny_datas
 
 def test_dropout_differs_between_processes_and_is_the_same_in_the_next_run(tmp_path, tiny_dataset):
     arguments = (*RUN, f"--dataset={tiny_dataset}", "--parallelism=zero1", "--dropout=0.5")
-    runs = [[masks for _, masks in in_processes(4, trained_on, (*arguments, f"--out_dir={tmp_path / name}"))]
-            for name in ("one", "other")]
+    runs = [
+        [masks for _, masks in in_processes(4, trained_on, (*arguments, f"--out_dir={tmp_path / name}"))]
+        for name in ("one", "other")
+    ]
     for one, other in zip(*runs):
         assert len(one) == len(other) > 3 and all(map(torch.equal, one, other))
     for a, b in combinations(runs[0], 2):

@@ -40,8 +40,10 @@ train.Run.save = save"""
 @pytest.fixture
 def start(tiny_dataset, tmp_path):
     """start(*arguments, **options of Launcher.start) → the running Group of two processes, which write to tmp_path."""
+
     def run(*arguments: str, **options) -> Group:
         return shared_launcher().start(*RUN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path}", *arguments, **options)
+
     return run
 
 
@@ -58,6 +60,7 @@ def saved_step(out_dir: Path) -> int:
 
 # ------------------------------------------------------------------------------------------- signals
 
+
 @pytest.mark.parametrize("number, ranks", ((signal.SIGTERM, (0,)), (signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))))
 def test_a_stop_signal_to_any_rank_makes_all_finish_the_same_step_save_and_exit_0(start, tmp_path, number, ranks):
     group = start("--max_iters=100000", inject=SAYS_WHAT_IT_SAVES)
@@ -67,7 +70,8 @@ def test_a_stop_signal_to_any_rank_makes_all_finish_the_same_step_save_and_exit_
     step = saved_step(tmp_path)
     assert step == events(tmp_path, "step")[-1]["step"]
     assert {line for line in group.out.splitlines() if line.endswith(f"saves step {step}")} == {
-        f"rank {rank} saves step {step}" for rank in (0, 1)}
+        f"rank {rank} saves step {step}" for rank in (0, 1)
+    }
     assert events(tmp_path, "run_end")[-1]["outcome"] == "stopped"
     assert "\nTo go on: torchrun --standalone --nproc_per_node=2 train.py " in group.out and "--init_from=resume" in group.out
 
@@ -80,8 +84,12 @@ def test_ctrl_c_that_comes_twice_as_torchrun_passes_it_on_is_one_and_a_later_one
         time.sleep(0.02)
     assert group.wait(SECONDS) == [0, 0] and group.err == "", group.err
     assert saved_step(tmp_path) == events(tmp_path, "step")[-1]["step"]
-    group = start("--max_iters=100000", "--seed=2", inject="import training.signals; training.signals.ECHO = 0.2"
-                  + IN_STEP_4.format("print('asleep', flush=True); time.sleep(60)"))
+    group = start(
+        "--max_iters=100000",
+        "--seed=2",
+        inject="import training.signals; training.signals.ECHO = 0.2"
+        + IN_STEP_4.format("print('asleep', flush=True); time.sleep(60)"),
+    )
     group.wait_for_line("asleep")
     group.send(signal.SIGINT)
     time.sleep(0.5)
@@ -102,6 +110,7 @@ def test_usr1_to_any_rank_saves_and_goes_on(start, tmp_path):
 
 # ------------------------------------------------------------------------------------------- failures
 
+
 @pytest.mark.parametrize("rank", (0, 1))
 def test_a_rank_that_throws_brings_the_group_down_with_its_own_traceback_first(start, tmp_path, rank):
     group = start("--max_iters=100000", inject=IN_STEP_4.format(f"if RANK == {rank}: raise ZeroDivisionError('on purpose')"))
@@ -109,9 +118,11 @@ def test_a_rank_that_throws_brings_the_group_down_with_its_own_traceback_first(s
     assert group.wait() == [1, 1] and time.monotonic() - started < SECONDS
     lines = group.complaints
     assert lines[0].startswith("Traceback") and lines[-2] == (
-        f"train.py: [rank {rank}] ZeroDivisionError: on purpose (--debug shows where)")
-    assert re.fullmatch(rf"train.py: (\[rank {1 - rank}\] )?rank {1 - rank} stops at step \d, because rank {rank} failed\.",
-                        lines[-1])
+        f"train.py: [rank {rank}] ZeroDivisionError: on purpose (--debug shows where)"
+    )
+    assert re.fullmatch(
+        rf"train.py: (\[rank {1 - rank}\] )?rank {1 - rank} stops at step \d, because rank {rank} failed\.", lines[-1]
+    )
     assert group.err.count("Traceback") == 1
     if rank == 0:
         assert events(tmp_path, "run_end")[-1]["outcome"] == "failed"
@@ -129,8 +140,9 @@ def test_a_killed_rank_takes_the_other_one_along_in_seconds_and_one_line(start, 
 
 
 def test_a_stuck_rank_ends_the_run_with_a_message_that_says_who_is_where(start):
-    group = start("--max_iters=100000", "--collective_timeout=3",
-                  inject=IN_STEP_4.format("if RANK == 1: time.sleep(1000)"), size=4)
+    group = start(
+        "--max_iters=100000", "--collective_timeout=3", inject=IN_STEP_4.format("if RANK == 1: time.sleep(1000)"), size=4
+    )
     assert group.wait(SECONDS) == [1, 1, 1, 1]
     message = next(line for line in group.complaints if "hangs" in line)
     assert re.search(r"rank \d has waited [34] s for the other processes at step 3 ", message)
@@ -141,8 +153,12 @@ def test_a_stuck_rank_ends_the_run_with_a_message_that_says_who_is_where(start):
 
 
 def test_a_frozen_process_is_named_with_when_it_was_last_heard_of(start):
-    group = start("--max_iters=100000", "--save_interval=0", "--collective_timeout=3",  # a save may take its time
-                  inject="import training.processes; training.processes.GRACE = 1")
+    group = start(
+        "--max_iters=100000",
+        "--save_interval=0",
+        "--collective_timeout=3",  # a save may take its time
+        inject="import training.processes; training.processes.GRACE = 1",
+    )
     group.wait_for_line("step 7/")
     group.send(signal.SIGSTOP, 1)
     wait_for(lambda: 0 in group.codes, SECONDS, "rank 0 to give up")
@@ -153,6 +169,7 @@ def test_a_frozen_process_is_named_with_when_it_was_last_heard_of(start):
 
 
 # ------------------------------------------------------------------------------------------- the same decisions
+
 
 def test_evaluations_and_what_they_decide_are_the_same_in_every_process(start, tmp_path):
     """Also when the processes come to a slightly different loss: rank 1's falls every time, rank 0's does not."""
@@ -176,21 +193,30 @@ training.objectives.mean_loss, train.Run.evaluate = mean_loss, recorded"""
 
 # ------------------------------------------------------------------------------------------- torchrun itself
 
+
 def reader(process) -> tuple[list[str], object]:
     """The lines that a process prints, as they come, and a function that waits for one that begins so."""
     import threading
+
     lines: list[str] = []
     threading.Thread(target=lambda: lines.extend(iter(process.stdout.readline, "")), daemon=True).start()
 
     def wait_for_line(start: str, after: int = 0) -> None:
         wait_for(lambda: any(line.startswith(start) for line in lines[after:]) or process.poll() is not None, 120, start)
         assert process.poll() is None, "".join(lines) + process.stderr.read()
+
     return lines, wait_for_line
 
 
 def test_torchrun_restarts_a_killed_rank_where_it_was_and_passes_sigterm_on(tiny_dataset, tmp_path):
-    process = torchrun(*RUN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path}", "--max_iters=100000", "--init_from=auto",
-                       options=("--max-restarts=2",))
+    process = torchrun(
+        *RUN,
+        f"--dataset={tiny_dataset}",
+        f"--out_dir={tmp_path}",
+        "--max_iters=100000",
+        "--init_from=auto",
+        options=("--max-restarts=2",),
+    )
     lines, wait_for_line = reader(process)
     wait_for_line("step 7/")
     os.kill(children(process.pid)[1], signal.SIGKILL)
@@ -198,10 +224,12 @@ def test_torchrun_restarts_a_killed_rank_where_it_was_and_passes_sigterm_on(tiny
     wait_for_line("step 9/", before)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    assert process.returncode == 1                                        # as torchrun has it: the ranks themselves exit 0
+    assert process.returncode == 1  # as torchrun has it: the ranks themselves exit 0
     starts = events(tmp_path, "run_start")
     assert [start["resumed_from"] and start["resumed_from"]["step"] for start in starts] == [None, 5]
-    assert saved_step(tmp_path) == events(tmp_path, "step")[-1]["step"] and events(tmp_path, "run_end")[-1]["outcome"] == "stopped"
+    assert (
+        saved_step(tmp_path) == events(tmp_path, "step")[-1]["step"] and events(tmp_path, "run_end")[-1]["outcome"] == "stopped"
+    )
     assert any(line.startswith("To go on: torchrun") for line in lines)
 
 
@@ -227,6 +255,7 @@ def test_torchrun_returns_0_when_a_rank_alone_is_told_to_stop_and_1_after_a_usag
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.count("--nonsense is not a key") == 1
 
+
 SRUN = """#!/bin/bash
 # As SLURM's: the command once a node; --signal's SIGTERM goes to every one of them.
 shift
@@ -243,18 +272,33 @@ def test_the_slurm_script_trains_on_two_nodes_stops_requeues_and_goes_on(tiny_da
     """With srun and scontrol that do on one machine what SLURM's do on two."""
     import subprocess
     import sys
+
     torchrun = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n'
     scontrol = '#!/bin/bash\nif [ "$1" = show ]; then echo localhost; else echo "$@" >> "$FAKE/requeued"; fi\n'
     for name, text in (("srun", SRUN), ("scontrol", scontrol), ("torchrun", torchrun)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "SLURM_NNODES": "2",
-                   "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT),
-                   "PROCESSES_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FAKE": str(tmp_path),
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "PROCESSES_PER_NODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
     def job(*arguments: str) -> subprocess.Popen:
-        return subprocess.Popen(["bash", ROOT / "docs" / "slurm.sh", *RUN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / 'out'}",
-                                 *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            ["bash", ROOT / "docs" / "slurm.sh", *RUN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / 'out'}", *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
     process = job("--max_iters=100000", "--lr_decay_iters=100000")
     lines, wait_for_line = reader(process)
     wait_for_line("step 7/")

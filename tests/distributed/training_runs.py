@@ -25,17 +25,20 @@ from training.train_config import TrainConfig
 
 CPU = torch.device("cpu")
 STEPS, SEQUENCES, SEED = 10, 16, 1337  # updates; sequences in a global batch: 4 processes can accumulate 4 times
-LEARNING_RATE, CLIP = 0.1, 1.3         # stable: differences in rounding are not blown up; some steps are clipped
-MUON_RATE = 2e-3                       # of config/quickstart.py
+LEARNING_RATE, CLIP = 0.1, 1.3  # stable: differences in rounding are not blown up; some steps are clipped
+MUON_RATE = 2e-3  # of config/quickstart.py
 
 # Relative. fp32 sums in another order: one rounding is 6e-8, ten steps carry it on; in bf16 it would be 1e-3.
 FP32 = 1e-5
 # bf16 has 8 significant bits: a value is off by 2^-9 of itself when it is rounded, two that were rounded apart differ
 # by 2^-8. Split among more processes, each weight's gradient is rounded in more parts than in one.
-BF16 = 2.0 ** -8
+BF16 = 2.0**-8
 
-STRATEGIES = {1: ("ddp", "zero1", "zero2", "fsdp"), 2: ("ddp", "zero1", "zero2", "fsdp"),
-              4: ("ddp", "zero1", "zero2", "fsdp", "hsdp")}
+STRATEGIES = {
+    1: ("ddp", "zero1", "zero2", "fsdp"),
+    2: ("ddp", "zero1", "zero2", "fsdp"),
+    4: ("ddp", "zero1", "zero2", "fsdp", "hsdp"),
+}
 CONFIGURATIONS = [(size, strategy) for size, strategies in STRATEGIES.items() for strategy in strategies]
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256)
@@ -43,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": dict(preset="gpt2", **SHAPE),
     "untied": dict(preset="llama", **SHAPE),
     "padded": dict(preset="llama", **{**SHAPE, "vocab_size": 257, "pad_vocab_multiple": 3}),  # 258 rows; not by 4
-    "narrow": dict(preset="llama", **{**SHAPE, "n_head": 1, "n_embd": 6, "d_ff": 5}),         # 4 ranks: one has no row
+    "narrow": dict(preset="llama", **{**SHAPE, "n_head": 1, "n_embd": 6, "d_ff": 5}),  # 4 ranks: one has no row
 }
 
 
@@ -59,8 +62,9 @@ def world() -> World:
     return World(me, size, me, size, group=dist.group.WORLD)
 
 
-def build(model: str, strategy: str, dtype: torch.dtype = torch.float32, checkpointing: str = "none",
-          compiled: bool = False) -> tuple[torch.nn.Module, Alone]:
+def build(
+    model: str, strategy: str, dtype: torch.dtype = torch.float32, checkpointing: str = "none", compiled: bool = False
+) -> tuple[torch.nn.Module, Alone]:
     """The model under a strategy, with its initial weights, as train.py's Run makes it."""
     built = build_model(config_of(model), device="meta")
     set_compute_dtype(built, dtype)
@@ -92,9 +96,17 @@ def backward(model, parallel: Alone, micro_batches) -> torch.Tensor:
     return world().sum(total)
 
 
-def train_a_little(dataset: Path, model: str, strategy: str, accumulation: int, *, dtype: torch.dtype = torch.float32,
-                   checkpointing: str = "none", compiled: bool = False,
-                   optimizer: str = "sgd") -> list[tuple[float, float]]:
+def train_a_little(
+    dataset: Path,
+    model: str,
+    strategy: str,
+    accumulation: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: str = "none",
+    compiled: bool = False,
+    optimizer: str = "sgd",
+) -> list[tuple[float, float]]:
     """(loss, gradient norm before clipping) of STEPS steps."""
     built, parallel = build(model, strategy, dtype, checkpointing, compiled)
     if optimizer == "sgd":

@@ -24,8 +24,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 TOLERANCE = 0.10
 
 
-def measured_peak(config, *, batch_size, dtype="bfloat16", checkpointing="none", optimizer="adamw",
-                  gradient_accumulation_steps=1) -> int:
+def measured_peak(
+    config, *, batch_size, dtype="bfloat16", checkpointing="none", optimizer="adamw", gradient_accumulation_steps=1
+) -> int:
     """Most bytes that tensors took at once in the second of two training steps."""
     torch.cuda.empty_cache()
     model = build_model(config, device="cuda")
@@ -51,27 +52,34 @@ def measured_peak(config, *, batch_size, dtype="bfloat16", checkpointing="none",
 LLAMA = dict(n_layer=8, n_head=8, n_embd=1024, vocab_size=32000, block_size=1024)
 
 
-@pytest.mark.parametrize("preset, shape, options", (
-    ("gpt2", {}, dict(batch_size=8)),
-    ("gpt2", {}, dict(batch_size=8, dtype="float32")),
-    ("gpt2", {}, dict(batch_size=8, checkpointing="full")),
-    ("gpt2", dict(dropout=0.1), dict(batch_size=8, dtype="float16")),
-    ("gpt2", dict(dropout=0.1, attention_backend="manual"), dict(batch_size=4)),
-    ("gpt2", dict(vocab_size=512), dict(batch_size=16)),
-    ("llama", LLAMA, dict(batch_size=8)),
-    ("llama", LLAMA, dict(batch_size=16, checkpointing="selective")),
-    ("llama", dict(LLAMA, vocab_size=512), dict(batch_size=32, checkpointing="full")),
-    ("llama", LLAMA, dict(batch_size=1, gradient_accumulation_steps=2, optimizer="muon")),
-    ("llama3", LLAMA, dict(batch_size=8)),
-    ("llama3", LLAMA, dict(batch_size=4, dtype="float32")),
-    ("mistral", dict(LLAMA, sliding_window=256), dict(batch_size=8)),
-    ("qwen3", LLAMA, dict(batch_size=8)),
-    ("gemma2", dict(LLAMA, sliding_window=256), dict(batch_size=4))), ids=str)
+@pytest.mark.parametrize(
+    "preset, shape, options",
+    (
+        ("gpt2", {}, dict(batch_size=8)),
+        ("gpt2", {}, dict(batch_size=8, dtype="float32")),
+        ("gpt2", {}, dict(batch_size=8, checkpointing="full")),
+        ("gpt2", dict(dropout=0.1), dict(batch_size=8, dtype="float16")),
+        ("gpt2", dict(dropout=0.1, attention_backend="manual"), dict(batch_size=4)),
+        ("gpt2", dict(vocab_size=512), dict(batch_size=16)),
+        ("llama", LLAMA, dict(batch_size=8)),
+        ("llama", LLAMA, dict(batch_size=16, checkpointing="selective")),
+        ("llama", dict(LLAMA, vocab_size=512), dict(batch_size=32, checkpointing="full")),
+        ("llama", LLAMA, dict(batch_size=1, gradient_accumulation_steps=2, optimizer="muon")),
+        ("llama3", LLAMA, dict(batch_size=8)),
+        ("llama3", LLAMA, dict(batch_size=4, dtype="float32")),
+        ("mistral", dict(LLAMA, sliding_window=256), dict(batch_size=8)),
+        ("qwen3", LLAMA, dict(batch_size=8)),
+        ("gemma2", dict(LLAMA, sliding_window=256), dict(batch_size=4)),
+    ),
+    ids=str,
+)
 def test_predicted_peak_is_what_the_allocator_hands_out(preset, shape, options):
     config = resolve(preset, **shape)
     predicted, measured = estimate_memory(config, **options).total, measured_peak(config, **options)
-    print(f"\n{config.name} {options}: allocated {measured / 1e9:.3f} GB, predicted {predicted / 1e9:.3f} GB: "
-          f"{predicted / measured - 1:+.2%}")
+    print(
+        f"\n{config.name} {options}: allocated {measured / 1e9:.3f} GB, predicted {predicted / 1e9:.3f} GB: "
+        f"{predicted / measured - 1:+.2%}"
+    )
     assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 

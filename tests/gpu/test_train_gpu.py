@@ -16,8 +16,19 @@ from model_config import resolve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-SMALL = ("--arch_preset=llama", "--n_layer=2", "--n_head=4", "--n_embd=256", "--block_size=128", "--batch_size=4",
-         "--gradient_accumulation_steps=2", "--learning_rate=3e-3", "--log_interval=1", "--eval_iters=1", "--device=cuda")
+SMALL = (
+    "--arch_preset=llama",
+    "--n_layer=2",
+    "--n_head=4",
+    "--n_embd=256",
+    "--block_size=128",
+    "--batch_size=4",
+    "--gradient_accumulation_steps=2",
+    "--learning_rate=3e-3",
+    "--log_interval=1",
+    "--eval_iters=1",
+    "--device=cuda",
+)
 
 
 def run(dataset: Path, out_dir: Path, *arguments: str) -> list[dict]:
@@ -44,15 +55,16 @@ def test_every_dtype_learns_and_reports_a_believable_mfu(tmp_path, tiny_dataset,
     for step in steps:
         assert (step["mfu"] is None) == (peak is None)
         if peak:
-            per_token = flops_per_token(resolve("llama", n_layer=2, n_head=4, n_embd=256, block_size=128,
-                                                vocab_size=256)).full
+            per_token = flops_per_token(resolve("llama", n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=256)).full
             assert step["mfu"] == pytest.approx(step["tokens_per_s"] * per_token / peak.flops)
             assert 0 < step["mfu"] < 1
 
 
 def test_compiled_blocks_give_the_same_losses(tmp_path, tiny_dataset):
-    one, other = (run(tiny_dataset, tmp_path / name, "--max_iters=8", "--dtype=float32", f"--compile={name}",
-                      "--save_interval=-1") for name in ("True", "False"))
+    one, other = (
+        run(tiny_dataset, tmp_path / name, "--max_iters=8", "--dtype=float32", f"--compile={name}", "--save_interval=-1")
+        for name in ("True", "False")
+    )
     assert [s["loss"] for s in one] == pytest.approx([s["loss"] for s in other], rel=1e-3)
 
 
@@ -69,8 +81,16 @@ def test_checkpointing_saves_memory_and_the_laps_add_up(tmp_path, tiny_dataset):
     peaks = {}
     for mode in ("none", "selective", "full"):
         torch.cuda.reset_peak_memory_stats()
-        steps = run(tiny_dataset, tmp_path / mode, "--max_iters=4", f"--activation_checkpointing={mode}", "--n_layer=8",
-                    "--batch_size=16", "--compile=False", "--save_interval=-1")
+        steps = run(
+            tiny_dataset,
+            tmp_path / mode,
+            "--max_iters=4",
+            f"--activation_checkpointing={mode}",
+            "--n_layer=8",
+            "--batch_size=16",
+            "--compile=False",
+            "--save_interval=-1",
+        )
         peaks[mode] = steps[-1]["memory_gb"]
         laps = steps[-1]["step_ms"]
         assert sum(ms for name, ms in laps.items() if name != "total") <= laps["total"] * 1.05

@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 import traceback
-from typing import Callable
+from collections.abc import Callable
 
-OUT_OF_MEMORY = ("Out of memory. Halve --batch_size and double --gradient_accumulation_steps (the result stays the "
-                 "same), or use --activation_checkpointing=full.")
+OUT_OF_MEMORY = (
+    "Out of memory. Halve --batch_size and double --gradient_accumulation_steps (the result stays the "
+    "same), or use --activation_checkpointing=full."
+)
 
 
 class UsageError(ValueError):
@@ -27,8 +29,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help shows what can be given.")
 
 
-def guarded(program: str, argv: list[str], job: Callable[[], int], memory_advice: str = OUT_OF_MEMORY,
-            may_say: Callable[[str], bool] = lambda text: True, rank: int | None = None) -> int:
+def guarded(
+    program: str,
+    argv: list[str],
+    job: Callable[[], int],
+    memory_advice: str = OUT_OF_MEMORY,
+    may_say: Callable[[str], bool] = lambda text: True,
+    rank: int | None = None,
+) -> int:
     """Run a command's job and return its exit code, turning an exception into its sentence on stderr.
 
     2 for a UsageError, 130 after Ctrl-C, 0 when the reader of stdout has gone (`| head`), 1 for anything else. With
@@ -57,12 +65,14 @@ def guarded(program: str, argv: list[str], job: Callable[[], int], memory_advice
 def is_expected(error: Exception) -> bool:
     """Whether the error's own sentence says all there is to say."""
     from data.token_dataset import DatasetError
+
     return isinstance(error, (UsageError, Failure, DatasetError, OSError))
 
 
 def explain(error: Exception, memory_advice: str) -> str:
     """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
     import torch
+
     text = str(error)
     if is_expected(error):
         return text
@@ -77,15 +87,19 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1):
     Of several processes on one machine (local_size) each gets a GPU of its own.
     """
     import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and local_size > 1:
         if name != "cuda":
-            raise UsageError(f"device={name!r} is one GPU, but there are {local_size} processes on this machine; use "
-                             "--device=cuda.")
+            raise UsageError(
+                f"device={name!r} is one GPU, but there are {local_size} processes on this machine; use --device=cuda."
+            )
         if local_size > torch.cuda.device_count():
-            raise UsageError(f"{local_size} processes were started on this machine, which has {torch.cuda.device_count()} GPUs; "
-                             "use --nproc_per_node=gpu, or --device=cpu.")
+            raise UsageError(
+                f"{local_size} processes were started on this machine, which has {torch.cuda.device_count()} GPUs; "
+                "use --nproc_per_node=gpu, or --device=cpu."
+            )
         name = f"cuda:{local_rank}"
     try:
         return torch.empty(0, device=name).device
