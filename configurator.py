@@ -34,6 +34,7 @@ from model_config import (
 )
 from model_config import describe_type as type_in_words
 from training.train_config import ALIASES, EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
+from training_logger import SCHEMA_VERSION
 
 REPOSITORY = Path(__file__).resolve().parent
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that is resumed
@@ -227,6 +228,17 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
             f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
             "Give a run_*.json, run_*.jsonl or a checkpoint's state.json."
         ) from error
+    if "format_version" in document:  # a checkpoint's
+        from training.checkpoint import FORMAT_VERSION as known
+
+        version = document["format_version"]
+    else:
+        version, known = document.get("schema_version", SCHEMA_VERSION), SCHEMA_VERSION
+    if version > known:
+        raise ConfigError(
+            f"{shown(file)} has format version {version}, and this version of kitbash reads up to {known}. "
+            "Use the version of kitbash that wrote it, or a later one."
+        )
     values, problems = {}, []
     for key, (value, origin) in items.items():
         if key not in KEYS:

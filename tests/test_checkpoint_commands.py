@@ -133,7 +133,7 @@ def test_inspect_takes_an_out_dir_a_folder_of_checkpoints_or_one(out_dir, capsys
         (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json is missing",)),
         (lambda folder: sorted(folder.glob("shard-*"))[0].write_bytes(b"\x01"), ("shard-00001",)),
         (lambda folder: sorted(folder.glob("shard-*"))[0].write_bytes(b"\xff" * 100), ("shard-00001",)),
-        (lambda folder: (folder / "state.json").write_text("{}"), ("format None",)),
+        (lambda folder: (folder / "state.json").write_text("{}"), ("state.json", "format version")),
         (lambda folder: (folder / "state.json").unlink(), ("state.json",)),
         (lambda folder: (folder / "manifest.json").write_text("nonsense"), ("manifest.json",)),
         (lambda folder: (folder / "manifest.json").write_text("{}"), ("manifest",)),

@@ -48,6 +48,10 @@ class CheckpointError(Failure):
     """A checkpoint cannot be written, found or read; the message says which, why and what to do."""
 
 
+class UnknownFormat(CheckpointError):
+    """A checkpoint of another format version: it is whole, but this code does not know how to read it."""
+
+
 # ------------------------------------------------------------------------------------------- finding
 
 
@@ -117,6 +121,8 @@ class CheckpointStore:
             try:
                 verify(candidate, holding)
                 return candidate
+            except UnknownFormat:  # it is not damaged: it must neither be passed over nor moved out of the way
+                raise
             except CheckpointError as error:
                 reasons.append(str(error))
                 self.damaged.add(candidate)
@@ -293,11 +299,7 @@ def find_checkpoint(
 
 def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError if it is unreadable, of a later format, or lacks what is needed."""
-    state = _read_json(checkpoint / "state.json")
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{checkpoint} has checkpoint format {state.get('format_version')!r}; this version of kitbash reads {FORMAT_VERSION}."
-        )
+    state = _read_versioned(checkpoint / "state.json")
     missing = [key for key in needs if not isinstance(state.get(key), dict)]
     if missing:
         raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its state.json has no {', '.join(missing)}.")
@@ -305,8 +307,8 @@ def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[st
 
 
 def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's files: name → {bytes, sha256, holds}. Raises CheckpointError."""
-    files = _read_json(checkpoint / "manifest.json").get("files")
+    """The manifest's files: name → {bytes, sha256, holds}. Raises CheckpointError, UnknownFormat of another version."""
+    files = _read_versioned(checkpoint / "manifest.json").get("files")
     if (
         not isinstance(files, dict)
         or not files
@@ -512,6 +514,20 @@ def _read_json(path: Path) -> dict[str, Any]:
         return document
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+
+
+def _read_versioned(path: Path) -> dict[str, Any]:
+    """state.json or manifest.json. Raises UnknownFormat if it is of another version, CheckpointError if it names none."""
+    content = _read_json(path)
+    version = content.get("format_version")
+    if version is None:
+        raise CheckpointError(f"Checkpoint {path.parent} is damaged: its {path.name} does not name a format version.")
+    if version != FORMAT_VERSION:
+        raise UnknownFormat(
+            f"{path.parent} has checkpoint format {version!r}, and this version of kitbash reads {FORMAT_VERSION}. "
+            "Use the version of kitbash that wrote it, or a later one."
+        )
+    return content
 
 
 def _sha256(path: Path) -> str:
