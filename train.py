@@ -340,7 +340,7 @@ class Run:
         """The dataset and its reader: what is read next depends on (data_seed, sequences read) and nothing else."""
         from data.preparation import ensure_prepared
         from data.token_dataset import DATA_DIR, DatasetError, TokenDataset
-        from training.data_loader import DataLoader
+        from training.data_loader import DataLoader, WindowOrder
         from training.schedules import run_length
 
         config = self.config
@@ -376,10 +376,11 @@ class Run:
             vocab_size=self.model_config.vocab_size,
             rank=world.rank,
             world_size=world.size,
+            order_version=self.saved["dataset"].get("order", 1) if self.resumes else WindowOrder.VERSION,
         )
         self.resources.callback(self.loader.close)
         self.length = run_length(
-            config, block_size, self.loader.order.windows_per_epoch, self.progress.step, self.progress.sequences
+            config, block_size, self.loader.order.sequences_per_epoch, self.progress.step, self.progress.sequences
         )
         inside = self.dataset.folder.resolve().is_relative_to(DATA_DIR)
         self.dataset_name = config.dataset if inside else str(self.dataset.folder.resolve())
@@ -460,7 +461,9 @@ class Run:
             world_size=self.world.size,
             parallelism=self.parallelism,
             model=dict(name=model_config.name, fingerprint=model_config.fingerprint, config=model_config.to_dict()),
-            dataset=dict(name=config.dataset, fingerprint=dataset.fingerprint, **dataset.facts()),
+            dataset=dict(
+                name=config.dataset, fingerprint=dataset.fingerprint, order=self.loader.order.version, **dataset.facts()
+            ),
             versions=versions(),
             source=(self.saved or {}).get("source"),
         )
@@ -495,7 +498,7 @@ class Run:
                 sequences=self.sequences,
                 length=self.length,
                 config=config,
-                windows_per_epoch=self.loader.order.windows_per_epoch,
+                sequences_per_epoch=self.loader.order.sequences_per_epoch,
                 progress=self.progress,
                 peak=self.peak,
                 hardware=f"{hardware['device_name']}, threads: {torch.get_num_threads()}, {self.dtype}"

@@ -63,7 +63,7 @@ class Variant:
         from training.schedules import run_length
 
         order = WindowOrder(len(self.dataset.split("train")), self.model.block_size, self.train.data_seed)
-        return run_length(self.train, self.model.block_size, order.windows_per_epoch)
+        return run_length(self.train, self.model.block_size, order.sequences_per_epoch)
 
     @property
     def val_tokens(self) -> int:

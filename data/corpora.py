@@ -163,7 +163,7 @@ def find_text_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 def _read_txt(path: Path, text_key: str) -> Iterator[Document]:
     try:
-        yield path.name, path.read_text(encoding="utf-8-sig")
+        yield path.name, path.read_bytes().decode("utf-8-sig")  # line ends stay as they are
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start:,}: {error.reason}); convert it, for example with iconv."

@@ -78,6 +78,17 @@ def test_each_format_gives_its_documents(tmp_path):
     assert texts(tmp_path / "*.jsonl", tmp_path / "a.txt", tmp_path / "a.txt") == ["two", "three", "one Ω\n"]
 
 
+def test_line_ends_are_kept(tmp_path):
+    """Issue 10.17: every byte of a text reaches the dataset, carriage returns as well."""
+    text = "one\r\ntwo\rthree\n\r\nfour\r\n" * 9
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert texts(tmp_path / "a.txt") == [text]
+    meta = preparation.prepare(lambda: text_documents([tmp_path / "a.txt"]), tmp_path / "set", tokenizer="byte")
+    assert sum(split["bytes"] for split in meta["splits"].values()) == (tmp_path / "a.txt").stat().st_size
+    train, val = (TokenDataset.open(tmp_path / "set").split(name) for name in ("train", "val"))
+    assert bytes([*train.read(0, len(train)), *val.read(0, len(val))]) == text.encode()
+
+
 def test_the_text_field_can_be_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "words", "text": 5}\n')
     assert texts(tmp_path / "a.jsonl", text_key="content") == ["words"]

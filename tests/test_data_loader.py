@@ -25,8 +25,24 @@ def make_split(folder, tokens, name="train.bin"):
 @pytest.mark.parametrize("extra", [0, 7])
 def test_an_epoch_reads_each_window_once(windows, extra):
     block = 8
-    order = WindowOrder(windows * block + block + extra, block, data_seed=windows)
+    tokens = max(windows * block + extra, block + 1)
+    order = WindowOrder(tokens, block, data_seed=windows)
     assert order.windows_per_epoch == windows
+    for epoch in (0, 1, 5):
+        starts = order.starts(epoch * windows, windows)
+        assert starts.min() >= 0 and starts.max() < tokens
+        inputs = (starts[:, None] + np.arange(block)) % tokens  # on the ring, no token is an input twice
+        assert len(np.unique(inputs)) == windows * block
+        steps = np.diff(np.sort(starts))  # side by side: one gap at most, where the left-out tokens lie
+        assert np.isin(steps, [block, block + tokens - windows * block]).all()
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 64, 257])
+@pytest.mark.parametrize("extra", [0, 7])
+def test_an_epoch_of_version_1_reads_each_window_once(windows, extra):
+    block = 8
+    order = WindowOrder(windows * block + block + extra, block, data_seed=windows, version=1)
+    assert order.windows_per_epoch == order.sequences_per_epoch == windows
     for epoch in (0, 1, 5):
         starts = order.starts(epoch * windows, windows)
         offset = starts.min()
@@ -34,9 +50,55 @@ def test_an_epoch_reads_each_window_once(windows, extra):
         assert offset >= 0 and starts.max() + block + 1 <= order.tokens
 
 
+@pytest.mark.parametrize("tokens", [33, 34, 48, 63, 64, 65, 78, 95, 96, 97, 200, 325, 1000])
+def test_every_token_is_read_equally_often_the_ends_as_well(tmp_path, tokens):
+    """Issue 10.18. Each input that the loader gives is counted over 2,000 epochs, and each pair of input and target is one
+    of the text, or the one that joins its end to its start. Of a share p of the tokens an epoch reads, each is read by
+    chance: its count has a standard deviation of √(2000 p (1 - p)), and none is beyond 5 of these."""
+    block, epochs = 32, 2000
+    loader = DataLoader(make_split(tmp_path, tokens), block, 7, prefetch=False)
+    whole = tokens // block
+    rows = loader.batch(0, whole * epochs).numpy()
+    assert rows.shape == (whole * epochs, block + 1)
+    assert np.array_equal(rows[:, 1:], (rows[:, :-1] + 1) % tokens)
+    reads = np.bincount(rows[:, :-1].ravel(), minlength=tokens)
+    share = whole * block / tokens
+    deviation = np.sqrt(epochs * share * (1 - share))
+    assert np.abs(reads - epochs * share).max() <= 5 * deviation
+    if deviation == 0:
+        assert (reads == epochs).all()
+    shown = [len(np.unique(epoch[:, :-1])) for epoch in np.split(rows[: 20 * whole], 20)]
+    assert shown == [whole * block] * 20
+
+
+def test_an_epoch_of_a_small_split_shows_all_windows_that_fit():
+    """Issue 10.18: 2,500 tokens hold two windows of 1,024, so 82 % of them are read in an epoch (41 % in version 1)."""
+    order = WindowOrder(2500, 1024, data_seed=1)
+    assert (order.windows_per_epoch, WindowOrder(2500, 1024, 1, version=1).windows_per_epoch) == (2, 1)
+    starts = order.starts(0, 2)
+    assert len(np.unique((starts[:, None] + np.arange(1024)) % 2500)) == 2048
+
+
+@pytest.mark.parametrize("tokens", [33, 64, 65, 89 * 32, 5000])
+def test_the_cuts_between_windows_fall_elsewhere_in_each_epoch(tokens):
+    order = WindowOrder(tokens, 32, data_seed=2)
+    starts = order.starts(0, 64 * order.windows_per_epoch).reshape(64, -1)
+    cuts = {tuple(sorted(epoch)) for epoch in starts.tolist()}
+    possible = min(32, tokens) if tokens % 32 == 0 else tokens  # a ring of whole windows has only block_size ways to be cut
+    expected = possible * (1 - (1 - 1 / possible) ** 64)  # different ones among 64 drawn
+    assert len(cuts) > 0.75 * expected
+
+
 @pytest.mark.parametrize("tokens", [9, 10, 15, 16, 17, 23, 24, 25, 1000])
-def test_every_window_fits_and_every_token_is_reached(tokens):
+def test_an_epoch_of_a_runs_length_is_as_many_tokens_as_the_split_has(tokens):
     order = WindowOrder(tokens, 8, data_seed=3)
+    assert order.sequences_per_epoch * 8 == tokens
+    assert order.windows_per_epoch <= order.sequences_per_epoch < order.windows_per_epoch + 1
+
+
+@pytest.mark.parametrize("tokens", [9, 10, 15, 16, 17, 23, 24, 25, 1000])
+def test_every_window_of_version_1_fits_and_every_token_is_reached(tokens):
+    order = WindowOrder(tokens, 8, data_seed=3, version=1)
     assert order.windows_per_epoch == max(1, (tokens - 8) // 8)
     starts = order.starts(0, 200 * order.windows_per_epoch)
     reached = np.unique(starts[:, None] + np.arange(9))
@@ -64,17 +126,22 @@ def test_seeds_and_epochs_have_orders_of_their_own():
 
 def test_the_order_looks_random():
     windows = 20_000
-    places = WindowOrder(windows * 4 + 4, 4, data_seed=0).starts(0, windows).astype(float)
-    for a, b in ((places[1:], places[:-1]), (places, np.arange(windows))):
+    order = WindowOrder(windows * 4, 4, data_seed=0)
+    starts = order.starts(0, windows)
+    places = ((starts - starts[0]) % order.tokens).astype(float)[1:]
+    for a, b in ((places[1:], places[:-1]), (places, np.arange(windows - 1))):
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.03  # four standard deviations
-    small = WindowOrder(5 * 8 + 8, 8, data_seed=1)
-    starts = small.starts(0, 5 * 6000).reshape(6000, 5)
-    which = (starts - starts.min(axis=1, keepdims=True)) // 8
+    small = WindowOrder(5 * 8 + 7, 8, data_seed=1)
+    starts = np.sort(small.starts(0, 5 * 6000).reshape(6000, 5), axis=1)
+    gap = np.argmax((np.roll(starts, -1, axis=1) - starts) % small.tokens, axis=1)  # window 0 follows the left-out tokens
+    first = np.take_along_axis(starts, ((gap + 1) % 5)[:, None], axis=1)
+    which = (small.starts(0, 5 * 6000).reshape(6000, 5) - first) % small.tokens // 8
     for place in range(5):  # each of 5 windows is as often at each place
         assert np.all(np.abs(np.bincount(which[:, place], minlength=5) / 6000 - 0.2) < 0.025)
 
 
-def test_the_order_is_that_of_the_written_definition():
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_order_is_that_of_the_written_definition(version):
     """Plain integers, one sequence at a time. A changed order would make a resumed run read on elsewhere, unnoticed."""
 
     def mix(x):
@@ -84,8 +151,9 @@ def test_the_order_is_that_of_the_written_definition():
         return x ^ x >> 31
 
     def start(sequence, tokens, block, seed):
-        windows = max(1, (tokens - block) // block)
+        windows = max(1, (tokens - block) // block) if version == 1 else tokens // block
         key = mix((sequence // windows + mix(seed % 2**64)) % 2**64)
+        offset = mix(key) % (tokens - windows * block if version == 1 else tokens)
         bits = 1
         while 4**bits < windows:
             bits += 1
@@ -96,18 +164,23 @@ def test_the_order_is_that_of_the_written_definition():
                 left, right = right, left ^ mix(key ^ (right + (turn << 48))) % 2**bits
             window = left << bits | right
             if window < windows:
-                return mix(key) % (tokens - windows * block) + window * block
+                return (offset + window * block) % tokens
 
     for tokens, block, seed in ((1000, 16, 1337), (17, 16, 0), (5000, 7, -3), (2**40, 1024, 2**63)):
         first = 10**6
         expected = [start(sequence, tokens, block, seed) for sequence in range(first, first + 200)]
-        assert WindowOrder(tokens, block, seed).starts(first, 200).tolist() == expected
+        assert WindowOrder(tokens, block, seed, version).starts(first, 200).tolist() == expected
 
 
 def test_a_huge_dataset_takes_no_memory_for_its_order():
     order = WindowOrder(10**13, 1024, data_seed=1)
     starts = order.starts(10**12, 1000)
     assert len(np.unique(starts)) > 990 and starts.max() < 10**13 and starts.min() >= 0
+
+
+def test_an_unknown_version_of_the_order_is_refused():
+    with pytest.raises(DatasetError, match="version 3, .*update the program"):
+        WindowOrder(1000, 8, 0, version=3)
 
 
 def test_too_short_a_text_names_the_block_size_that_fits():
@@ -123,7 +196,13 @@ def test_rows_are_the_windows_at_the_starts(tmp_path):
     with DataLoader(split, 16, 5, vocab_size=60_000) as loader:
         batch = loader.batch(40, 12)
     assert batch.dtype == torch.int64 and batch.shape == (12, 17)
-    assert torch.equal(batch, torch.from_numpy(WindowOrder(3000, 16, 5).starts(40, 12)[:, None] + np.arange(17)))
+    starts = WindowOrder(3000, 16, 5).starts(40, 12)
+    assert torch.equal(batch, torch.from_numpy((starts[:, None] + np.arange(17)) % 3000))
+
+
+def test_a_checkpoints_version_of_the_order_is_the_loaders(tmp_path):
+    loader = DataLoader(make_split(tmp_path, 3000), 16, 5, order_version=1, prefetch=False)
+    assert loader.batch(40, 12)[:, 0].tolist() == WindowOrder(3000, 16, 5, version=1).starts(40, 12).tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -172,7 +251,7 @@ def test_close_ends_the_thread_and_batches_can_still_be_read(tmp_path):
 def test_a_dataset_smaller_than_a_batch_turns_epochs_faster(tmp_path):
     loader = DataLoader(make_split(tmp_path, 20), 16, 5, prefetch=False)
     assert loader.order.windows_per_epoch == 1
-    assert loader.batch(0, 64).shape == (64, 17) and len(loader.batch(0, 64)[:, 0].unique()) == 4
+    assert loader.batch(0, 64).shape == (64, 17) and len(loader.batch(0, 64)[:, 0].unique()) > 15
 
 
 def test_ids_beyond_the_vocabulary_name_id_and_vocabulary(tmp_path):

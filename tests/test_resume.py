@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -210,3 +211,26 @@ def test_kill_minus_9_loses_nothing(tmp_path, tiny_dataset):
 @pytest.mark.slow
 def test_ten_kills_lose_nothing(tmp_path, tiny_dataset):
     kill_and_resume(tmp_path, tiny_dataset, kills=10, seed=1)
+
+
+def test_a_checkpoint_of_the_first_order_of_the_data_goes_on_in_it(tmp_path, tiny_dataset, monkeypatch):
+    """Issue 10.18: state.json of earlier versions names no order; the run goes on in that of version 1, a new run does not."""
+    from training.data_loader import WindowOrder
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(WindowOrder, "VERSION", 1)
+        assert run(tmp_path / "whole", tiny_dataset, "--max_iters=40") == 0
+        assert run(tmp_path / "parts", tiny_dataset, "--max_iters=15") == 0
+    checkpoint = CheckpointStore(tmp_path / "parts").pointed("latest")
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("state.json", "manifest.json"))
+    assert state["dataset"].pop("order") == 1
+    content = json.dumps(state).encode()
+    (checkpoint / "state.json").write_bytes(content)
+    manifest["files"]["state.json"].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    for _ in range(2):  # what goes on stores the order it goes on in
+        assert run(tmp_path / "parts", tiny_dataset, "--max_iters=25", "--init_from=resume") == 0
+    assert run(tmp_path / "parts", tiny_dataset, "--max_iters=40", "--init_from=resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert run(tmp_path / "new", tiny_dataset, "--max_iters=40") == 0
+    assert losses(tmp_path / "new") != losses(tmp_path / "whole")

@@ -21,34 +21,57 @@ FEISTEL_ROUNDS = 10  # with fewer, some orders of very few windows are visibly f
 
 
 class WindowOrder:
-    """Where each training sequence starts, in tokens.
+    """Where each training sequence starts, in tokens. `version` is kept in a checkpoint: a run keeps the order it began with.
 
-    An epoch reads W windows of block_size inputs side by side (a window is one token longer: its targets are shifted by
-    one), each once, in an order drawn anew for each epoch, from an offset drawn anew for each epoch: so the cuts
-    between windows fall elsewhere every time, and what one epoch leaves out at the ends (fewer than 2 × block_size
-    tokens), others read.
+    Version 2 (of new runs): the split is a ring, its first token follows its last one. An epoch lays ⌊tokens / block_size⌋
+    windows of block_size inputs side by side on the ring, from a place drawn anew for each epoch (a window is one token
+    longer, as targets are shifted by one), and reads each once, in an order drawn anew for each epoch. So each token is
+    read equally often, the first and the last as well, and the cuts between windows fall elsewhere every time. Fewer
+    than block_size tokens, somewhere on the ring, are left out of an epoch; one window at most joins the end to the start.
+
+    Version 1 (of checkpoints that name none): windows do not join the ends. An epoch has ⌊(tokens - block_size) /
+    block_size⌋ of them, from an offset below tokens - windows × block_size: the two ends are read less often.
     """
 
-    def __init__(self, tokens: int, block_size: int, data_seed: int):
+    VERSION = 2
+
+    def __init__(self, tokens: int, block_size: int, data_seed: int, version: int = VERSION):
+        if version not in (1, 2):
+            raise DatasetError(
+                f"The order of the data is of version {version!r}, and this program knows 1 and 2; update the program."
+            )
         if tokens < block_size + 1:
             raise DatasetError(
                 f"The training text has {tokens:,} tokens, too few for one window of "
                 f"block_size={block_size:,} and its shifted targets; use "
                 f"--block_size={max(1, tokens - 1)} or smaller, or more text."
             )
-        self.tokens, self.block_size, self.data_seed = tokens, block_size, data_seed
-        self.windows_per_epoch = max(1, (tokens - block_size) // block_size)
-        self._offsets = tokens - self.windows_per_epoch * block_size  # how many offsets keep every window inside
+        self.tokens, self.block_size, self.data_seed, self.version = tokens, block_size, data_seed, version
+        if version == 1:
+            self.windows_per_epoch = max(1, (tokens - block_size) // block_size)
+            self._offsets = tokens - self.windows_per_epoch * block_size  # how many offsets keep every window inside
+        else:
+            self.windows_per_epoch = tokens // block_size
+            self._offsets = tokens
         # The permutation works on pairs of half_bits-bit numbers: the smallest square domain with room for all windows.
         self._half_bits = np.uint64(max(1, ((self.windows_per_epoch - 1).bit_length() + 1) // 2))
 
+    @property
+    def sequences_per_epoch(self) -> float:
+        """How many sequences hold as many tokens as the split: what "one epoch" of a run's length means.
+
+        It is not whole where block_size does not divide the tokens: then some tokens are read for the second time before
+        others are read for the first. Version 1 counted whole orders.
+        """
+        return self.windows_per_epoch if self.version == 1 else self.tokens / self.block_size
+
     def starts(self, first: int, count: int) -> np.ndarray:
-        """Token positions at which sequences [first, first + count) start."""
+        """Token positions, below `tokens`, at which sequences [first, first + count) start."""
         sequence = np.arange(first, first + count, dtype=np.uint64)
         epoch, place = np.divmod(sequence, np.uint64(self.windows_per_epoch))
         key = _mix(epoch + _mix(np.array([self.data_seed % 2**64], dtype=np.uint64)))
         offset = _mix(key) % np.uint64(self._offsets)
-        return (offset + self._permuted(place, key) * np.uint64(self.block_size)).astype(np.int64)
+        return ((offset + self._permuted(place, key) * np.uint64(self.block_size)) % np.uint64(self.tokens)).astype(np.int64)
 
     def _permuted(self, place: np.ndarray, key: np.ndarray) -> np.ndarray:
         """The window read at each place of an epoch: a keyed permutation of 0 … W-1 (Black & Rogaway 2002).
@@ -91,10 +114,11 @@ class DataLoader:
         rank: int = 0,
         world_size: int = 1,
         prefetch: bool = True,
+        order_version: int = WindowOrder.VERSION,
     ):
         self.split, self.block_size, self.vocab_size = split, block_size, vocab_size
         self.rank, self.world_size = rank, world_size
-        self.order = WindowOrder(len(split), block_size, data_seed)
+        self.order = WindowOrder(len(split), block_size, data_seed, order_version)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data_loader") if prefetch else None
         self._guess: tuple[tuple[int, int], Future] | None = None
 
@@ -173,10 +197,16 @@ def validation_batches(
 
 
 def _read_windows(split: TokenSplit, starts: np.ndarray, length: int, vocab_size: int | None) -> np.ndarray:
-    """Tokens [start, start + length) of each start: (len(starts), length), every id checked against the vocabulary."""
+    """Tokens [start, start + length) of each start: (len(starts), length), every id checked against the vocabulary.
+
+    The split is a ring: what would stand beyond its last token is read from its first one on. length ≤ len(split).
+    """
     windows = np.empty((len(starts), length), dtype=np.int64)
     for row, start in enumerate(starts.tolist()):
-        windows[row] = split.read(start, start + length)
+        inside = min(length, len(split) - start)
+        windows[row, :inside] = split.read(start, start + inside)
+        if inside < length:
+            windows[row, inside:] = split.read(0, length - inside)
     if vocab_size is not None and windows.size and (largest := windows.max()) >= vocab_size:
         raise DatasetError(
             f"{split.label} holds the token id {largest:,}, but the model has "

@@ -38,7 +38,7 @@ def start_report(
     dataset,
     sequences: int,
     length: int,
-    windows_per_epoch: int,
+    sequences_per_epoch: float,
     progress,
     hardware: str,
     peak,
@@ -82,7 +82,7 @@ def start_report(
         (
             "length",
             f"{length:,} iterations = {progress.tokens + left * tokens:,} tokens = "
-            f"{(progress.sequences + left * sequences) / windows_per_epoch:.2f} epochs"
+            f"{(progress.sequences + left * sequences) / sequences_per_epoch:.2f} epochs"
             + (f"; {progress.step:,} done" if progress.step else ""),
         ),
         (

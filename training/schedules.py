@@ -34,7 +34,7 @@ def learning_rate(iteration: int, config: TrainConfig, length: int) -> float:
     return floor + (peak - floor) * _SHAPES[config.lr_schedule](progress, config)
 
 
-def run_length(config: TrainConfig, block_size: int, windows_per_epoch: int, steps: int = 0, sequences: int = 0) -> int:
+def run_length(config: TrainConfig, block_size: int, sequences_per_epoch: float, steps: int = 0, sequences: int = 0) -> int:
     """Iterations of the whole run from max_iters, max_tokens or epochs (rounded up); 1000 if none is given.
 
     `steps` and `sequences` are what a resumed run has behind it: its batch may have had another size.
@@ -43,7 +43,7 @@ def run_length(config: TrainConfig, block_size: int, windows_per_epoch: int, ste
     if config.max_tokens is not None:
         wanted = config.max_tokens / block_size
     elif config.epochs is not None:
-        wanted = config.epochs * windows_per_epoch
+        wanted = config.epochs * sequences_per_epoch
     else:
         return config.max_iters if config.max_iters is not None else 1000
     return steps + max(0, math.ceil((wanted - sequences) / batch))
