@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from command_line import Failure, Parser, guarded
+from command_line import Failure, Parser, choose_device, duration, guarded, short, text_table
 
 if TYPE_CHECKING:
     from ablation.execution import Study
@@ -78,10 +78,9 @@ def make_parser() -> Parser:
 def plan_in_words(study: Study) -> str:
     """The variants with their sizes and state, and the notes."""
     from ablation.sizes import deviation
-    from comparison.report import short
 
     plan, base = study.plan, study.plan.base
-    rows = [("variant", "N", "", "FLOP/token", "", "tokens", "finished", "model")]
+    rows = []
     for variant in plan.variants:
         jobs = [job for job in study.jobs if job.variant is variant]
         own = variant is base
@@ -97,28 +96,21 @@ def plan_in_words(study: Study) -> str:
                 variant.model.name,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join(
-            text.ljust(width) if place in (0, 7) else text.rjust(width) for place, (text, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
+    shown = text_table(("variant", "N", "", "FLOP/token", "", "tokens", "finished", "model"), rows, "lrrrrrrl")
     seeds = ", ".join("/".join(map(str, dict.fromkeys(seeds))) for seeds in plan.seeds)
     head = (
         f"{len(plan.variants)} variant{'s' * (len(plan.variants) > 1)} × {len(plan.seeds)} "
         f"seed{'s' * (len(plan.seeds) > 1)} ({seeds}) = {len(study.jobs)} runs in {plan.out_dir}"
     )
-    return "\n".join([head, "", *lines, *(f"note: {note}" for note in plan.notes), ""])
+    return "\n".join([head, "", shown, *(f"note: {note}" for note in plan.notes), ""])
 
 
 def cost_in_words(study: Study) -> str:
     """What the runs that are left would take on this machine, at an assumed MFU, and what that would cost."""
     from ablation.variants import Variant
-    from command_line import choose_device
     from flops_parameter_counting.flops import flops_per_token
     from flops_parameter_counting.hardware import best_dtype, device_peak
-    from training.report import ASSUMED_MFU, duration
+    from training.report import ASSUMED_MFU
 
     train = study.plan.base.train
     device = choose_device(train.device)

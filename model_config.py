@@ -23,6 +23,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from command_line import text_table
+
 # ------------------------------------------------------------------------------------------- components
 
 # Each kind is also the configuration key that chooses a component of it.
@@ -119,20 +121,11 @@ def did_you_mean(word: str, known) -> str:
 
 def list_components() -> None:
     """Print every registered component: configuration key, value, short name and what it is."""
-    rows = [("key", "value", "in the name", "what it is")]
+    rows = []
     for kind in COMPONENT_KINDS:
         key = "layer_pattern" if kind == "block" else kind
         rows += [(key, c.name, c.short, c.summary) for c in components(kind).values()]
-    _print_table(rows)
-
-
-def _print_table(rows: list[tuple]) -> None:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]) - 1)]
-    for number, row in enumerate(rows):
-        cells = [str(cell).ljust(width) for cell, width in zip(row, widths)] + [str(row[-1])]
-        print("  ".join(cells).rstrip())
-        if number == 0:
-            print("  ".join("-" * width for width in widths) + "  " + "-" * len(str(row[-1])))
+    print(text_table(("key", "value", "in the name", "what it is"), rows, "l"))
 
 
 # ------------------------------------------------------------------------------------------- types of keys
@@ -622,9 +615,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def list_presets() -> None:
     """Print every preset with its architecture's name and what it is."""
-    rows = [("arch_preset", "name", "what it is")]
-    rows += [(name, resolve(name).name, about) for name, (about, _) in PRESETS.items()]
-    _print_table(rows)
+    rows = [(name, resolve(name).name, about) for name, (about, _) in PRESETS.items()]
+    print(text_table(("arch_preset", "name", "what it is"), rows, "l"))
 
 
 # Features that are off when None; 0 switches off what a preset has switched on, as None would only mean "not given".

@@ -18,10 +18,10 @@ from types import FrameType
 
 from ablation.planning import Plan, Seeds
 from ablation.variants import Variant
-from command_line import Failure, UsageError
+from command_line import Failure, UsageError, duration
 from comparison.runs import RunSummary, load_runs
 from training.checkpoint import CheckpointError, CheckpointStore
-from training.report import Display, duration
+from training.report import Display
 from training.train_config import TrainConfig
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"

@@ -12,19 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command_line import UsageError
+from command_line import UsageError, duration, short, text_table
 from comparison.groups import METRICS, Comparison, Difference, Group
-from training.report import duration
-
-
-def short(number: float | None) -> str:
-    """A large number in four digits and a letter: 362.8K, 124.4M, 1.294B, 8.341T. None: –."""
-    if number is None:
-        return "–"
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(number) >= size:
-            return f"{number / size:.4g}{letter}"
-    return f"{number:.4g}"
 
 
 def _fixed(digits: int) -> Callable[[float | None], str]:
@@ -126,15 +115,7 @@ def table(comparison: Comparison, sort: str = "loss") -> str:
         ]
         for r, row in enumerate(rows)
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    last = len(header) - 1
-    lines = [
-        "  ".join(
-            text.ljust(width) if c == last else text.rjust(width) for c, (text, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in [header, *rows]
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths[:last]) + "  " + "-" * min(widths[last], 12))
+    lines = [text_table(header, rows, "r" * (len(header) - 1) + "l")]
     lines += ["", *([MARK] if best else []), *FOOTNOTES]
     if comparison.differences:
         lines += ["", *verdicts(comparison)]

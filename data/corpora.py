@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.hashing import GOLDEN, mix64
+
 Document = tuple[str, str]  # name, text
 
 MIN_DOCUMENT = 200  # characters; shorter documentation is mostly a heading
@@ -258,8 +260,5 @@ def split_position(text: str, val_fraction: float) -> int:
 
 
 def _hash01(values: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each value and seed: splitmix64's finaliser."""
-    x = (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / 2.0**53
+    """A number in [0, 1) for each value and seed, from the upper 53 bits of a hash."""
+    return (mix64(values.astype(np.uint64) * GOLDEN + np.uint64(seed)) >> np.uint64(11)) / 2.0**53

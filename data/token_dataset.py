@@ -29,20 +29,21 @@ from typing import BinaryIO
 
 import numpy as np
 
+from command_line import Failure
+from data.files import CHUNK_BYTES, chunks, fsync, sha256
+
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 UINT16_VOCAB = 2**16  # the largest vocabulary whose ids fit in uint16
-FULL_CHECK_BYTES = 256 * 2**20  # splits below this are hashed and scanned whole when opened: ~0.2 s at most
-SAMPLE_BYTES = 2**20  # larger ones are sampled: this much at SAMPLES places
-SAMPLES = 64
+FULL_CHECK_BYTES = 256 * 2**20  # splits below this are checked whole when opened (~0.2 s), of larger ones a sample
 
 DATA_DIR = Path(__file__).resolve().parent
 STAGING = ".staging"  # where a writer works; readers never look into it
 PUBLISHING = ".publishing"  # exists while finished files are moved into place: the folder is not consistent
 
 
-class DatasetError(Exception):
+class DatasetError(Failure):
     """A dataset cannot be used as asked; the message says what, why, and what to do."""
 
 
@@ -139,10 +140,10 @@ class DatasetWriter:
         """Replace the old files. Meanwhile the folder carries a marker, so no mixture of both passes for a dataset."""
         staged = sorted(self._staging.iterdir(), key=lambda path: (path.name == "meta.json", path.name))
         for path in staged:
-            _fsync(path)
+            fsync(path)
         marker = self.folder / PUBLISHING
         marker.touch()
-        _fsync(self.folder)
+        fsync(self.folder)
         (self.folder / "meta.json").unlink(missing_ok=True)
         new = {path.name for path in staged}
         earlier = ("train.bin", "val.bin", "train_[0-9]*.bin", "val_[0-9]*.bin", "tokenizer_config.json")
@@ -150,9 +151,9 @@ class DatasetWriter:
             old.unlink()
         for path in staged:
             os.replace(path, self.folder / path.name)
-        _fsync(self.folder)
+        fsync(self.folder)
         marker.unlink()
-        _fsync(self.folder)
+        fsync(self.folder)
 
     def discard(self) -> None:
         """Close and remove what has not been published. Harmless after `publish`."""
@@ -203,17 +204,6 @@ class _SplitWriter:
         if self._file is not None and not self._file.closed:
             self._file.close()
             self.files[-1]["sha256"] = self._hash.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    """Make a file, or the entries of a folder, survive a power cut."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders, nor needs to
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -273,7 +263,7 @@ class TokenSplit:
 
     def largest_id(self, full: bool) -> int:
         """Largest token id: of all tokens, or of samples spread over the split."""
-        return max(int(np.frombuffer(chunk, self.dtype).max()) for path in self.files for chunk in _chunks(path, full))
+        return max(int(np.frombuffer(chunk, self.dtype).max()) for path in self.files for chunk in chunks(path, full))
 
 
 class TokenDataset:
@@ -331,7 +321,7 @@ class TokenDataset:
             if path.exists():
                 _check_size(path, path.stat().st_size, DTYPES["uint16"])
                 splits[name] = split = TokenSplit(name, [path], DTYPES["uint16"])
-                head = split.read(0, min(len(split), SAMPLE_BYTES))
+                head = split.read(0, min(len(split), CHUNK_BYTES))
                 if len(head) >= 64 and head[::2].any() and not head[1::2].any():
                     raise DatasetError(
                         f"{path} has a zero at every second place, so it seems to hold uint32 ids, and "
@@ -406,7 +396,7 @@ class TokenDataset:
             content = [self.meta["dtype"], self.meta["tokenizer"]["fingerprint"], hashes]
         else:
             content = {
-                name: [split.size, _sha256(split.files[0], full=split.size < FULL_CHECK_BYTES)]
+                name: [split.size, sha256(split.files[0], full=split.size < FULL_CHECK_BYTES)]
                 for name, split in self._splits.items()
             }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -535,27 +525,8 @@ def _check_size(path: Path, expected: int, dtype: np.dtype) -> None:
 
 def _check_hashes(paths: Sequence[Path], described: Sequence[dict]) -> None:
     for path, file in zip(paths, described):
-        if _sha256(path) != file["sha256"]:
+        if sha256(path) != file["sha256"]:
             raise DatasetError(f"{path} is damaged: its sha256 is not the one in meta.json. {_how_to_prepare(path.parent)}")
-
-
-def _chunks(path: Path, full: bool = True):
-    """The bytes of a file in pieces of SAMPLE_BYTES: all of them, or SAMPLES spread from its start to its end."""
-    size = path.stat().st_size
-    offsets = range(0, size, SAMPLE_BYTES)
-    if not full and len(offsets) > SAMPLES:
-        offsets = [offsets[i * (len(offsets) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
-    with open(path, "rb") as file:
-        for offset in offsets:
-            file.seek(offset)
-            yield file.read(SAMPLE_BYTES)
-
-
-def _sha256(path: Path, full: bool = True) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(path, full):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- command line

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
-from command_line import Failure
+from command_line import Failure, duration, short, text_table
 from flops_parameter_counting.scaling_laws import LAWS, ScalingLaw, best_plan, isoflop
-from training.report import duration
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp")
 
@@ -15,25 +14,9 @@ STRATEGIES = ("ddp", "zero1", "zero2", "fsdp")
 # ------------------------------------------------------------------------------------------- tables
 
 
-def table(title: str, headers: list[str], rows: list[list]) -> str:
-    """A table for the terminal: columns of figures to the right, names to the left."""
-    cells = [headers, *([str(cell) for cell in row] for row in rows)]
-    columns = list(zip(*cells))
-    figures = [i > 0 and any(cell[:1].isdigit() for cell in column[1:]) for i, column in enumerate(columns)]
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, figures)).rstrip()
-        for row in cells
-    ]
-    return "\n".join([title, lines[0], "-" * min(120, max(map(len, lines))), *lines[1:]])
-
-
-def short(number: float) -> str:
-    """1294159104 → '1.294B'."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.4g}{letter}"
-    return f"{number:.4g}"
+def _titled(title: str, headers: list[str], rows: list[list], align: str = "lr") -> str:
+    """A table for the terminal under a title; names to the left, figures to the right."""
+    return f"{title}\n{text_table(headers, rows, align)}"
 
 
 def gigabytes(size: float) -> str:
@@ -48,7 +31,7 @@ def show_cost(answer: dict, options: argparse.Namespace) -> str:
     note = f"\n{model['note']}" if model["note"] else ""
     pieces = [
         f"{model['name']}: {model['architecture']}\nN = {model['parameters']:,}{padding}{note}",
-        table(
+        _titled(
             f"Parameters, and MFLOP a token at context {run['context']} (checkpointing {run['checkpointing']})",
             ["component", "count", "parameters", "forward", "backward", "recompute", "share"],
             [
@@ -64,7 +47,7 @@ def show_cost(answer: dict, options: argparse.Namespace) -> str:
         ),
         f"FLOPs a token, forward + backward: full attention (mfu) {flops['full'] / 1e9:.4f} GFLOP, half of it "
         f"(mfu_causal) {flops['causal'] / 1e9:.4f}, with recomputation (hfu) {flops['hardware'] / 1e9:.4f}",
-        table(
+        _titled(
             "Not counted in any of them: element-wise operations a token, forward (nor look-ups, loss, optimizer)",
             ["in the blocks", "M operations", "of forward"],
             [
@@ -90,13 +73,13 @@ def _show_memory(answer: dict) -> str:
     memory, run = answer["memory"], answer["run"]
     parts = sorted(memory["parts"].items(), key=lambda item: -item[1])
     pieces = [
-        table(
+        _titled(
             f"Peak memory on one GPU, GB (micro-batch {run['batch_size']} × {run['context']}, {run['dtype']}, "
             f"{run['optimizer']})",
             ["part", "GB"],
             [[name, gigabytes(size)] for name, size in [*parts, ("total", memory["total"])]],
         ),
-        table(
+        _titled(
             "Peak memory a GPU by number of GPUs and strategy, GB",
             ["GPUs", *STRATEGIES],
             [[row["gpus"], *(gigabytes(row[name]) for name in STRATEGIES)] for row in memory["by_gpus"]],
@@ -105,7 +88,7 @@ def _show_memory(answer: dict) -> str:
     if "fit" in answer:
         fit = answer["fit"]
         pieces.append(
-            table(
+            _titled(
                 f"Largest micro-batch of {run['context']} tokens ({fit['parallelism']}, {_gpus(fit['gpus'])}; "
                 "0: not even one sequence fits)",
                 ["card", "micro-batch"],
@@ -160,7 +143,8 @@ def _show_times(answer: dict, options: argparse.Namespace) -> str:
             f"{options.mfu * flops['full'] / flops['hardware']:.0%} with it (give that as --mfu)"
         )
     length = f", for {short(tokens)} tokens" if tokens else " (--tokens adds the length of a run)"
-    return table(f"Time on {_gpus(options.gpus)} of a kind at an assumed MFU of {options.mfu:.0%}{length}", headers, rows) + also
+    title = f"Time on {_gpus(options.gpus)} of a kind at an assumed MFU of {options.mfu:.0%}{length}"
+    return _titled(title, headers, rows) + also
 
 
 def show_backward(answer: dict) -> str:
@@ -197,7 +181,7 @@ def show_grid(answer: dict) -> str:
 
 
 def _plans(title: str, names: list[str], plans: list[dict]) -> str:
-    return table(
+    return _titled(
         title,
         ["", "N", "tokens", "tokens/N", "epochs", "loss", "budget used"],
         [
@@ -217,7 +201,7 @@ def _plans(title: str, names: list[str], plans: list[dict]) -> str:
 
 def _show_shapes(shapes: list[dict], by: str = "") -> str:
     timed = shapes[0]["hours"] is not None
-    return table(
+    return _titled(
         f"Models one can build, best first{by} (their own FLOPs a token)",
         ["layers × heads × width", "d_ff", "N", "tokens", "epochs", "GFLOP/token", "loss", *(["time"] if timed else [])],
         [
@@ -248,8 +232,9 @@ def show_validation(answer: dict) -> str:
         for row in answer["models"]
     ]
     met = len(rows) - len(answer["missed"])
+    headers = ["model", "published", "counted", "built", "", "source"]
     return (
-        table("N: published, counted from the config, and built", ["model", "published", "counted", "built", "", "source"], rows)
+        _titled("N: published, counted from the config, and built", headers, rows, "lrrrl")
         + f"\n\n{met} of {len(rows)} published models met exactly"
     )
 

@@ -111,8 +111,8 @@ def text_about(checkpoint: Path, capsys) -> str:
 
 def test_inspect_lists_every_tensor_with_its_whole_shape(out_dir, capsys):
     assert main(["inspect", str(out_dir), "--tensors"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    listed = {name: (dtype, shape, int(parts)) for name, dtype, shape, parts, _ in lines}
+    _, table = capsys.readouterr().out.split("\n\n")
+    listed = {name: (dtype, shape, int(parts)) for name, dtype, shape, parts in map(str.split, table.splitlines()[2:])}
     for name, parameter in model_of(latest(out_dir)).named_parameters():
         shape = "×".join(map(str, parameter.shape))
         for stored in (f"model.{name}", f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"):

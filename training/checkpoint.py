@@ -18,7 +18,6 @@ killed save leaves behind is removed at the next start. It can be loaded by any 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from command_line import Failure
+from data.files import fsync, sha256
 from training.parallelism import local
 from training.processes import World
 
@@ -191,14 +191,14 @@ class CheckpointStore:
             if world.is_main:
                 own += [path for path in sorted(temporary.iterdir()) if not path.name.startswith("shard-")]
             for path in own:
-                _fsync(path)
+                fsync(path)
             return {path.name: _entry(path) for path in own}
 
         def publish() -> None:
             listed = {name: entry for part in parts for name, entry in part.items()}
             _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": dict(sorted(listed.items()))})
-            _fsync(temporary / "manifest.json")
-            _fsync(temporary)
+            fsync(temporary / "manifest.json")
+            fsync(temporary)
             for damaged in [folder for folder in self.damaged if folder.exists()]:
                 damaged.rename(self.folder / f"damaged_{damaged.name}")
             self.damaged.clear()
@@ -232,16 +232,16 @@ class CheckpointStore:
         """Make 'latest' or 'best' name this folder, in one atomic replacement."""
         temporary = self.folder / f".{pointer}.new"
         temporary.write_text(name + "\n", encoding="utf-8")
-        _fsync(temporary)
+        fsync(temporary)
         temporary.replace(self.folder / pointer)
-        _fsync(self.folder)
+        fsync(self.folder)
 
     def _publish(self, temporary: Path, final: Path) -> None:
         moved = self.folder / f"{_REPLACED}{final.name}"
         if final.exists():  # the same step again, after a resume from further back
             final.rename(moved)
         temporary.rename(final)
-        _fsync(self.folder)
+        fsync(self.folder)
         shutil.rmtree(moved, ignore_errors=True)
 
     def _prune(self, keep_last: int) -> None:
@@ -333,7 +333,7 @@ def verify(checkpoint: Path, holding: str | None = None) -> None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}."
-        return None if _sha256(path) == expected["sha256"] else f"the checksum of {name} does not match."
+        return None if sha256(path) == expected["sha256"] else f"the checksum of {name} does not match."
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for problem in pool.map(check, wanted):
@@ -465,7 +465,7 @@ def kind_of(name: str) -> str:
 
 def _entry(path: Path) -> dict[str, Any]:
     """A file as the manifest lists it."""
-    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -528,22 +528,6 @@ def _read_versioned(path: Path) -> dict[str, Any]:
             "Use the version of kitbash that wrote it, or a later one."
         )
     return content
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import Parser, UsageError, guarded
+from command_line import Parser, UsageError, guarded, labelled, text_table
 from training.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
@@ -94,11 +94,13 @@ def inspect(path: str, list_tensors: bool = False) -> int:
         ("files", f"{len(files)}, {sum(f['bytes'] for f in files.values()) / 1e6:,.1f} MB"),
     ]
     rows += [(kind, f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB") for kind, sizes in kinds.items()]
-    for label, text in rows:
-        print(f"{label:<11}{text}")
+    print(labelled(rows))
     if list_tensors:
-        for name, (dtype, shape, parts) in sorted(tensors.items()):
-            print(f"  {name:<70} {dtype:<5} {'×'.join(map(str, shape)) or 'scalar':<16} {len(parts)} part(s)")
+        listed = [
+            (name, dtype, "×".join(map(str, shape)) or "scalar", len(parts))
+            for name, (dtype, shape, parts) in sorted(tensors.items())
+        ]
+        print("\n" + text_table(("tensor", "dtype", "shape", "parts"), listed, "lllr"))
     return 1 if damage else 0
 
 

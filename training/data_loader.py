@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
+from data.hashing import mix64
 from data.token_dataset import DatasetError, TokenSplit
 from training.objectives import IGNORE
 
@@ -69,8 +70,8 @@ class WindowOrder:
         """Token positions, below `tokens`, at which sequences [first, first + count) start."""
         sequence = np.arange(first, first + count, dtype=np.uint64)
         epoch, place = np.divmod(sequence, np.uint64(self.windows_per_epoch))
-        key = _mix(epoch + _mix(np.array([self.data_seed % 2**64], dtype=np.uint64)))
-        offset = _mix(key) % np.uint64(self._offsets)
+        key = mix64(epoch + mix64(np.array([self.data_seed % 2**64], dtype=np.uint64)))
+        offset = mix64(key) % np.uint64(self._offsets)
         return ((offset + self._permuted(place, key) * np.uint64(self.block_size)) % np.uint64(self.tokens)).astype(np.int64)
 
     def _permuted(self, place: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -89,16 +90,8 @@ class WindowOrder:
         mask = (np.uint64(1) << bits) - np.uint64(1)
         left, right = value >> bits, value & mask
         for turn in range(FEISTEL_ROUNDS):
-            left, right = right, left ^ (_mix(key ^ (right + np.uint64(turn << 48))) & mask)
+            left, right = right, left ^ (mix64(key ^ (right + np.uint64(turn << 48))) & mask)
         return (left << bits) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """A well-mixed 64-bit number of each (splitmix64, Steele et al. 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class DataLoader:

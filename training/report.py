@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from command_line import duration, labelled
 from flops_parameter_counting.flops import FlopsPerToken
 from flops_parameter_counting.parameters import count_padding, count_parameters
 from model_config import COMPONENT_KINDS, ModelConfig, component, shortest_pattern
@@ -20,14 +21,6 @@ SHOWN_IF_SET = (
     "zero_init",
 )
 ASSUMED_MFU = 0.3  # for the time announced before anything has been measured
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: '45 s', '12 min', '3.4 h', '2.1 days'."""
-    for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0 if seconds >= 600 else 1)):
-        if seconds >= size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def start_report(
@@ -97,7 +90,7 @@ def start_report(
         seconds = left * tokens * flops.hardware / (peak.flops * ASSUMED_MFU)
         rows.append(("time", f"about {duration(seconds)} at an assumed MFU of {ASSUMED_MFU:.0%}; the step lines measure it"))
     rows += [("note", note) for note in notes] + [("log", log)]
-    return "\n".join(f"{label:<11}{text}" for label, text in rows)
+    return labelled(rows)
 
 
 def step_line(

@@ -15,7 +15,7 @@ import train
 from tests.distributed.launching import SMALL, shared_launcher, wait_for
 from training.checkpoint import CheckpointStore, verify
 
-SLOW_DISK = "import time, training.checkpoint; training.checkpoint._fsync = lambda path: time.sleep(0.1)"
+SLOW_DISK = "import time, training.checkpoint; training.checkpoint.fsync = lambda path: time.sleep(0.1)"
 
 
 @pytest.fixture
