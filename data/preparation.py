@@ -11,7 +11,6 @@ import contextlib
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,8 @@ from pathlib import Path
 
 from data import corpora, tokenization
 from data.corpora import Document
-from data.token_dataset import DATA_DIR, STAGING, DatasetError, DatasetWriter, TokenDataset, is_prepared, resolve_dataset
+from data.dataset_writer import DatasetWriter, check_folder, finish_publishing, locked
+from data.token_dataset import DATA_DIR, PUBLISHING, DatasetError, TokenDataset, is_prepared, resolve_dataset
 
 VAL_FRACTION = 0.1
 BPE_TRAINING_CHARACTERS = 100_000_000  # a BPE is trained on the first ones: more takes memory, changes little
@@ -62,11 +62,13 @@ def prepare(
     source: str = "",
     progress: bool = False,
     only_if_missing: bool = False,
+    overwrite: bool = False,
 ) -> dict | None:
     """Tokenize documents into a dataset in `folder`; returns its meta.json (None if `only_if_missing` found one).
 
     documents: starts an iteration over (name, text); called twice, and has to give the same both times.
     tokenizer: bpe, char, byte, gpt2, or the path of a Hugging Face tokenizer.
+    overwrite: replace a dataset that a prepare made, and put it beside other files; see `check_folder`.
     One document is split by position; of more, whole documents go to validation, and each ends with the eos id.
     Safe against other processes preparing the same folder; an interrupt leaves the folder as it was.
     """
@@ -75,7 +77,10 @@ def prepare(
             f"val_fraction={val_fraction:g} is not between 0 and 1; use for example 0.1 to validate on a tenth of the text."
         )
     folder = Path(folder)
-    with _lock(folder):
+    if not (folder / PUBLISHING).exists() and not only_if_missing:
+        check_folder(folder, overwrite)  # before anything is written there
+    with locked(folder):
+        finish_publishing(folder)
         if only_if_missing:
             if is_prepared(folder):
                 return None
@@ -86,7 +91,8 @@ def prepare(
         several = count > 1
         parts = _split_into_parts(documents, count, val_fraction)
         coder = _make_tokenizer(tokenizer, parts, bpe_vocab_size, several)
-        with DatasetWriter(folder, coder, source=source, append_eos=several and coder.eos_id is not None) as writer:
+        eos = several and coder.eos_id is not None
+        with DatasetWriter(folder, coder, source=source, append_eos=eos, overwrite=overwrite) as writer:
             for (split, text), ids in _encoded(coder, _show(parts(), progress, "encoding", count)):
                 writer.add(split, ids, len(text.encode()))
             return writer.publish()
@@ -95,11 +101,14 @@ def prepare(
 def ensure_prepared(name_or_path: str | os.PathLike) -> None:
     """Prepare a corpus that comes with Python when it is asked for and not there yet; do nothing for any other dataset.
 
-    Safe to call from many processes at once: one prepares, the others wait.
+    Nor where nanoGPT's own files lie in its folder: they are a dataset too, and not ours to replace. Safe to call from many
+    processes at once: one prepares, the others wait.
     """
     folder = resolve_dataset(name_or_path)
     name = folder.name
     if name not in EMBEDDED or folder.resolve() != DATA_DIR / name or is_prepared(folder):
+        return
+    if (folder / "train.bin").exists() and not (folder / PUBLISHING).exists():
         return
     corpus = EMBEDDED[name]
     try:
@@ -185,36 +194,6 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Be the only process that prepares `folder`; wait for another one to finish. A lock dies with its process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: one process at a time is the user's care
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-        return
-    path = folder / ".lock"
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = open(path, "w")
-        except FileNotFoundError:  # the process before us removed the folder it had made
-            continue
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # the process before us removed the file: lock the new one
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder / STAGING, ignore_errors=True)  # an interrupt may hit before the writer can tidy up
-        path.unlink(missing_ok=True)
-        file.close()
-        with contextlib.suppress(OSError):  # keeps every folder that has something in it
-            folder.rmdir()
-
-
 def _show(items: Iterator, progress: bool, label: str, total: int | None = None) -> Iterator:
     """A progress bar over documents, if asked for and tqdm is there."""
     if progress:
@@ -255,7 +234,8 @@ def prepare_textfile(arguments: Sequence[str] | None = None) -> int:
     if (options.name is None) == (options.out is None):
         parser.error("give either --name=NAME (written to data/NAME) or --out=DIR")
     name = options.name
-    if name is not None and (Path(name).name != name or name in ("", ".", "..") or (DATA_DIR / name / "prepare.py").exists()):
+    plain = name is None or (Path(name).name == name.strip() and name not in ("", ".", ".."))
+    if not plain or (name is not None and (DATA_DIR / name / "prepare.py").exists()):
         parser.error(f"--name={name} is taken or not a plain name; choose another one, or give --out=DIR")
 
     def job():
@@ -279,10 +259,22 @@ def _parser(program: str, description: str, bpe_vocab_size: int) -> argparse.Arg
         "--val_fraction", type=float, default=VAL_FRACTION, help=f"share of the text kept for validation [{VAL_FRACTION}]"
     )
     parser.add_argument(
-        "--out", type=lambda text: Path(text).expanduser(), metavar="DIR", help="write to this folder instead of data/"
+        "--out", type=_folder, metavar="DIR", help="write to this folder, which holds nothing else, instead of data/"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a dataset that was prepared there before; files that no prepare wrote are never replaced",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _folder(text: str) -> Path:
+    """The folder that --out names."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give the path of a folder")
+    return Path(text).expanduser()
 
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -309,6 +301,7 @@ def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int
             val_fraction=options.val_fraction,
             source=source,
             progress=sys.stderr is not None and sys.stderr.isatty(),
+            overwrite=options.overwrite,
         )
         print(TokenDataset.open(folder.absolute()).describe())
         dataset = folder.name if folder.absolute().parent == DATA_DIR else shlex.quote(str(folder.absolute()))

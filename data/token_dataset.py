@@ -1,4 +1,4 @@
-"""The on-disk format of a dataset, written and read here only.
+"""The on-disk format of a dataset, read here and written by data/dataset_writer.py.
 
 A dataset is a folder:
 
@@ -15,12 +15,9 @@ A folder without meta.json is nanoGPT's own: it is read as uint16. Inspect or ch
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import pickle
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -30,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 
 from command_line import Failure
-from data.files import CHUNK_BYTES, chunks, fsync, sha256
+from data.files import CHUNK_BYTES, chunks, sha256
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -39,7 +36,6 @@ UINT16_VOCAB = 2**16  # the largest vocabulary whose ids fit in uint16
 FULL_CHECK_BYTES = 256 * 2**20  # splits below this are checked whole when opened (~0.2 s), of larger ones a sample
 
 DATA_DIR = Path(__file__).resolve().parent
-STAGING = ".staging"  # where a writer works; readers never look into it
 PUBLISHING = ".publishing"  # exists while finished files are moved into place: the folder is not consistent
 
 
@@ -60,150 +56,6 @@ def resolve_dataset(name_or_path: str | os.PathLike) -> Path:
 def is_prepared(folder: Path) -> bool:
     """Whether a finished dataset of this format lies in `folder` (its content is checked when it is opened)."""
     return (folder / "meta.json").is_file() and not (folder / PUBLISHING).exists()
-
-
-# ------------------------------------------------------------------------------------------- writing
-
-
-class DatasetWriter:
-    """Writes a dataset document by document, and shows it to readers only when it is whole.
-
-    Used as a context manager: files grow in a hidden folder; `publish` moves them into place, meta.json last. An
-    exception, a kill or a power cut before that leaves `folder` as it was; one *during* it leaves a marker that readers
-    refuse. One writer a folder at a time (data.preparation holds a lock around it).
-
-        with DatasetWriter(folder, tokenizer, source="my texts") as writer:
-            writer.add("train", ids, text_bytes=len(text.encode()))
-            writer.add("val", …)
-            meta = writer.publish()
-
-    append_eos: end each document with the tokenizer's eos id (for corpora of more than one document).
-    shard_tokens: start a new file (train_00000.bin, train_00001.bin, …) after this many tokens.
-    """
-
-    def __init__(
-        self, folder: str | os.PathLike, tokenizer, *, source: str = "", append_eos: bool = False, shard_tokens: int | None = None
-    ):
-        if append_eos and tokenizer.eos_id is None:
-            raise ValueError(f"append_eos needs a tokenizer with an eos id, and {tokenizer.name!r} has none.")
-        self.folder = Path(folder)
-        self.tokenizer, self.source, self.append_eos = tokenizer, source, append_eos
-        self.dtype = "uint16" if tokenizer.vocab_size <= UINT16_VOCAB else "uint32"
-        self._staging = self.folder / STAGING
-        shutil.rmtree(self._staging, ignore_errors=True)  # what a killed writer left
-        self._staging.mkdir(parents=True)
-        self._splits = {split: _SplitWriter(self._staging, split, DTYPES[self.dtype], shard_tokens) for split in SPLITS}
-
-    def __enter__(self) -> DatasetWriter:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.discard()
-
-    def add(self, split: str, ids: Sequence[int], text_bytes: int) -> None:
-        """Append one document to "train" or "val": its token ids, and how many UTF-8 bytes of text they stand for."""
-        ids = np.asarray(ids, dtype=np.int64)
-        if self.append_eos:
-            ids = np.append(ids, self.tokenizer.eos_id)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
-            raise ValueError(
-                f"the tokenizer {self.tokenizer.name!r} gave ids from {ids.min()} to {ids.max()}, outside "
-                f"of its vocabulary of {self.tokenizer.vocab_size:,}."
-            )
-        self._splits[split].write(ids, text_bytes)
-
-    def publish(self) -> dict:
-        """Finish the files, move them into place, and return the content of meta.json."""
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "dtype": self.dtype,
-            "vocab_size": self.tokenizer.vocab_size,
-            "tokenizer": {"kind": self.tokenizer.kind, "name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
-            "special_ids": {"eos_id": self.tokenizer.eos_id},
-            "splits": {split: writer.finish() for split, writer in self._splits.items()},
-            "source": self.source,
-        }
-        for split, described in meta["splits"].items():
-            if not described["tokens"]:
-                raise DatasetError(f"The {split} split of {self.folder} would be empty; give more text or another val_fraction.")
-        self.tokenizer.save(self._staging)
-        nanogpt = {"vocab_size": self.tokenizer.vocab_size}
-        if hasattr(self.tokenizer, "characters"):
-            nanogpt["itos"] = dict(enumerate(self.tokenizer.characters))
-            nanogpt["stoi"] = {character: i for i, character in enumerate(self.tokenizer.characters)}
-        (self._staging / "meta.pkl").write_bytes(pickle.dumps(nanogpt))
-        (self._staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        self._move_into_place()
-        return meta
-
-    def _move_into_place(self) -> None:
-        """Replace the old files. Meanwhile the folder carries a marker, so no mixture of both passes for a dataset."""
-        staged = sorted(self._staging.iterdir(), key=lambda path: (path.name == "meta.json", path.name))
-        for path in staged:
-            fsync(path)
-        marker = self.folder / PUBLISHING
-        marker.touch()
-        fsync(self.folder)
-        (self.folder / "meta.json").unlink(missing_ok=True)
-        new = {path.name for path in staged}
-        earlier = ("train.bin", "val.bin", "train_[0-9]*.bin", "val_[0-9]*.bin", "tokenizer_config.json")
-        for old in [path for pattern in earlier for path in self.folder.glob(pattern) if path.name not in new]:
-            old.unlink()
-        for path in staged:
-            os.replace(path, self.folder / path.name)
-        fsync(self.folder)
-        marker.unlink()
-        fsync(self.folder)
-
-    def discard(self) -> None:
-        """Close and remove what has not been published. Harmless after `publish`."""
-        for writer in self._splits.values():
-            with contextlib.suppress(OSError):  # a full disk refuses the last bytes once more
-                writer.close()
-        shutil.rmtree(self._staging, ignore_errors=True)
-
-
-class _SplitWriter:
-    """The files of one split while they grow, with their sha256."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None):
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
-        self.tokens = self.bytes = self.documents = 0
-        self.files: list[dict] = []
-        self._file = None
-        self._next_file()
-
-    def _next_file(self) -> None:
-        self.close()
-        suffix = "" if self.shard_tokens is None else f"_{len(self.files):05d}"
-        self.files.append({"name": f"{self.split}{suffix}.bin", "size": 0, "sha256": ""})
-        self._file = open(self.folder / self.files[-1]["name"], "wb")
-        self._hash = hashlib.sha256()
-
-    def write(self, ids: np.ndarray, text_bytes: int) -> None:
-        self.tokens += len(ids)
-        self.bytes += text_bytes
-        self.documents += 1
-        while len(ids):
-            room = len(ids)
-            if self.shard_tokens is not None:
-                room = self.shard_tokens - self.files[-1]["size"] // self.dtype.itemsize
-                if room <= 0:
-                    self._next_file()
-                    continue
-            chunk, ids = ids[:room].astype(self.dtype).tobytes(), ids[room:]
-            self._file.write(chunk)
-            self._hash.update(chunk)
-            self.files[-1]["size"] += len(chunk)
-
-    def finish(self) -> dict:
-        self.close()
-        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "files": self.files}
-
-    def close(self) -> None:
-        if self._file is not None and not self._file.closed:
-            self._file.close()
-            self.files[-1]["sha256"] = self._hash.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -449,14 +301,15 @@ class TokenDataset:
 
 
 def _how_to_prepare(folder: Path) -> str:
-    """The command that makes the dataset in `folder`, as a sentence."""
+    """The command that makes the dataset in `folder`, again where there is one, as a sentence."""
+    again = " --overwrite" if (folder / "meta.json").exists() else ""
     inside = folder.parent.resolve() == DATA_DIR
     if inside and (DATA_DIR / folder.name / "prepare.py").exists():
         if folder.name == "textfile":
             return "Prepare your own text with: python data/textfile/prepare.py FILE --name=NAME, then use --dataset=NAME"
-        return f"Prepare it with: python data/{folder.name}/prepare.py"
+        return f"Prepare it with: python data/{folder.name}/prepare.py{again}"
     target = f"--name={folder.name}" if inside else f"--out={folder}"
-    return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}"
+    return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}{again}"
 
 
 def _read_meta(folder: Path) -> dict:

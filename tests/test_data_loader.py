@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.token_dataset import DatasetError, DatasetWriter, TokenDataset, TokenSplit
+from data.dataset_writer import DatasetWriter
+from data.token_dataset import DatasetError, TokenDataset, TokenSplit
 from data.tokenization import ByteTokenizer
 from training.data_loader import DataLoader, WindowOrder, validation_batches
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data import token_dataset
-from data.token_dataset import DATA_DIR, DatasetError, DatasetWriter, TokenDataset, is_prepared, resolve_dataset
+from data.dataset_writer import DatasetWriter
+from data.token_dataset import DATA_DIR, DatasetError, TokenDataset, resolve_dataset
 from data.tokenization import ByteTokenizer, CharTokenizer
 
 TRAIN = [list(range(0, 200, 3)), [7] * 40, [255, 0, 255]]
@@ -79,7 +80,7 @@ def test_shards_read_like_one_file(tmp_path, shard_tokens):
 
 def test_preparing_again_leaves_no_file_of_the_earlier_dataset(tmp_path):
     write(tmp_path, shard_tokens=20)
-    write(tmp_path)
+    write(tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["train.bin", "val.bin"]
     TokenDataset.open(tmp_path)
 
@@ -243,7 +244,7 @@ def test_a_file_that_shrinks_while_in_use_raises_instead_of_crashing(folder):
 def test_a_running_reader_keeps_the_old_dataset_when_it_is_prepared_again(folder):
     train = TokenDataset.open(folder).split("train")
     before = train.read(0, len(train))
-    with DatasetWriter(folder, ByteTokenizer()) as writer:
+    with DatasetWriter(folder, ByteTokenizer(), overwrite=True) as writer:
         writer.add("train", [1], 1)
         writer.add("val", [1], 1)
         writer.publish()
@@ -279,89 +280,3 @@ def test_names_resolve_to_data_and_paths_to_themselves(tmp_path, monkeypatch):
     assert resolve_dataset("here").resolve() == tmp_path / "here"
     with pytest.raises(DatasetError, match="empty"):
         resolve_dataset("")
-
-
-# ------------------------------------------------------------------------------------------- interrupts
-
-
-def test_an_interrupt_before_publishing_leaves_the_folder_as_it_was(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        with DatasetWriter(tmp_path / "new", ByteTokenizer()) as writer:
-            writer.add("train", [1, 2], 2)
-            raise KeyboardInterrupt
-    assert not list((tmp_path / "new").iterdir())
-
-    before = TokenDataset.open(write(tmp_path / "old")).fingerprint
-    with pytest.raises(KeyboardInterrupt):
-        with DatasetWriter(tmp_path / "old", ByteTokenizer()) as writer:
-            writer.add("train", [1, 2], 2)
-            raise KeyboardInterrupt
-    assert TokenDataset.open(tmp_path / "old").fingerprint == before
-
-
-@pytest.mark.parametrize("before", ["nothing", "dataset"])
-def test_a_kill_at_any_moment_of_publishing_never_shows_a_mixture(tmp_path, monkeypatch, before):
-    """Whatever change of the folder is the last one before the kill: readers find the old dataset, the new one, or an
-    error."""
-
-    class Killed(BaseException):
-        pass
-
-    def attempt(folder, allowed):
-        """Prepare with only the first `allowed` changes of the folder taking effect; whether it got to the end."""
-        changes = 0
-
-        def counted(function):
-            def change(*arguments, **options):
-                nonlocal changes
-                if changes == allowed:
-                    raise Killed
-                changes += 1
-                return function(*arguments, **options)
-
-            return change
-
-        writer = DatasetWriter(folder, ByteTokenizer())
-        writer.add("train", [1, 2, 3], 3)
-        writer.add("val", [4], 1)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", counted(os.replace))
-            patch.setattr(type(folder), "unlink", counted(type(folder).unlink))
-            patch.setattr(type(folder), "touch", counted(type(folder).touch))
-            try:
-                writer.publish()
-            except Killed:
-                return False
-        return True
-
-    allowed, seen = 0, set()
-    while True:
-        folder = tmp_path / str(allowed)
-        if before == "dataset":
-            write(folder, shard_tokens=30)
-        finished = attempt(folder, allowed)
-        try:
-            seen.add(len(TokenDataset.open(folder).split("train")))
-        except DatasetError:
-            assert not is_prepared(folder)
-        if finished:
-            break
-        allowed += 1
-    assert allowed > 6 and seen == ({3, 113} if before == "dataset" else {3})
-    write(folder)  # and the next attempt repairs it
-    assert len(TokenDataset.open(folder).split("train")) == 113
-
-
-def test_an_empty_split_is_refused(tmp_path):
-    with DatasetWriter(tmp_path, ByteTokenizer()) as writer:
-        writer.add("train", [1, 2], 2)
-        with pytest.raises(DatasetError, match="val split .* would be empty"):
-            writer.publish()
-    assert not is_prepared(tmp_path)
-
-
-def test_the_writer_refuses_ids_outside_of_the_vocabulary(tmp_path):
-    with DatasetWriter(tmp_path, ByteTokenizer()) as writer:
-        for ids in ([256], [-1]):
-            with pytest.raises(ValueError, match="outside of its vocabulary of 256"):
-                writer.add("train", ids, 1)
