@@ -45,7 +45,7 @@ def import_model(source: str, out_dir: Path) -> Path:
     """A Hugging Face folder or Hub name → a checkpoint of step 0 below out_dir; returns its folder."""
     from configurator import Configuration
     from training.checkpoint import CheckpointStore
-    from training.huggingface import find_folder, read_config, read_tensors, special_ids
+    from training.huggingface_files import find_folder, read_config, read_tensors, source_of
     from training.train_config import KEYS, TrainConfig
     from training_logger import versions
 
@@ -64,15 +64,9 @@ def import_model(source: str, out_dir: Path) -> Path:
         versions=versions(),
         dataset=None,
         model=dict(name=config.name, fingerprint=config.fingerprint, config=config.to_dict()),
-        source=dict(huggingface=source, dtype=_common_dtype(folder), **special_ids(folder)),
+        source=source_of(folder, source),
     )
     return store.save(0, tensors, state, keep_last=1, tokenizer_folder=folder)
-
-
-def _common_dtype(folder: Path) -> str:
-    """The dtype that config.json says the weights are in."""
-    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return hf.get("dtype") or hf.get("torch_dtype") or "float32"
 
 
 # ------------------------------------------------------------------------------------------- to Hugging Face
@@ -86,19 +80,20 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     from model_builder import build_model
     from model_config import ModelConfig
     from training.checkpoint import find_checkpoint, load_tensors, read_state, tokenizer_files
-    from training.huggingface import config_to_hf, family_of, tensor_rules
+    from training.huggingface import config_to_hf, tensor_rules
 
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty; choose a new folder.")
     checkpoint = find_checkpoint(source)
     state = read_state(checkpoint)
     config = ModelConfig.from_dict(state["model"]["config"])
-    dtype = dtype or (state.get("source") or {}).get("dtype", "float32")
-    hf = config_to_hf(config, dtype)
+    source = state.get("source") or {}
+    hf = config_to_hf(config, source.get("config"))
+    dtype, others = (dtype, {}) if dtype else (source.get("dtype", "float32"), source.get("dtypes", {}))
     shapes = {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for rule in _with_progress(tensor_rules(config, family_of(config).model_type), "writing"):
+        for rule in _with_progress(tensor_rules(config, hf["model_type"]), "writing"):
             ours = {f"model.{name}": torch.empty(shapes[name]) for name in rule.ours}
             load_tensors(checkpoint, ours)
             table = rule.ours[0] in ("embedding.weight", "head.weight")  # rows that only pad stay here
@@ -106,14 +101,13 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
                 rule.theirs,
                 rule.to_theirs(
                     {name.removeprefix("model."): t[: config.vocab_size] if table else t for name, t in ours.items()}
-                ).to(getattr(torch, dtype)),
+                ).to(getattr(torch, others.get(rule.theirs, dtype))),
             )
 
     target.mkdir(parents=True, exist_ok=True)
     write_sharded(target, tensors())
     tokenizer = load_tokenizer(checkpoint)
     eos = tokenizer.eos_id if tokenizer is not None else None
-    source = state.get("source") or {}
     ids = source.get("ids") or dict(bos_token_id=eos, eos_token_id=eos, pad_token_id=None)
     generation = source.get("generation") or dict(bos_token_id=ids["bos_token_id"], eos_token_id=ids["eos_token_id"])
     for name, content in (("config.json", {**hf, **ids}), ("generation_config.json", generation)):
@@ -146,7 +140,7 @@ def write_sharded(folder: Path, tensors: Iterator) -> None:
 
 def push(folder: Path, name: str) -> None:
     """Upload an exported folder to the Hub. Raises ConversionError with the reason if that fails."""
-    from training.huggingface import ConversionError
+    from training.huggingface_families import ConversionError
 
     try:
         from huggingface_hub import HfApi

@@ -422,7 +422,7 @@ class Run:
         import torch
 
         from training.checkpoint import load_tensors, model_tensors, set_random_state
-        from training.huggingface import load_weights
+        from training.huggingface_files import load_weights
 
         if self.resumes:
             tensors = self.tensors()
@@ -672,7 +672,7 @@ def find_origin(configuration: Configuration, store, warn) -> Origin | None:
             )
         return Origin(found) if found else None
     if config.init_from.startswith("hf:"):
-        from training.huggingface import find_folder
+        from training.huggingface_files import find_folder
 
         return Origin(find_folder(config.init_from.removeprefix("hf:")), weights_only=True, huggingface=True)
     path = config.init_from.removeprefix("weights:")
@@ -681,13 +681,13 @@ def find_origin(configuration: Configuration, store, warn) -> Origin | None:
 
 def imported_state(folder: Path) -> dict:
     """What a checkpoint's state would say of a Hugging Face folder: the keys of its model."""
-    from training.huggingface import read_config, special_ids
+    from training.huggingface_files import read_config, source_of
 
     return {
         "config": dict(read_config(folder).to_dict(), arch_preset="custom"),
         "origins": {},
         "run": None,
-        "source": dict(huggingface=str(folder), **special_ids(folder)),
+        "source": source_of(folder, str(folder)),
     }
 
 

@@ -161,7 +161,8 @@ def read_model(options: argparse.Namespace) -> tuple[str, ModelConfig, dict]:
         )
     if path.suffix == ".py":
         return (name, *_read_recipe(path, options.overrides))
-    from training.huggingface import ConversionError, config_from_hf
+    from training.huggingface import config_from_hf
+    from training.huggingface_families import ConversionError
 
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
@@ -174,9 +175,8 @@ def read_model(options: argparse.Namespace) -> tuple[str, ModelConfig, dict]:
         if empty:
             raise ConversionError(f"{', '.join(empty)} is null in it.")
         config = config_from_hf(hf)
-    except (ConversionError, TypeError, ZeroDivisionError) as error:
-        reason = str(error) if isinstance(error, ConversionError) else "a size in it is not a positive number."
-        raise UsageError(f"{path}: {reason}") from error
+    except ConversionError as error:
+        raise UsageError(f"{path}: {error}") from error
     return path.stem, _resolve("custom", {**config.to_dict(), **overrides}) if overrides else config, {}
 
 

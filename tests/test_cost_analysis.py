@@ -17,7 +17,8 @@ from flops_parameter_counting.hardware import peak_flops
 from flops_parameter_counting.memory import CARD_SIZES_GB, estimate_memory, largest_micro_batch
 from flops_parameter_counting.parameters import count_parameters
 from model_config import PRESETS, resolve
-from training.huggingface import FAMILIES, config_from_hf
+from training.huggingface import config_from_hf
+from training.huggingface_families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "flops_parameter_counting" / "detailed_cost_analysis.py"
@@ -334,9 +335,9 @@ def test_what_cannot_be_used_is_said_in_a_sentence_with_exit_code_2(argv, said, 
         ("[]", "no Hugging Face config.json"),
         ('{"a": 1}', "it has no model_type"),
         ('{"model_type": "mamba"}', "model_type='mamba' is not one of the families"),
-        ('{"model_type": "gpt2", "n_layer": 2}', "has no 'n_head'"),
-        (dict(num_attention_heads=0), "a size in it is not a positive number"),
-        (dict(hidden_size="wide"), "a size in it is not"),
+        ('{"model_type": "gpt2", "n_embd": 30, "n_layer": 2}', "n_head=12 does not divide n_embd=30"),  # its class's n_head
+        (dict(num_attention_heads=0), "LlamaConfig does not accept this config.json"),
+        (dict(hidden_size="wide"), "LlamaConfig does not accept this config.json"),
         (dict(num_hidden_layers=0), "n_layer=0 must be at least 1"),
         (dict(intermediate_size=-8), "d_ff=-8 must be at least 1"),
         (dict(vocab_size=None), "vocab_size is null"),

@@ -390,12 +390,12 @@ def is_checkpoint(path: str | Path) -> bool:
 def load_model(path: str | Path, device: torch.device | str = "cpu", which: str = "latest") -> tuple[nn.Module, Any]:
     """A checkpoint folder, an out_dir or a Hugging Face folder → (model in eval mode, its tokenizer or None).
 
-    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError, or huggingface.ConversionError.
+    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError, or ConversionError.
     """
     from data.tokenization import load_tokenizer
     from model_builder import build_model
     from model_config import ModelConfig
-    from training import huggingface
+    from training import huggingface_files as huggingface
 
     if huggingface.is_folder(path):
         if which == "best":

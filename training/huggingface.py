@@ -1,549 +1,229 @@
-"""Hugging Face's model families in kitbash's terms: config.json ↔ ModelConfig, tensor names ↔ tensor names.
+"""Hugging Face's config.json ↔ ModelConfig.
 
-Knows names and shapes only; `transformers` is not needed here.
+What a config.json means is what the class of the installed `transformers` says it means: absent keys have the class's
+defaults, old spellings are its business, and what it refuses is refused here. Without `transformers` a file is read with the
+defaults written in huggingface_families.py (a test holds them against the classes), and one with a key that is not known
+there is refused.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from command_line import Failure
 from model_config import ModelConfig, resolve
+from training.huggingface_families import FAMILIES, ROPE_KEYS, ConversionError, Family, Rule, dropout
 
+# ------------------------------------------------------------------------------------------- what a file means
 
-class ConversionError(Failure):
-    """A model cannot be expressed on the other side; the message names the parts that have no counterpart."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One Hugging Face tensor and the kitbash tensors that it holds, stacked along their first dimension.
-
-    `transposed`: Hugging Face keeps the matrix as (d_in, d_out), as its GPT-2 does.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
-
-    def to_ours(self, tensor: Tensor) -> dict[str, Tensor]:
-        """A Hugging Face tensor → kitbash tensors by name. All of them must have the same number of rows."""
-        tensor = tensor.T if self.transposed else tensor
-        return {name: piece.contiguous() for name, piece in zip(self.ours, tensor.chunk(len(self.ours)))}
-
-    def to_theirs(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Kitbash tensors by name → the Hugging Face tensor."""
-        stacked = torch.cat([tensors[name] for name in self.ours]) if len(self.ours) > 1 else tensors[self.ours[0]]
-        return (stacked.T if self.transposed else stacked).contiguous()
-
-
-@dataclass(frozen=True)
-class Family:
-    """One Hugging Face model type: the parts it always has, how the rest of its config.json reads and writes, and what
-    its tensors are called."""
-
-    model_type: str
-    architecture: str
-    parts: dict[str, Any]
-    read: Callable[[dict[str, Any]], dict[str, Any]]
-    write: Callable[[ModelConfig], dict[str, Any]]
-    rules: Callable[[ModelConfig], Iterator[Rule]]
-
-
-# ------------------------------------------------------------------------------------------- LLaMA and its relatives
-
-_HF_ACTIVATION = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
-_ACTIVATION = {**{theirs: ours for ours, theirs in _HF_ACTIVATION.items()}, "gelu_new": "gelu_tanh", "swish": "silu"}
-
-
-def _rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's keys of a config.json, in the form of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling)."""
-    parameters = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta")}
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    theta = parameters.get("rope_theta") or 10000.0
-    if kind == "default":
-        return dict(rope_theta=theta)
-    if kind == "linear":
-        return dict(rope_theta=theta, rope_scaling="linear", rope_factor=parameters["factor"])
-    if kind == "llama3":
-        return dict(
-            rope_theta=theta,
-            rope_scaling="llama3",
-            rope_factor=parameters["factor"],
-            rope_low_freq_factor=parameters["low_freq_factor"],
-            rope_high_freq_factor=parameters["high_freq_factor"],
-            rope_original_context=parameters["original_max_position_embeddings"],
-        )
-    raise ConversionError(f"RoPE of type {kind!r} has no counterpart here; there is default, linear and llama3.")
-
-
-def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
-    if config.rope_scaling == "linear":
-        scaling = dict(rope_type="linear", factor=config.rope_factor)
-    elif config.rope_scaling == "llama3":
-        scaling = dict(
-            rope_type="llama3",
-            factor=config.rope_factor,
-            low_freq_factor=config.rope_low_freq_factor,
-            high_freq_factor=config.rope_high_freq_factor,
-            original_max_position_embeddings=config.rope_original_context,
-        )
-    else:
-        scaling = dict(rope_type="default")
-    return dict(rope_theta=config.rope_theta, **scaling)
-
-
-def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
-    """The keys that LLaMA's relatives share."""
-    heads = hf["num_attention_heads"]
-    activation = hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
-    if activation not in _ACTIVATION:
-        raise ConversionError(f"hidden_act={activation!r} has no counterpart here; there is {', '.join(_ACTIVATION)}.")
-    gated = {"silu": "swiglu", "gelu": "geglu"}.get(_ACTIVATION[activation], "gated")
-    return dict(
-        n_layer=hf["num_hidden_layers"],
-        n_head=heads,
-        n_kv_head=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        n_embd=hf["hidden_size"],
-        d_ff=hf["intermediate_size"],
-        vocab_size=hf["vocab_size"],
-        block_size=hf["max_position_embeddings"],
-        norm_eps=hf["rms_norm_eps"],
-        activation=_ACTIVATION[activation],
-        ffn_type=gated,
-        weight_tying=bool(hf.get("tie_word_embeddings", False)),
-        bias=_bias(hf),
-        dropout=float(hf.get("attention_dropout") or 0.0),
-        **_rope(hf),
-    )
-
-
-def _bias(hf: dict[str, Any]) -> bool:
-    """Whether there are biases: in attention (q, k, v and o) and feed-forward, or in neither."""
-    attention, feed_forward = bool(hf.get("attention_bias")), bool(hf.get("mlp_bias"))
-    if attention != feed_forward:
-        raise ConversionError(
-            f"attention_bias={attention} with mlp_bias={feed_forward} has no counterpart here: 'bias' is for both."
-        )
-    return attention
-
-
-def _write_llama(config: ModelConfig) -> dict[str, Any]:
-    return dict(
-        hidden_size=config.n_embd,
-        intermediate_size=config.d_ff,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.n_kv_head,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.block_size,
-        rms_norm_eps=config.norm_eps,
-        hidden_act=_HF_ACTIVATION.get(config.activation),
-        rope_parameters=_rope_parameters(config),
-        attention_bias=config.bias,
-        attention_dropout=0.0,
-    )
-
-
-_LLAMA_NORMS = {"attention.norm": "input_layernorm", "feed_forward.norm": "post_attention_layernorm"}
-_OLMO2_NORMS = {"attention.norm": "post_attention_layernorm", "feed_forward.norm": "post_feedforward_layernorm"}
-_GEMMA2_NORMS = {
-    "attention.norm": "input_layernorm",
-    "attention.output_norm": "post_attention_layernorm",
-    "feed_forward.norm": "pre_feedforward_layernorm",
-    "feed_forward.output_norm": "post_feedforward_layernorm",
+# Keys that change nothing of what a model computes in evaluation: names, tokens, generation, the start of training.
+_INERT_KEYS = """
+    architectures auto_map model_type transformers_version torch_dtype dtype initializer_range use_cache pretraining_tp
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix task_specific_params
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn
+    n_ctx hidden_act cache_implementation return_dict output_hidden_states output_attentions output_scores
+    return_dict_in_generate id2label label2id num_labels problem_type finetuning_task torchscript use_bfloat16
+    tf_legacy_loss tie_encoder_decoder is_decoder is_encoder_decoder cross_attention_hidden_size chunk_size_feed_forward
+    bad_words_ids begin_suppress_tokens suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values
+    repetition_penalty temperature top_k top_p typical_p unsloth_version unsloth_fixed rope_interleaved
+"""
+_INERT = frozenset(_INERT_KEYS.split())
+# Keys that the code of every family heeds, whether its class names them or not → what they must be.
+_NEUTRAL = {
+    "is_causal": True,
+    "pruned_heads": {},
+    "add_cross_attention": False,
+    "per_layer_config": None,
+    "transformers_weights": None,
 }
 
 
-def _llama_rules(norms: dict[str, str]) -> Callable[[ModelConfig], Iterator[Rule]]:
-    def rules(config: ModelConfig) -> Iterator[Rule]:
-        yield Rule("model.embed_tokens.weight", ("embedding.weight",))
-        for i in range(config.n_layer):
-            mine, theirs = f"blocks.{i}", f"model.layers.{i}"
-            for name in ("q", "k", "v", "o"):
-                yield Rule(f"{theirs}.self_attn.{name}_proj.weight", (f"{mine}.attention.sublayer.{name}_proj.weight",))
-                if config.bias:
-                    yield Rule(f"{theirs}.self_attn.{name}_proj.bias", (f"{mine}.attention.sublayer.{name}_proj.bias",))
-            for name in ("q", "k") if config.qk_norm else ():
-                yield Rule(f"{theirs}.self_attn.{name}_norm.weight", (f"{mine}.attention.sublayer.{name}_norm.weight",))
-            for name in ("gate", "up", "down"):
-                for kind in ("weight", "bias") if config.bias else ("weight",):
-                    yield Rule(f"{theirs}.mlp.{name}_proj.{kind}", (f"{mine}.feed_forward.sublayer.{name}_proj.{kind}",))
-            for ours, hf_name in norms.items():
-                yield Rule(f"{theirs}.{hf_name}.weight", (f"{mine}.{ours}.weight",))
-        yield Rule("model.norm.weight", ("norm.weight",))
-        if not config.weight_tying:
-            yield Rule("lm_head.weight", ("head.weight",))
+def meaning(hf: dict[str, Any]) -> dict[str, Any]:
+    """A config.json's content → the value of every key that decides the model, those that it leaves out included.
 
-    return rules
-
-
-# ------------------------------------------------------------------------------------------- GPT-2
-
-
-def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
-    activation = hf.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATION:
-        raise ConversionError(f"activation_function={activation!r} has no counterpart here.")
-    if hf.get("scale_attn_by_inverse_layer_idx") or not hf.get("scale_attn_weights", True):
-        raise ConversionError("GPT-2's scale_attn_by_inverse_layer_idx, and unscaled attention, have no counterpart here.")
-    return dict(
-        n_layer=hf["n_layer"],
-        n_head=hf["n_head"],
-        n_embd=hf["n_embd"],
-        d_ff=hf.get("n_inner"),
-        vocab_size=hf["vocab_size"],
-        block_size=hf["n_positions"],
-        norm_eps=hf["layer_norm_epsilon"],
-        activation=_ACTIVATION[activation],
-        dropout=float(hf.get("resid_pdrop") or 0.0),
-        weight_tying=bool(hf.get("tie_word_embeddings", True)),
-    )
-
-
-def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
-    return dict(
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_inner=config.d_ff,
-        n_positions=config.block_size,
-        layer_norm_epsilon=config.norm_eps,
-        activation_function={"gelu_tanh": "gelu_new"}.get(config.activation, _HF_ACTIVATION.get(config.activation)),
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-    )
-
-
-def _gpt2_rules(config: ModelConfig) -> Iterator[Rule]:
-    yield Rule("transformer.wte.weight", ("embedding.weight",))
-    yield Rule("transformer.wpe.weight", ("position.table.weight",))
-    for i in range(config.n_layer):
-        mine, theirs = f"blocks.{i}", f"transformer.h.{i}"
-        for kind in ("weight", "bias"):
-            matrix = kind == "weight"
-            yield Rule(f"{theirs}.ln_1.{kind}", (f"{mine}.attention.norm.{kind}",))
-            yield Rule(f"{theirs}.attn.c_attn.{kind}", tuple(f"{mine}.attention.sublayer.{n}_proj.{kind}" for n in "qkv"), matrix)
-            yield Rule(f"{theirs}.attn.c_proj.{kind}", (f"{mine}.attention.sublayer.o_proj.{kind}",), matrix)
-            yield Rule(f"{theirs}.ln_2.{kind}", (f"{mine}.feed_forward.norm.{kind}",))
-            yield Rule(f"{theirs}.mlp.c_fc.{kind}", (f"{mine}.feed_forward.sublayer.up_proj.{kind}",), matrix)
-            yield Rule(f"{theirs}.mlp.c_proj.{kind}", (f"{mine}.feed_forward.sublayer.down_proj.{kind}",), matrix)
-    for kind in ("weight", "bias"):
-        yield Rule(f"transformer.ln_f.{kind}", (f"norm.{kind}",))
-    if not config.weight_tying:
-        yield Rule("lm_head.weight", ("head.weight",))
-
-
-# ------------------------------------------------------------------------------------------- the families
-
-
-def _pattern(hf: dict[str, Any], usual: Callable[[int], bool]) -> dict[str, Any]:
-    """sliding_window and layer_types of a config.json → sliding_window and layer_pattern.
-
-    `usual(i)`: whether layer i slides where the file (as transformers 4 wrote it) has no layer_types.
+    Raises ConversionError for another model_type, quantised weights, a file that the class itself refuses, and a key that
+    says what kitbash has no part for.
     """
-    window = hf.get("sliding_window")
-    kinds = hf.get("layer_types") or [
-        "sliding_attention" if usual(i) else "full_attention" for i in range(hf["num_hidden_layers"])
-    ]
-    if window is None or "sliding_attention" not in kinds:
-        return {}
-    return dict(
-        sliding_window=window,
-        layer_pattern=",".join("sliding" if kind == "sliding_attention" else "transformer" for kind in kinds),
-    )
-
-
-def _layer_types(config: ModelConfig) -> list[str]:
-    return ["sliding_attention" if block == "sliding" else "full_attention" for block in config.layer_pattern]
-
-
-_GPT2_PARTS = dict(
-    normalization="layernorm", norm_position="pre", position_encoding="learned_absolute", ffn_type="standard", bias=True
-)
-_LLAMA_PARTS = dict(normalization="rmsnorm", norm_position="pre", position_encoding="rope")
-_OLMO2_PARTS = dict(_LLAMA_PARTS, norm_position="output", qk_norm="full")
-_GEMMA2_PARTS = dict(_LLAMA_PARTS, normalization="rmsnorm_offset", norm_position="sandwich", embedding_scale=True)
-
-
-def _read_mistral(hf: dict[str, Any]) -> dict[str, Any]:
-    return dict(_read_llama(hf), sliding_window=hf.get("sliding_window"))
-
-
-def _write_mistral(config: ModelConfig) -> dict[str, Any]:
-    return dict(_write_llama(config), sliding_window=config.sliding_window)
-
-
-def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
-    first = hf.get("max_window_layers", 28)  # the layers before it see everything
-    return dict(_read_llama(hf), **(_pattern(hf, lambda i: i >= first) if hf.get("use_sliding_window") else {}))
-
-
-def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    return dict(
-        _write_llama(config),
-        use_sliding_window=config.sliding_window is not None,
-        sliding_window=config.sliding_window,
-        layer_types=_layer_types(config),
-    )
-
-
-def _read_gemma2(hf: dict[str, Any]) -> dict[str, Any]:
-    divisor = hf["query_pre_attn_scalar"]
-    tied = bool(hf.get("tie_word_embeddings", True))
-    return dict(
-        {**_read_llama(hf), "weight_tying": tied},
-        **_pattern(hf, lambda i: i % 2 == 0),
-        attention_softcap=hf.get("attn_logit_softcapping"),
-        logit_softcap=hf.get("final_logit_softcapping"),
-        attention_scale=None if divisor == hf["head_dim"] else divisor**-0.5,
-    )
-
-
-def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
-    divisor = config.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
-    return dict(
-        _write_llama(config),
-        hidden_activation=_HF_ACTIVATION.get(config.activation),
-        attn_logit_softcapping=config.attention_softcap,
-        final_logit_softcapping=config.logit_softcap,
-        query_pre_attn_scalar=divisor,
-        sliding_window=config.sliding_window,
-        layer_types=_layer_types(config),
-    )
-
-
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family("gpt2", "GPT2LMHeadModel", _GPT2_PARTS, _read_gpt2, _write_gpt2, _gpt2_rules),
-        Family(
-            "llama",
-            "LlamaForCausalLM",
-            _LLAMA_PARTS,
-            _read_llama,
-            lambda config: dict(_write_llama(config), mlp_bias=config.bias),
-            _llama_rules(_LLAMA_NORMS),
-        ),
-        Family("mistral", "MistralForCausalLM", _LLAMA_PARTS, _read_mistral, _write_mistral, _llama_rules(_LLAMA_NORMS)),
-        Family(
-            "qwen3", "Qwen3ForCausalLM", dict(_LLAMA_PARTS, qk_norm=True), _read_qwen3, _write_qwen3, _llama_rules(_LLAMA_NORMS)
-        ),
-        Family("olmo2", "Olmo2ForCausalLM", _OLMO2_PARTS, _read_llama, _write_llama, _llama_rules(_OLMO2_NORMS)),
-        Family("gemma2", "Gemma2ForCausalLM", _GEMMA2_PARTS, _read_gemma2, _write_gemma2, _llama_rules(_GEMMA2_NORMS)),
-    )
-}
-
-
-def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """A config.json's content → ModelConfig. Raises ConversionError for a family or part that is not here."""
-    family = FAMILIES.get(hf.get("model_type", ""))
+    family = FAMILIES.get(str(hf.get("model_type")))
     if family is None:
         raise ConversionError(
             f"model_type={hf.get('model_type')!r} is not one of the families that can be read: {', '.join(FAMILIES)}."
         )
+    for key in ("quantization_config", "compression_config"):
+        if hf.get(key):
+            method = hf[key].get("quant_method") if isinstance(hf[key], dict) else None
+            raise ConversionError(
+                f"The weights are quantised (config.json's {key}, quant_method={method!r}), which cannot be read here; use the "
+                "model as it was before quantisation, or dequantise it with transformers and save that."
+            )
+    asked = _ask_class(family, hf)
+    if asked is not None:
+        values, special = asked
+    else:
+        values = {**family.defaults, **hf}
+        special = hf.keys() - family.defaults.keys() - _INERT - family.dropouts.keys() - _NEUTRAL.keys() - ROPE_KEYS
+        special = {key: hf[key] for key in sorted(special) if not key.startswith("_")}
+        if special:
+            raise ConversionError(
+                f"What {', '.join(special)} in this config.json means is known to the class in transformers, which is not "
+                "installed: pip install transformers."
+            )
+    special |= {key: values[key] for key, neutral in _NEUTRAL.items() if values.get(key) not in (None, neutral)}
+    if special:
+        raise ConversionError(
+            f"{', '.join(f'{key}={value!r}' for key, value in special.items())} in this config.json has no counterpart here."
+        )
+    return values
+
+
+def _ask_class(family: Family, hf: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The values of the class's own config object, and those among them that are not known here and not the default.
+
+    None where there is no such class. Raises ConversionError with the class's reason if it refuses the file.
+    """
     try:
-        return resolve("custom", **{"pad_vocab_multiple": 1, **family.parts, **family.read(hf)})
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        kind = CONFIG_MAPPING[family.model_type]
+    except (ImportError, KeyError):  # not installed, or from before the family
+        return None
+    with _quiet():
+        try:
+            config = kind.from_dict(copy.deepcopy(hf))
+            if hasattr(config, "standardize_rope_params"):
+                config.standardize_rope_params()  # as building the model does, with the attributes set by now
+        except Exception as error:  # each version and each key has errors of its own kind
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ConversionError(f"transformers' {kind.__name__} does not accept this config.json: {reason}.") from error
+        values, own = config.to_dict(), _own_defaults(kind)
+    known = family.defaults.keys() | _INERT | family.dropouts.keys() | _NEUTRAL.keys() | ROPE_KEYS
+    return values, {
+        key: values.get(key)
+        for key, default in own.items()
+        if key not in known and values.get(key) != default and (values.get(key) or default)
+    }
+
+
+@lru_cache
+def _own_defaults(kind: type) -> dict[str, Any]:
+    """The defaults of the keys that a config class has beyond those of its base class."""
+    from transformers import PretrainedConfig
+
+    common = PretrainedConfig().to_dict()
+    return {key: value for key, value in kind().to_dict().items() if key not in common}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings about keys, which are told here as errors where they matter."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+# ------------------------------------------------------------------------------------------- both ways
+
+
+def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """A config.json's content → ModelConfig. Raises ConversionError for a family or part that is not here."""
+    values = meaning(hf)
+    family = FAMILIES[hf["model_type"]]
+    try:
+        keys = {
+            "pad_vocab_multiple": 1,
+            "vocab_size": values["vocab_size"],
+            "weight_tying": bool(values["tie_word_embeddings"]),
+            "dropout": dropout(family, values),
+            **family.parts,
+            **family.read(values),
+        }
+        return resolve("custom", **keys)
     except KeyError as error:
         raise ConversionError(f"This config.json of model_type {family.model_type!r} has no {error}.") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise ConversionError(f"This config.json cannot be built here: a size in it is no positive number ({error}).") from error
     except ValueError as error:
         raise ConversionError(f"This config.json cannot be built here: {error}") from error
 
 
-def family_of(config: ModelConfig) -> Family:
-    """The family whose class builds exactly this model. Raises ConversionError naming the parts without a counterpart.
+def _differences(config: ModelConfig, hf: dict[str, Any]) -> list[str] | None:
+    """What a config.json says otherwise than the model, as key=value of the model; None if it cannot be read.
 
-    A family fits when its config.json, read back, is this model: what it cannot say it cannot hide.
+    How the weights started and which attention computes are no part of it; nor is dropout where the class lacks it.
+    """
+    try:
+        again = config_from_hf(hf).to_dict()
+    except ConversionError:
+        return None
+    ignored = {"zero_init"} | ({"dropout"} if len(FAMILIES[hf["model_type"]].dropouts) == 1 else set())
+    wanted = {**config.to_dict(), "pad_vocab_multiple": 1, "attention_backend": again["attention_backend"]}
+    return [f"{key}={wanted[key]!r}" for key in wanted if key not in ignored and again[key] != wanted[key]]
+
+
+def config_to_hf(config: ModelConfig, source: dict[str, Any] | None = None) -> dict[str, Any]:
+    """ModelConfig → the content of a config.json that AutoModelForCausalLM builds.
+
+    `source`: the config.json that the model came from. It is given back as it was if it still says what the model is; else
+    its family is tried first, with what it says besides. A file fits when, read back, it is this model: what it cannot say
+    it cannot hide. Raises ConversionError naming the parts without a counterpart.
     """
     nearest: tuple[list[str], Family] | None = None
-    for family in FAMILIES.values():
-        try:
-            hf = dict(
-                family.write(config),
-                model_type=family.model_type,
-                vocab_size=config.vocab_size,
-                tie_word_embeddings=config.weight_tying,
-            )
-            again = config_from_hf(hf).to_dict()
-        except (ConversionError, KeyError):
-            continue
-        wanted = {**config.to_dict(), "pad_vocab_multiple": 1, "attention_backend": "sdpa"}
-        ignored = {"zero_init"} | ({"dropout"} if family.model_type != "gpt2" else set())
-        differs = [f"{key}={wanted[key]!r}" for key in wanted if key not in ignored and again[key] != wanted[key]]
-        if nearest is None or len(differs) < len(nearest[0]):
+    own = FAMILIES.get((source or {}).get("model_type", ""))
+    for family, hf in _candidates(config, source, own):
+        differs = _differences(config, hf)
+        if differs == []:
+            return hf
+        if differs is not None and (nearest is None or len(differs) < len(nearest[0])):
             nearest = (differs, family)
+    if nearest is None:
+        raise ConversionError(f"No Hugging Face class builds {config.name}.")
     differs, family = nearest
-    if differs:
-        raise ConversionError(
-            f"No Hugging Face class builds {config.name}: the nearest, {family.architecture}, has no {', '.join(differs)}."
-        )
-    return family
+    raise ConversionError(
+        f"No Hugging Face class builds {config.name}: the nearest, {family.architecture}, has no {', '.join(differs)}."
+    )
 
 
-def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """ModelConfig → the content of a config.json that AutoModelForCausalLM builds. Raises ConversionError."""
-    family = family_of(config)
+def _candidates(
+    config: ModelConfig, source: dict[str, Any] | None, own: Family | None
+) -> Iterator[tuple[Family, dict[str, Any]]]:
+    """Files that may describe the model, the best first."""
+    if own:
+        yield own, dict(source)
+        yield own, dict(source, tie_word_embeddings=config.weight_tying)
+        replaced = ROPE_KEYS | {"torch_dtype", "layer_types", "hidden_act"}
+        yield own, {**{key: value for key, value in source.items() if key not in replaced}, **_written(own, config)}
+    for family in sorted(FAMILIES.values(), key=lambda family: family is not own):
+        yield family, _written(family, config)
+
+
+def _written(family: Family, config: ModelConfig) -> dict[str, Any]:
     return dict(
         architectures=[family.architecture],
         model_type=family.model_type,
         vocab_size=config.vocab_size,
         tie_word_embeddings=config.weight_tying,
-        dtype=dtype,
         **family.write(config),
     )
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family whose class builds exactly this model. Raises ConversionError naming the parts without a counterpart."""
+    return FAMILIES[config_to_hf(config)["model_type"]]
 
 
 def tensor_rules(config: ModelConfig, model_type: str) -> list[Rule]:
     """How every tensor of the model is called in the Hugging Face family, and how it is laid out there."""
     return list(FAMILIES[model_type].rules(config))
-
-
-# ------------------------------------------------------------------------------------------- folders
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether this is a folder as save_pretrained writes it (config.json with a model_type)."""
-    try:
-        return "model_type" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def find_folder(name: str) -> Path:
-    """A local folder, or a name on the Hub (downloaded, or taken from Hugging Face's cache) → the folder.
-
-    Raises ConversionError with the reason and the alternatives where the name is gated, unknown or out of reach.
-    """
-    path = Path(name).expanduser()
-    if is_folder(path):
-        return path
-    if path.exists():
-        raise ConversionError(f"{path} is no Hugging Face model folder: it has no config.json with a model_type.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ConversionError(f"There is no folder {name!r}, and it cannot be a name on the Hugging Face Hub (owner/model).")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt"]))
-    except ImportError as error:
-        raise ConversionError(
-            f"{name!r} is not a local folder, and fetching it from the Hub needs huggingface_hub: pip install huggingface_hub."
-        ) from error
-    except Exception as error:  # the hub has a dozen kinds of them, none with a common base
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        gated = "gated" in type(error).__name__.lower() or "gated" in reason.lower() or "401" in reason or "403" in reason
-        advice = (
-            "It is gated: accept its licence on the Hub and log in (`hf auth login`), or use an open model such as "
-            "openai-community/gpt2 or Qwen/Qwen3-0.6B"
-            if gated
-            else "Check the name and the network, or download it elsewhere and give the folder"
-        )
-        raise ConversionError(
-            f"{name!r} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {reason}). {advice}."
-        ) from error
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The model that a folder's config.json describes. Raises ConversionError."""
-    return config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-
-
-def read_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The folder's weights, one kitbash tensor at a time, in the dtype they are stored in.
-
-    Each file is opened anew for each tensor, so that no more than one is ever in memory. Raises ConversionError for a
-    missing file, tensor or shape.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    files, shapes = _files(folder), _shapes(config)
-    prefix = "transformer." if model_type == "gpt2" else "model."
-    for rule in tensor_rules(config, model_type):
-        # a base model, without its head, is stored without the prefix
-        theirs = rule.theirs if rule.theirs in files else rule.theirs.removeprefix(prefix)
-        if theirs not in files:
-            raise ConversionError(f"{folder} has no tensor {rule.theirs!r}, which {model_type} needs.")
-        try:
-            with safe_open(files[theirs], framework="pt") as file:
-                tensor = file.get_tensor(theirs)
-                ours = rule.to_ours(tensor)
-                if tensor.ndim not in (1, 2) or {n: tuple(t.shape) for n, t in ours.items()} != {n: shapes[n] for n in rule.ours}:
-                    raise ConversionError(
-                        f"{files[theirs]}: {theirs} has shape {tuple(tensor.shape)}, but config.json asks "
-                        f"for {' and '.join(str(shapes[n]) for n in rule.ours)} (rows first)."
-                    )
-                yield from ours.items()
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{files[theirs]} cannot be read ({error}); fetch it again.") from error
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape, without the rows that only pad the vocabulary."""
-    from model_builder import build_model
-
-    shapes = {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
-    return {
-        name: (config.vocab_size, *shape[1:]) if name in ("embedding.weight", "head.weight") else shape
-        for name, shape in shapes.items()
-    }
-
-
-def special_ids(folder: Path) -> dict[str, Any]:
-    """What a folder says of its special ids and of generation: for an export to say again."""
-    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    try:
-        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        generation = None
-    return dict(ids={key: hf.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}, generation=generation)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name → file, from the index or the files' headers."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    else:
-        files = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    files.update(dict.fromkeys(file.keys(), path))
-            except (SafetensorError, OSError) as error:
-                raise ConversionError(f"{path} is damaged or not whole ({error}); fetch it again.") from error
-    missing = sorted({str(path) for path in files.values() if not path.is_file()})
-    if missing or not files:
-        raise ConversionError(
-            f"{folder} lacks {', '.join(missing) or 'its *.safetensors'}; fetch the model again, in the safetensors format."
-        )
-    return files
-
-
-@torch.no_grad()
-def load_weights(
-    model: torch.nn.Module, folder: Path, put: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
-) -> None:
-    """Fill a model with a folder's weights, tensor by tensor. Raises ConversionError.
-
-    `put(parameter, values)` stores the whole parameter's values, or the part of them that this process keeps.
-    """
-    parameters = dict(model.named_parameters())
-    for name, tensor in read_tensors(folder, model.config):
-        parameter = parameters[name]
-        if tensor.size(0) < parameter.size(0):  # a padded vocabulary has more rows here, which stay as they are
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.clone()
-            tensor = torch.cat((tensor.to(whole), whole[tensor.size(0) :]))
-        put(parameter, tensor.to(parameter.dtype))
