@@ -1,12 +1,13 @@
-# make demo       a small model, trained from nothing and sampled, in minutes on a CPU
-# make test       the tests
-# make test-slow  the tests that take minutes each
-# make lint       ruff: lint, and whether everything is formatted
-# make clean      removes .venv and caches; runs (out/) and datasets stay
+# make demo           a small model, trained from nothing and sampled, in minutes on a CPU
+# make test           the tests
+# make test-slow      the tests that take minutes each, or come in hundreds
+# make lint           ruff: lint, and whether everything is formatted
+# make clean          removes .venv and caches; runs (out/) and datasets stay
 #
 # All of them make .venv and install requirements.txt into it, once. To choose:
 #   PYTHON=python3.12   the Python to use (3.10 or newer)
 #   TORCH_INDEX=<url>   a package index of PyTorch builds, e.g. the CPU-only ones of https://download.pytorch.org/whl/cpu
+#   JOBS=4              how many tests run side by side, each with one thread (as many as there are processors; 0: one by one)
 # pip's own settings (PIP_INDEX_URL, pip.conf …) are honoured.
 
 PYTHON ?= python3
@@ -15,6 +16,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO_OUT := out/quickstart
+JOBS ?= auto
+SIDE_BY_SIDE := -n $(JOBS) --maxprocesses=8 --dist=worksteal
 
 .PHONY: demo test test-slow lint clean
 
@@ -24,14 +27,14 @@ demo: $(INSTALLED)
 	@echo "run log: $$(ls -t $(DEMO_OUT)/run_*.jsonl | head -n 1)"
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q $(SIDE_BY_SIDE) tests
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 test-slow: $(INSTALLED)
-	$(RUN) -m pytest -q -m slow tests
+	$(RUN) -m pytest -q $(SIDE_BY_SIDE) -m slow tests
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("needs Python 3.10 or newer: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'

@@ -1,10 +1,13 @@
-"""What all tests share: running a command of the project as a user would."""
+"""What all tests share: one thread a process, the tiny shapes, a tiny dataset, running a command as a user would."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch: threads that spin make a shared machine crawl
+# Before PyTorch is imported, and for every process that a test starts. Tests run side by side, so each has one thread; a
+# test that needs two says so. Threads that spin while they wait would take the processor from their neighbours.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import signal
 import subprocess
@@ -16,22 +19,49 @@ import pytest
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script: commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The many processes that tests start compile the project's modules once, not each of them again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# The tiny shapes. A file that needs another one adds to them: a flag that is given twice has its last value.
+TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)  # a model, of any preset
+TINY_RUN = (  # a run of train.py that takes a second
+    "--arch_preset=llama",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--batch_size=4",
+    "--learning_rate=1e-2",
+    "--log_interval=1",
+    "--eval_iters=1",
+    "--device=cpu",
+    "--dtype=float32",
+    "--threads=1",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Undo a test's torch.set_num_threads (train.py's --threads is one): sums depend on the number of threads."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def run_python():
     """run_python(*arguments, cwd=ROOT, timeout=120, env=None, input=None) → CompletedProcess with text stdout and stderr.
 
-    Runs this Python on `arguments` ("train.py", "--help") with at most 2 threads. `env` adds to the environment. A script
-    run from another folder is named by its full path: ROOT / "train.py". Does not check the exit code.
+    Runs this Python on `arguments` ("train.py", "--help"). `env` adds to the environment. A script run from another folder
+    is named by its full path: ROOT / "train.py". Does not check the exit code.
     """
 
     def run(
         *arguments, cwd=ROOT, timeout: float = 120, env: dict[str, str] | None = None, input: str | None = None
     ) -> subprocess.CompletedProcess:
-        threads = os.environ.get("OMP_NUM_THREADS", "2")
-        limits = {"OMP_NUM_THREADS": threads if threads == "1" else "2", "PYTHONIOENCODING": "utf-8"}
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,
@@ -40,7 +70,7 @@ def run_python():
             capture_output=True,
             text=True,
             encoding="utf-8",
-            env={**os.environ, **limits, **(env or {})},
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})},
         )
 
     return run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_RUN
 from safetensors.torch import load_file
 
 import convert
@@ -21,21 +21,7 @@ from tests.distributed.launching import shared_launcher
 from training.checkpoint import CheckpointStore, load_model
 from training.checkpoint_commands import main
 
-SMALL = (
-    "--arch_preset=llama",
-    "--n_layer=2",
-    "--n_head=3",
-    "--n_embd=33",
-    "--position_encoding=learned_absolute",
-    "--block_size=16",
-    "--batch_size=4",
-    "--log_interval=1",
-    "--eval_iters=1",
-    "--device=cpu",
-    "--dtype=float32",
-    "--threads=1",
-    "--max_iters=4",
-)
+SMALL = (*TINY_RUN, "--n_head=3", "--n_embd=33", "--position_encoding=learned_absolute", "--max_iters=4")
 KINDS = ("alone", "fsdp")  # saved by one process; sharded over two, unevenly: 33 rows are 17 and 16
 
 

@@ -11,6 +11,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
 from flops_parameter_counting.flops import flops_per_token
@@ -20,8 +21,6 @@ from model_config import ARCHITECTURE_KEYS, COMPONENT_KINDS, PRESETS, components
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.precision import DTYPES, set_compute_dtype
 from training.train_config import KEYS, MODEL_KEYS, TrainConfig
-
-TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
 
 # Values of which every two are different models. Component keys: everything registered.
 VALUES = dict(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import ConfigError, configure, convert, describe_type, print_help
@@ -15,8 +16,6 @@ from flops_parameter_counting.parameters import count_parameters
 from model_builder import build_model
 from model_components import Constant, register_activation, register_norm
 from model_config import ModelConfig, Part, components, list_components, resolve, unregister
-
-TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
 
 
 @pytest.fixture

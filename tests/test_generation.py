@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
+from conftest import TINY
 
 from model_builder import build_model, sample_next
 from model_config import components, resolve
-
-TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
 
 
 def perturbed(config):

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_builder import build_model, sample_next
 from model_components import AttentionRules, KVCache, manual_attention, sdpa_attention
 from model_config import PRESETS, component, components, resolve
 
-TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
 TRAINABLE = [name for name in components("attention_backend") if name != "flex"]  # which has no backward pass on a CPU
 
 

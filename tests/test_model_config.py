@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from conftest import TINY
 
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_padding, count_parameters, parts
@@ -32,7 +33,6 @@ from model_config import (
 )
 
 GPT2_POSTNORM_NAME = "12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm"
-TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
 
 # Published or computed apart from this code: (preset, overrides, N).
 KNOWN_N = {

@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_parameters, parts
@@ -16,7 +17,6 @@ from model_builder import build_model
 from model_components import AttentionRules, KVCache, flex_attention
 from model_config import PRESETS, component, components, resolve
 
-TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=16)
 TRAINABLE = [name for name in components("attention_backend") if name != "flex"]  # which has no backward pass on a CPU
 
 

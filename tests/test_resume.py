@@ -14,28 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_RUN
 from safetensors.torch import load_file
 
 import train
 from training.checkpoint import CheckpointStore
 
 SMALL = (
-    "--arch_preset=llama",
-    "--n_layer=2",
-    "--n_head=2",
-    "--n_embd=32",
-    "--block_size=16",
+    *TINY_RUN,
     "--batch_size=2",
     "--gradient_accumulation_steps=3",
     "--dropout=0.1",
-    "--learning_rate=1e-2",
     "--warmup_iters=4",
     "--lr_decay_iters=40",
-    "--log_interval=1",
-    "--eval_iters=1",
-    "--device=cpu",
-    "--threads=1",
+    "--dtype=auto",
 )
 
 

@@ -8,25 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY_RUN
 
 import train
 from training.trackers import numbers
 
-SMALL = (
-    "--arch_preset=llama",
-    "--n_layer=1",
-    "--n_head=2",
-    "--n_embd=16",
-    "--block_size=16",
-    "--batch_size=2",
-    "--log_interval=1",
-    "--eval_iters=1",
-    "--eval_interval=4",
-    "--save_interval=-1",
-    "--device=cpu",
-    "--threads=1",
-    "--max_iters=8",
-)
+SMALL = (*TINY_RUN, "--n_layer=1", "--n_embd=16", "--eval_interval=4", "--save_interval=-1", "--max_iters=8")
 
 
 def run(out_dir: Path, dataset: Path, *arguments: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, TINY_RUN
 
 import train
 from configurator import configure
@@ -27,25 +27,11 @@ from training.precision import LossScale, SkipCounter, set_compute_dtype
 from training.schedules import learning_rate, run_length
 from training.train_config import TrainConfig
 
-SMALL = (
-    "--arch_preset=llama",
-    "--n_layer=2",
-    "--n_head=2",
-    "--n_embd=32",
-    "--block_size=16",
-    "--batch_size=4",
-    "--learning_rate=1e-2",
-    "--log_interval=1",
-    "--eval_iters=1",
-    "--device=cpu",
-    "--dtype=float32",
-    "--threads=1",
-)
 TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31)
 
 
 def run(dataset: Path, out_dir: Path, *arguments: str) -> int:
-    return train.main([*SMALL, f"--dataset={dataset}", f"--out_dir={out_dir}", *arguments])
+    return train.main([*TINY_RUN, f"--dataset={dataset}", f"--out_dir={out_dir}", *arguments])
 
 
 def events(out_dir: Path, kind: str) -> list[dict]:
@@ -698,7 +684,9 @@ def test_loading_a_checkpoint_never_unpickles(tmp_path, tiny_dataset, monkeypatc
 
 
 def test_commands_work_from_any_working_directory(tmp_path, tiny_dataset, run_python):
-    result = run_python(ROOT / "train.py", *SMALL, f"--dataset={tiny_dataset}", "--max_iters=2", "--out_dir=here", cwd=tmp_path)
+    result = run_python(
+        ROOT / "train.py", *TINY_RUN, f"--dataset={tiny_dataset}", "--max_iters=2", "--out_dir=here", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == "" and (tmp_path / "here" / "checkpoints" / "latest").is_file()
     assert configure([str(ROOT / "config" / "quickstart.py")]).train.dataset == "pydocs"
@@ -784,7 +772,7 @@ def test_stdout_may_go_away_and_training_goes_on(tmp_path, tiny_dataset):
     import subprocess
     import sys
 
-    command = [sys.executable, "train.py", *SMALL, f"--dataset={tiny_dataset}", "--max_iters=30", "--eval_interval=0"]
+    command = [sys.executable, "train.py", *TINY_RUN, f"--dataset={tiny_dataset}", "--max_iters=30", "--eval_interval=0"]
     for number, redirection in enumerate(("| head -n 1", "> /dev/full", ">&-", "2>&-")):
         line = " ".join(command) + f" --out_dir={tmp_path / str(number)} {redirection}"
         done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -21,26 +21,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+from tests.conftest import TINY_RUN
+
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
 LONGEST = 300.0  # seconds after which a group is killed, whatever a test does
 
-SMALL = (
-    "--arch_preset=llama",
-    "--n_layer=2",
-    "--n_head=2",
-    "--n_embd=32",
-    "--block_size=16",
-    "--batch_size=2",
-    "--gradient_accumulation_steps=2",
-    "--dropout=0.1",
-    "--learning_rate=1e-2",
-    "--log_interval=1",
-    "--eval_iters=1",
-    "--device=cpu",
-    "--dtype=float32",
-    "--threads=1",
-)
+SMALL = (*TINY_RUN, "--batch_size=2", "--gradient_accumulation_steps=2", "--dropout=0.1")
 
 
 class Group:
