@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from model_components import Embedding, KVCache, Linear, Normal, build
+from model_components import Attention, Context, Embedding, KVCache, Linear, Normal, build
 from model_config import ModelConfig
 
 
@@ -40,6 +40,8 @@ class Transformer(nn.Module):
         self.head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.weight_tying:
             self.head.weight = self.embedding.weight
+        attentions = [module for module in self.blocks.modules() if isinstance(module, Attention)]
+        self.windows = tuple(dict.fromkeys(attention.window for attention in attentions))  # each needs a mask
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Token ids (B, T) → logits (B, T, vocab_size) in the compute dtype; padded rows are cut off.
@@ -47,8 +49,19 @@ class Transformer(nn.Module):
         With a cache, the tokens continue those whose keys it holds. `last_only` gives the logits of the last position
         alone, (B, 1, vocab_size). Raises ValueError beyond block_size.
         """
-        start = cache.length if cache is not None else 0
-        T = tokens.size(1)
+        x, context = self.front(tokens, cache)
+        for block in self.blocks:
+            x = block(x, context)
+        if cache is not None:
+            cache.length += tokens.size(1)
+        return self.tail(x, last_only)
+
+    def front(self, tokens: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Context]:
+        """What comes before the blocks: token ids (B, T) → the residual stream (B, T, D) and what the blocks share.
+
+        Raises ValueError where tokens and cache together are longer than block_size.
+        """
+        start, T = cache.length if cache is not None else 0, tokens.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"a sequence of {start + T} tokens is longer than block_size={self.config.block_size}.")
         positions = torch.arange(start, start + T, device=tokens.device)
@@ -57,16 +70,31 @@ class Transformer(nn.Module):
         if self.config.embedding_scale:
             x = x * self.config.n_embd**0.5
         x = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
-        tables = self.position.tables(positions)
-        for block in self.blocks:
-            x = block(x, tables, cache)
-        if cache is not None:
-            cache.length += T
+        context = Context(self.config, self.position, positions, x.dtype, cache)
+        for window in self.windows:  # here, so that a compiled block finds its mask made
+            context.mask(window)
+        return x, context
+
+    def tail(self, x: Tensor, last_only: bool = False) -> Tensor:
+        """What comes after the blocks: the residual stream (B, T, D) → logits (B, T or, with last_only, 1, vocab_size)."""
         x = x[:, -1:] if last_only else x
         logits = self.head(self.norm(x))
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits if logits.size(-1) == self.config.vocab_size else logits[..., : self.config.vocab_size]
+
+    def units(self) -> Iterator[nn.Module | list[nn.Module]]:
+        """What a sharding strategy gathers and reduces together, innermost first.
+
+        Each block; the embedding, and final norm and head, by themselves unless the head is tied to the embedding; then the
+        model, which stands for whatever is left.
+        """
+        if not self.config.weight_tying:
+            yield self.embedding
+        yield from self.blocks
+        if not self.config.weight_tying:
+            yield [self.norm, self.head]
+        yield self
 
     def _apply(self, fn, recurse=True):
         """Whatever moves or converts the parameters (`to`, `to_empty`), a tied head stays the embedding itself."""

@@ -12,6 +12,9 @@ The code knows nothing of processes, sharding or the training loop.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -109,6 +112,78 @@ class KVCache:
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
+
+
+# ------------------------------------------------------------------------------------------- auxiliary losses
+
+
+class AuxiliaryLosses:
+    """What the components of a model added to the loss while `auxiliary_losses` was active.
+
+    `totals[name]`: fp32 scalar, the sum over all places that attached a loss of this name of loss × tokens there.
+    `tokens[name]`: the number of tokens that sum is over, so that totals[name] / tokens[name] is the mean loss.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.totals: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+
+_active: ContextVar[AuxiliaryLosses | None] = ContextVar("auxiliary losses", default=None)
+
+
+@contextmanager
+def auxiliary_losses(weight: Tensor) -> Iterator[AuxiliaryLosses]:
+    """Let components add to the loss in the forward passes inside of this context; it yields what they added.
+
+    `weight` (scalar): how much one token's loss weighs in what backward is called on, usually loss scale / tokens of the
+    global batch. Outside of the context (evaluation, generation) auxiliary losses have no effect and cost nothing.
+    """
+    found = AuxiliaryLosses(weight)
+    token = _active.set(found)
+    try:
+        yield found
+    finally:
+        _active.reset(token)
+
+
+@torch.compiler.disable
+def attach_auxiliary_loss(x: Tensor, name: str, loss: Tensor) -> Tensor:
+    """x (…, D), unchanged, with a loss attached to it: the way for a component to add to the loss of training.
+
+    `loss` (scalar) is a mean over the tokens of x, the component's own factor included; a router's balance, for instance.
+    Where `auxiliary_losses(weight)` is active, the backward pass through x also runs backward from `loss`, with the gradient
+    weight × tokens in x, as if weight × tokens × loss had been added to what backward is called on. The component must
+    return, or compute with, the x that it gets back. Raises ValueError if `loss` is not a scalar.
+    """
+    if loss.ndim:
+        raise ValueError(f"the auxiliary loss {name!r} has the shape {tuple(loss.shape)}; attach a scalar, such as its mean.")
+    active = _active.get()
+    recomputing = torch._C._current_graph_task_id() != -1  # activation checkpointing runs forward again inside backward
+    if active is None or recomputing or not torch.is_grad_enabled():
+        return x
+    tokens = x.shape[:-1].numel()
+    active.totals[name] = active.totals.get(name, 0.0) + loss.detach().float() * tokens
+    active.tokens[name] = active.tokens.get(name, 0) + tokens
+    return _Attached.apply(x, loss, active.weight)
+
+
+class _Attached(torch.autograd.Function):
+    """The identity on x; backward gives `loss` its gradient.
+
+    The weight is an attribute and not a saved tensor, as activation checkpointing compares the numbers of tensors saved in
+    forward and in recomputation, where nothing is attached.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+        ctx.gradient = (weight * x.shape[:-1].numel()).to(loss.dtype)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, ctx.gradient, None
 
 
 # ------------------------------------------------------------------------------------------- normalisation
@@ -428,7 +503,7 @@ class AttentionRules(NamedTuple):
     window: int | None = None
     slopes: Tensor | None = None
 
-    def mask(self, new: int, seen: int, device: torch.device) -> Tensor | None:
+    def penalty(self, new: int, seen: int, device: torch.device) -> Tensor | None:
         """For the last `new` of `seen` tokens: what is added to the scores, fp32 (new, seen) or (H, new, seen).
 
         None where nothing but a plain causal mask, or none at all, is needed.
@@ -442,71 +517,138 @@ class AttentionRules(NamedTuple):
 
 
 @register_attention("sdpa", short="sdpa")
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Tensor:
-    """PyTorch's fused scaled-dot-product attention; with a soft cap, which it does not have, as 'manual'."""
-    if rules.softcap is not None:
-        return manual_attention(q, k, v, rules)
-    new, seen = q.size(2), k.size(2)
-    mask = rules.mask(new, seen, q.device)
-    if mask is not None and q.size(1) != k.size(1):  # no fused kernel takes a mask and shared heads
-        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if mask is None else mask.to(q.dtype),
-        dropout_p=rules.dropout,
-        is_causal=mask is None and new == seen,
-        scale=rules.scale,
-        enable_gqa=q.size(1) != k.size(1),
-    )
+class FusedAttention:
+    """PyTorch's fused scaled-dot-product attention; with a soft cap, which it does not have, as 'manual'.
+
+    A backend has two functions. `mask` makes what `attend` needs to know of which token sees which; it is called once a
+    forward for each distinct window, so that the layers share the result. `attend` is called in each layer.
+    """
+
+    @staticmethod
+    def mask(rules: AttentionRules, new: int, seen: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """None where the kernel's own causal mask, or no mask, does; else what it adds to the scores."""
+        if rules.softcap is not None:
+            return WrittenOutAttention.mask(rules, new, seen, device, dtype)
+        penalty = rules.penalty(new, seen, device)
+        return None if penalty is None else penalty.to(dtype)
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules, mask: Tensor | None) -> Tensor:
+        if rules.softcap is not None:
+            return WrittenOutAttention.attend(q, k, v, rules, mask)
+        if mask is not None and q.size(1) != k.size(1):  # no fused kernel takes a mask and shared heads
+            k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask.to(q.dtype),
+            dropout_p=rules.dropout,
+            is_causal=mask is None and q.size(2) == k.size(2),
+            scale=rules.scale,
+            enable_gqa=q.size(1) != k.size(1),
+        )
 
 
 @register_attention("manual", short="manual")
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Tensor:
+class WrittenOutAttention:
     """Attention written out, softmax in fp32: q (B, H, T, d), k and v (B, K, S, d) → (B, H, T, d)."""
-    new, seen, group = q.size(2), k.size(2), q.size(1) // k.size(1)
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    scores = (q @ k.transpose(-2, -1)).float() * rules.scale
-    if rules.softcap is not None:
-        scores = rules.softcap * torch.tanh(scores / rules.softcap)
-    mask = rules.mask(new, seen, q.device)
-    if mask is None:
-        mask = torch.full((new, seen), float("-inf"), device=q.device).triu(seen - new + 1)
-    weights = (scores + mask).softmax(dim=-1)
-    return F.dropout(weights, rules.dropout).to(v.dtype) @ v
+
+    @staticmethod
+    def mask(rules: AttentionRules, new: int, seen: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """What `attend` needs to know which of the `seen` tokens each of the last `new` sees, for q, k and v of this dtype."""
+        penalty = rules.penalty(new, seen, device)
+        if penalty is None:
+            penalty = torch.full((new, seen), float("-inf"), device=device).triu(seen - new + 1)
+        return penalty
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules, mask: Any) -> Tensor:
+        """softmax(scale · q·kᵀ under the rules)·v; query head h reads key head h // (H / K)."""
+        group = q.size(1) // k.size(1)
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-2, -1)).float() * rules.scale
+        if rules.softcap is not None:
+            scores = rules.softcap * torch.tanh(scores / rules.softcap)
+        weights = (scores + mask).softmax(dim=-1)
+        return F.dropout(weights, rules.dropout).to(v.dtype) @ v
 
 
 @register_attention("flex", short="flex")
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Tensor:
+class FlexAttention:
     """PyTorch's FlexAttention, compiled: windows, slopes and soft caps in one GPU kernel. No training on a CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask
-    from torch.nn.attention.flex_attention import flex_attention as flex
 
-    if q.device.type == "cpu" and q.requires_grad:
-        raise ValueError(
-            "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use 'sdpa' or 'manual'."
-        )
-    if rules.dropout:
-        raise ValueError("attention_backend='flex' has no dropout; use 'sdpa', or --dropout=0.")
-    new, seen = q.size(2), k.size(2)
+    @staticmethod
+    def mask(rules: AttentionRules, new: int, seen: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """The BlockMask of what is visible."""
+        from torch.nn.attention.flex_attention import create_block_mask
 
-    def score(s, b, h, i, j):
-        s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
-        return s if rules.slopes is None else s - rules.slopes[h] * (i + seen - new - j)
+        def visible(b, h, i, j):
+            distance = i + seen - new - j
+            return distance >= 0 if rules.window is None else (distance >= 0) & (distance < rules.window)
 
-    def visible(b, h, i, j):
-        distance = i + seen - new - j
-        return distance >= 0 if rules.window is None else (distance >= 0) & (distance < rules.window)
+        return create_block_mask(visible, None, None, new, seen, device=device.type)
 
-    blocks = create_block_mask(visible, None, None, new, seen, device=q.device.type)
-    kernel = _compiled(flex) if q.device.type == "cuda" else flex
-    return kernel(q, k, v, score_mod=score, block_mask=blocks, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules, mask: Any) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention as flex
+
+        if q.device.type == "cpu" and q.requires_grad:
+            raise ValueError(
+                "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward "
+                "pass; use 'sdpa' or 'manual'."
+            )
+        if rules.dropout:
+            raise ValueError("attention_backend='flex' has no dropout; use 'sdpa', or --dropout=0.")
+        before = k.size(2) - q.size(2)
+
+        def score(s, b, h, i, j):
+            s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
+            return s if rules.slopes is None else s - rules.slopes[h] * (i + before - j)
+
+        kernel = _compiled(flex) if q.device.type == "cuda" else flex
+        return kernel(q, k, v, score_mod=score, block_mask=mask, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))
 
 
 @lru_cache(maxsize=1)
 def _compiled(function):
     return torch.compile(function)
+
+
+class Context:
+    """What all blocks of one forward pass share: position tables, masks, the KV cache.
+
+    `model_builder.Transformer.front` makes one for each forward pass and hands it to every block. It holds what depends
+    on the positions of the tokens and not on the layer, so that each of it is computed once and not once a layer.
+    `positions` (T,): where the new tokens stand; `seen`: how many tokens there are with those in the cache.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoding: NoPosition,
+        positions: Tensor,
+        dtype: torch.dtype,
+        cache: KVCache | None = None,
+    ):
+        self.encoding, self.cache, self.positions, self.dtype = encoding, cache, positions, dtype
+        self.seen = positions.numel() + (cache.length if cache is not None else 0)
+        self.backend = component("attention_backend", config.attention_backend).build
+        self.softcap = config.attention_softcap
+        self.tables = encoding.tables(positions)
+        self.slopes = encoding.slopes(self.tables)
+        self.masks: dict[int | None, Any] = {}
+
+    def mask(self, window: int | None) -> Any:
+        """What the attention backend needs to limit a layer with this window (None: no window) to what it may see."""
+        if window not in self.masks:
+            rules = AttentionRules(1.0, softcap=self.softcap, window=window, slopes=self.slopes)
+            self.masks[window] = self.backend.mask(rules, self.positions.numel(), self.seen, self.positions.device, self.dtype)
+        return self.masks[window]
+
+    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, T, d) and keys (B, K, T, d) with the position encoding applied to them."""
+        return self.encoding.rotate(q, k, self.tables)
 
 
 class Attention(nn.Module):
@@ -526,8 +668,7 @@ class Attention(nn.Module):
         if config.qk_norm:  # per head (Henry et al. 2020, as Qwen3 has it), or over all heads together (OLMo 2)
             self.q_norm = RMSNorm(config, q_width if config.qk_norm == "full" else config.head_dim)
             self.k_norm = RMSNorm(config, kv_width if config.qk_norm == "full" else config.head_dim)
-        self.position = component("position_encoding", config.position_encoding).build
-        self.attend = component("attention_backend", config.attention_backend).build
+        self.backend = component("attention_backend", config.attention_backend).build
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.dropout = nn.Dropout(config.dropout)
 
@@ -546,9 +687,10 @@ class Attention(nn.Module):
             parts.append(Part("qk_norm", parameters=width))
         return parts
 
-    def forward(self, x: Tensor, tables: Any, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
         B, T, _ = x.shape
-        d, norm = self.config.head_dim, self.config.qk_norm
+        d, norm, cache = self.config.head_dim, self.config.qk_norm, context.cache
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -556,21 +698,12 @@ class Attention(nn.Module):
         if norm is True:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, T, d)
-        q, k = self.position.rotate(q, k, tables)
+        q, k = context.rotate(q, k)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = self.attend(
-            q,
-            k,
-            v,
-            AttentionRules(
-                self.scale,
-                self.config.dropout if self.training else 0.0,
-                self.config.attention_softcap,
-                self.window,
-                self.position.slopes(tables),
-            ),
-        )
+        dropout = self.config.dropout if self.training else 0.0
+        rules = AttentionRules(self.scale, dropout, self.config.attention_softcap, self.window, context.slopes)
+        y = self.backend.attend(q, k, v, rules, context.mask(self.window))
         return self.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
@@ -590,24 +723,24 @@ class PreNorm(nn.Module):
     def parts(config: ModelConfig) -> list[Part]:
         return component("normalization", config.normalization).build.parts(config, config.n_embd)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return x + self.sublayer(self.norm(x), *context)
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        return x + self.sublayer(self.norm(x), *inputs)
 
 
 @register_norm_position("post", short="PostNorm")
 class PostNorm(PreNorm):
     """norm(x + f(x)): the stream is normalised after each addition (Vaswani et al. 2017)."""
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return self.norm(x + self.sublayer(x, *context))
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        return self.norm(x + self.sublayer(x, *inputs))
 
 
 @register_norm_position("output", short="OutNorm")
 class OutputNorm(PreNorm):
     """x + norm(f(x)): each branch is normalised before it is added (Liu et al. 2021, OLMo 2)."""
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return x + self.norm(self.sublayer(x, *context))
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        return x + self.norm(self.sublayer(x, *inputs))
 
 
 @register_norm_position("sandwich", short="Sandwich")
@@ -622,8 +755,8 @@ class SandwichNorm(PreNorm):
     def parts(config: ModelConfig) -> list[Part]:
         return 2 * PreNorm.parts(config)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return x + self.output_norm(self.sublayer(self.norm(x), *context))
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        return x + self.output_norm(self.sublayer(self.norm(x), *inputs))
 
 
 # ------------------------------------------------------------------------------------------- blocks
@@ -650,8 +783,8 @@ class TransformerBlock(nn.Module):
     def parts(config: ModelConfig, window: int | None = None) -> list[Part]:
         return _residual_parts(config, Attention.parts(config, window)) + MLPBlock.parts(config)
 
-    def forward(self, x: Tensor, tables: Any, cache: KVCache | None) -> Tensor:
-        return self.feed_forward(self.attention(x, tables, cache))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.feed_forward(self.attention(x, context))
 
 
 @register_block("sliding", short="sliding", uses=("sliding_window",), has_attention=True)
@@ -678,5 +811,5 @@ class MLPBlock(nn.Module):
     def parts(config: ModelConfig) -> list[Part]:
         return _residual_parts(config, component("ffn_type", config.ffn_type).build.parts(config))
 
-    def forward(self, x: Tensor, tables: Any, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.feed_forward(x)

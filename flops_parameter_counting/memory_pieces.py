@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model_components import Embedding, Linear, build
+from model_components import Attention, Context, Embedding, Linear, build
 from model_config import ModelConfig, components
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -70,7 +71,7 @@ class Piece:
 def measured_pieces(
     config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str, cast: bool
 ) -> tuple[list[Piece], int]:
-    """Embedding, every block, head with loss, each measured; and the bytes of the position tables they share.
+    """Embedding, every block, head with loss, each measured; and the bytes of the position tables and masks they share.
 
     `cast`: parameters are in the compute dtype already, as a sharding strategy gathers them; but for the embedding's, and
     the head's if it is tied to it, which are gathered as they are stored.
@@ -90,19 +91,22 @@ def measured_pieces(
         front = made(_Front(config, compute_dtype), cast=False)
         ids = torch.zeros(batch_size, context, dtype=torch.int64)
         x = torch.empty(batch_size, context, config.n_embd, dtype=compute_dtype, requires_grad=True)
-        tables = front.position.tables(torch.arange(context))
+        shared = Context(config, front.position, torch.arange(context), compute_dtype)
         measured = {"front": _measure(front, lambda ids: _Incoming.apply(front(ids)), ids, "embedding")}
         for name in dict.fromkeys(config.layer_pattern):
             block = made(build("block", name, config, 0))
             if config.attention_backend == "flex" and device == "cuda":
-                _as_flash(block)
+                _as_flash(block, shared)
+            for module in block.modules():
+                if isinstance(module, Attention):
+                    shared.mask(module.window)
             run = _checkpointed(block, checkpointing)
-            measured[name] = _measure(block, lambda x: _Incoming.apply(run(x, tables, None)), x, "residual stream")
+            measured[name] = _measure(block, lambda x: _Incoming.apply(run(x, shared)), x, "residual stream")
         tail = made(_Tail(config, CHUNK_BYTES[device]), cast and not config.weight_tying)
         measured["tail"] = _measure(tail, tail, x, "residual stream", (config.vocab_size, config.padded_vocab_size))
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for t in (tables if isinstance(tables, tuple) else (tables,))
+        for t in tree_leaves((shared.tables, shared.masks))
         if isinstance(t, Tensor)
     }
     return [measured[name] for name in ("front", *config.layer_pattern, "tail")], sum(storages.values())
@@ -360,11 +364,23 @@ def _gpu_attention(
     ]
 
 
-def _as_flash(block: nn.Module) -> None:
-    """FlexAttention keeps what flash attention keeps, and makes no mask."""
+class _Flash:
+    """FlexAttention keeps what flash attention keeps, and makes no mask to speak of."""
+
+    @staticmethod
+    def mask(*_) -> None:
+        return None
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, rules, mask) -> Tensor:
+        return _gpu_attention(q, k, v, is_causal=True, scale=rules.scale)
+
+
+def _as_flash(block: nn.Module, shared: Context) -> None:
+    shared.backend = _Flash
     for module in block.modules():
-        if hasattr(module, "attend"):
-            module.attend = lambda q, k, v, rules: _gpu_attention(q, k, v, is_causal=True, scale=rules.scale)
+        if isinstance(module, Attention):
+            module.backend = _Flash
 
 
 def _gpu_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -174,7 +174,7 @@ def mixer():
         def parts(config):
             return [linear_part("into", config.n_embd, 7, False), linear_part("out", 7, config.n_embd, True)]
 
-        def forward(self, x, tables, cache):
+        def forward(self, x, context):
             return x + self.out(self.into(x).relu())
 
     yield Mixer

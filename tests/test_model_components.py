@@ -12,7 +12,7 @@ from conftest import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_builder import build_model, sample_next
-from model_components import AttentionRules, KVCache, manual_attention, sdpa_attention
+from model_components import AttentionRules, KVCache
 from model_config import PRESETS, component, components, resolve
 
 TRAINABLE = [name for name in components("attention_backend") if name != "flex"]  # which has no backward pass on a CPU
@@ -280,6 +280,12 @@ def test_norm_positions_are_their_formulas(where):
 # ------------------------------------------------------------------------------------------- attention
 
 
+def attend(backend, q, k, v, rules):
+    """This backend's attention for the last q.size(2) of k.size(2) tokens."""
+    attention = component("attention_backend", backend).build
+    return attention.attend(q, k, v, rules, attention.mask(rules, q.size(2), k.size(2), q.device, q.dtype))
+
+
 def attention_by_loops(q, k, v):
     """Causal grouped attention, one query at a time, in fp64; the queries are the last of the keys' tokens."""
     B, H, T, d = q.shape
@@ -303,7 +309,7 @@ def test_attention_is_the_written_out_sum_over_the_past(backend, n_kv_head, new,
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, new, 8, generator=generator)
     k, v = (torch.randn(2, n_kv_head, seen, 8, generator=generator) for _ in range(2))
-    y = component("attention_backend", backend).build(q, k, v, AttentionRules(scale=8**-0.5))
+    y = attend(backend, q, k, v, AttentionRules(scale=8**-0.5))
     torch.testing.assert_close(y.double(), attention_by_loops(q, k, v), rtol=1e-5, atol=1e-6)
 
 
@@ -315,8 +321,8 @@ def test_sdpa_and_manual_agree_forward_and_backward(n_kv_head, new, seen):
     inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     weight = torch.randn(2, 4, new, 8, generator=generator)
     results = []
-    for attend in (sdpa_attention, manual_attention):
-        y = attend(*inputs, AttentionRules(scale=8**-0.5))
+    for backend in ("sdpa", "manual"):
+        y = attend(backend, *inputs, AttentionRules(scale=8**-0.5))
         results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -338,7 +344,7 @@ class DtypesOf(TorchDispatchMode):
 def test_manual_attention_has_its_softmax_in_fp32_and_its_products_in_the_compute_dtype():
     q, k, v = (torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0)).bfloat16() for _ in range(3))
     with DtypesOf(torch.ops.aten._softmax.default) as softmax, DtypesOf(torch.ops.aten.bmm.default) as products:
-        y = manual_attention(q, k, v, AttentionRules(scale=0.25))
+        y = attend("manual", q, k, v, AttentionRules(scale=0.25))
     assert softmax.dtypes == [torch.float32]
     assert products.dtypes == [torch.bfloat16] * 2 and y.dtype == torch.bfloat16
 
@@ -348,7 +354,7 @@ def test_attention_in_bf16_is_the_exact_one_to_bf16s_precision(backend):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, generator=generator).bfloat16() for _ in range(3))
     exact = attention_by_loops(q, k, v)
-    y = component("attention_backend", backend).build(q, k, v, AttentionRules(scale=0.25))
+    y = attend(backend, q, k, v, AttentionRules(scale=0.25))
     assert (y.double() - exact).abs().max() < 2**-7 * exact.abs().max()
 
 
@@ -539,9 +545,8 @@ def test_attention_dropout_keeps_the_mean(backend):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 8, 8, generator=generator) for _ in range(2))
     v = torch.ones(1, 1, 8, 8)
-    attend = component("attention_backend", backend).build
     torch.manual_seed(0)
-    drawn = torch.stack([attend(q, k, v, AttentionRules(scale=8**-0.5, dropout=0.25)) for _ in range(200)])
+    drawn = torch.stack([attend(backend, q, k, v, AttentionRules(scale=8**-0.5, dropout=0.25)) for _ in range(200)])
     assert drawn.std() > 0.1
     torch.testing.assert_close(drawn.mean(dim=0), torch.ones_like(v), rtol=0, atol=0.2)
 

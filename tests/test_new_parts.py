@@ -14,7 +14,7 @@ from conftest import TINY
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_parameters, parts
 from model_builder import build_model
-from model_components import AttentionRules, KVCache, flex_attention
+from model_components import AttentionRules, Context, FlexAttention, KVCache
 from model_config import PRESETS, component, components, resolve
 
 TRAINABLE = [name for name in components("attention_backend") if name != "flex"]  # which has no backward pass on a CPU
@@ -92,7 +92,8 @@ def test_attention_under_every_rule_is_the_written_out_sum(backend, limits, new,
     expected = attention_by_loops(q, k, v, scale=0.6, **limits)
     slopes = torch.tensor(limits["slopes"]) if "slopes" in limits else None
     rules = AttentionRules(scale=0.6, **{**limits, "slopes": slopes})
-    y = component("attention_backend", backend).build(q, k, v, rules)
+    attention = component("attention_backend", backend).build
+    y = attention.attend(q, k, v, rules, attention.mask(rules, new, seen, q.device, q.dtype))
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     if backend != "flex":
         weight = numbers(*y.shape, seed=9).double()
@@ -113,7 +114,7 @@ def attention_of(config, x):
     """The output of the first block's attention on x, the tables and the module itself."""
     model = perturbed(config).eval()
     attention = model.blocks[0].attention.sublayer
-    return attention(x, model.position.tables(torch.arange(x.size(1))), None), attention
+    return attention(x, Context(config, model.position, torch.arange(x.size(1)), x.dtype)), attention
 
 
 def heads(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -178,9 +179,9 @@ def test_windows_of_two_layers_reach_as_far_as_their_sum():
 def test_flex_attention_refuses_what_it_cannot_do_with_the_remedy():
     q = numbers(1, 2, 4, 16)
     with pytest.raises(ValueError, match="cannot train on a CPU.*'sdpa' or 'manual'"):
-        flex_attention(q.clone().requires_grad_(), q, q, AttentionRules(scale=0.25))
+        FlexAttention.attend(q.clone().requires_grad_(), q, q, AttentionRules(scale=0.25), None)
     with pytest.raises(ValueError, match="no dropout.*--dropout=0"):
-        flex_attention(q, q, q, AttentionRules(scale=0.25, dropout=0.1))
+        FlexAttention.attend(q, q, q, AttentionRules(scale=0.25, dropout=0.1), None)
 
 
 # ------------------------------------------------------------------------------------------- positions
@@ -414,11 +415,11 @@ def test_queries_and_keys_are_normed_per_head_or_all_heads_together(qk_norm, n_k
 def test_a_model_is_its_branches_composed_by_hand(norm_position, normalization):
     model = perturbed(resolve("custom", **TINY, norm_position=norm_position, normalization=normalization)).eval()
     x = tokens()
-    tables = model.position.tables(torch.arange(16))
+    context = Context(model.config, model.position, torch.arange(16), torch.float32)
     h = model.embedding.weight[x]
     for block in model.blocks:
-        for branch, context in ((block.attention, (tables, None)), (block.feed_forward, ())):
-            f = lambda z, branch=branch, context=context: branch.sublayer(z, *context)
+        for branch, inputs in ((block.attention, (context,)), (block.feed_forward, ())):
+            f = lambda z, branch=branch, inputs=inputs: branch.sublayer(z, *inputs)
             h = {
                 "pre": lambda: h + f(branch.norm(h)),
                 "post": lambda: branch.norm(h + f(h)),

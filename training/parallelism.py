@@ -96,7 +96,7 @@ class Sharded(Alone):
                 dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(dimension))
         as_stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = as_stored if dtype == torch.float32 else replace(as_stored, param_dtype=dtype)
-        for unit in units(model):
+        for unit in model.units():
             looked_up = unit is model.embedding or (unit is model and model.config.weight_tying)
             fully_shard(
                 unit,
@@ -135,16 +135,6 @@ class Sharded(Alone):
 
         mesh = parameter.device_mesh
         parameter.copy_(distribute_tensor(values.to(parameter.device), mesh, parameter.placements, src_data_rank=None))
-
-
-def units(model: nn.Module) -> Iterator[nn.Module | list[nn.Module]]:
-    """What travels together, innermost first: each block; the embedding and the head apart unless they are tied; the rest."""
-    if not model.config.weight_tying:
-        yield model.embedding
-    yield from model.blocks
-    if not model.config.weight_tying:
-        yield [model.norm, model.head]
-    yield model
 
 
 def local(tensor: Tensor) -> Tensor:
