@@ -35,6 +35,8 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 UINT16_VOCAB = 2**16  # the largest vocabulary whose ids fit in uint16
 FULL_CHECK_BYTES = 256 * 2**20  # splits below this are checked whole when opened (~0.2 s), of larger ones a sample
 
+DECODED_TOKENS = 256  # to see that a tokenizer works
+
 DATA_DIR = Path(__file__).resolve().parent
 PUBLISHING = ".publishing"  # exists while finished files are moved into place: the folder is not consistent
 
@@ -268,6 +270,39 @@ class TokenDataset:
                 )
         return self._tokenizer
 
+    def check_tokenizer(self) -> str | None:
+        """See at the start of a run that its tokenizer will work at its end, when a checkpoint is sampled from or exported.
+
+        Returns None, or a sentence about what will not be possible here (the folder has no tokenizer, or its library or
+        files are not on this machine). DatasetError where it is damaged, not the one the dataset was made with, or cannot
+        decode the dataset.
+        """
+        from data.tokenization import TokenizerUnavailable
+
+        try:
+            tokenizer = self.tokenizer()
+        except TokenizerUnavailable as error:
+            return f"the tokenizer of {self.folder} cannot be used on this machine, so its text cannot be sampled here: {error}"
+        except (ValueError, OSError) as error:
+            raise DatasetError(f"The tokenizer of {self.folder} is broken: {error}") from None
+        if tokenizer is None:
+            return f"{self.folder} has no tokenizer.json, so a checkpoint will know ids only, no text." if self.meta else None
+        if self.meta and tokenizer.vocab_size != self.vocab_size:
+            raise DatasetError(
+                f"The tokenizer of {self.folder} has a vocabulary of {tokenizer.vocab_size:,}, but meta.json says "
+                f"{self.vocab_size:,}. {_how_to_prepare(self.folder)}"
+            )
+        split = self._splits["train"]
+        ids = [i for i in split.read(0, min(len(split), DECODED_TOKENS)).tolist() if i != tokenizer.eos_id]
+        try:
+            tokenizer.encode(tokenizer.decode(ids))
+        except Exception as error:  # whatever it raises, it would raise after the training as well
+            raise DatasetError(
+                f"The tokenizer of {self.folder} cannot decode and encode the dataset's first tokens ({type(error).__name__}: "
+                f"{error}). {_how_to_prepare(self.folder)}"
+            ) from None
+        return None
+
     def verify(self) -> None:
         """Check every file in full, whatever its size. Raises DatasetError."""
         for name, split in self._splits.items():
@@ -275,7 +310,7 @@ class TokenDataset:
                 _check_hashes(split.files, self.meta["splits"][name]["files"])
                 if (found := split.largest_id(full=True)) >= self.vocab_size:
                     raise DatasetError(f"{split.label} holds the token id {found:,}, but its vocab_size is {self.vocab_size:,}.")
-        self.tokenizer()
+        self.check_tokenizer()
 
     def describe(self) -> str:
         """A few lines for people: where it is, its vocabulary, and the size of each split."""

@@ -31,6 +31,10 @@ CONFIG_FILE = "tokenizer_config.json"  # Hugging Face's name for what tokenizer.
 EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
 
+class TokenizerUnavailable(ValueError):
+    """A tokenizer that is in order cannot be used on this machine: a library or the files that it needs are not here."""
+
+
 class Tokenizer:
     """What all kinds share. A subclass gives `encode`, `decode_bytes` and `definition`, or overrides more."""
 
@@ -141,7 +145,7 @@ class Gpt2Tokenizer(Tokenizer):
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # requests raises many kinds; each means: no files
-            raise ValueError(
+            raise TokenizerUnavailable(
                 f"tiktoken cannot get the files of the GPT-2 tokenizer ({type(error).__name__}); connect "
                 f"to the network once, point TIKTOKEN_CACHE_DIR to a folder that has them, or use "
                 "--tokenizer=bpe."
@@ -355,7 +359,7 @@ def _import(library: str, purpose: str):
     try:
         return importlib.import_module(library)
     except ImportError:
-        raise ValueError(
+        raise TokenizerUnavailable(
             f"{purpose} needs the package {library!r}, which is not installed: pip install {library}, "
             f"or use --tokenizer=byte, which needs nothing."
         ) from None

@@ -233,6 +233,62 @@ def test_another_tokenizer_in_the_folder_is_refused(folder):
         TokenDataset.open(folder).tokenizer()
 
 
+BROKEN_TOKENIZERS = {
+    "cut short": (lambda f: os.truncate(f / "tokenizer.json", 10), "is broken: .*cannot be read as JSON"),
+    "no object": (lambda f: (f / "tokenizer.json").write_text("[]"), "is broken: .*not an object"),
+    "of an unknown kind": (lambda f: (f / "tokenizer.json").write_text('{"kind": "morse"}'), "is broken: .*unknown kind"),
+    "another one": (lambda f: CharTokenizer("xyz").save(f), "is not the tokenizer"),
+    "unreadable": (lambda f: ((f / "tokenizer.json").unlink(), (f / "tokenizer.json").write_bytes(b"\xff")), "is broken"),
+    "of another vocabulary": (lambda f: edit_meta(f, lambda m: m.update(vocab_size=300)), "vocabulary of 257, but .* says 300"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer_is_found_before_the_training(folder, damage):
+    """Issue 10.17: `check_tokenizer` is asked when a run starts; opening the dataset alone does not look at it."""
+    assert TokenDataset.open(folder).check_tokenizer() is None
+    do, message = BROKEN_TOKENIZERS[damage]
+    do(folder)
+    with pytest.raises(DatasetError, match=message) as caught:
+        TokenDataset.open(folder).check_tokenizer()
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert token_dataset.main(["verify", str(folder)]) == 1
+
+
+def test_a_tokenizer_that_fails_on_the_dataset_is_found_before_the_training(folder, monkeypatch):
+    """Issue 10.17: the file is as it was written, but the code that reads it (a library's, say) fails on these ids."""
+    monkeypatch.setattr(ByteTokenizer, "decode_bytes", lambda self, ids: [][0])
+    with pytest.raises(DatasetError, match="cannot decode and encode the dataset's first tokens .IndexError"):
+        TokenDataset.open(folder).check_tokenizer()
+
+
+def test_an_eos_that_the_characters_cannot_spell_is_no_fault(tmp_path):
+    folder = write(tmp_path / "set", CharTokenizer([chr(i) for i in range(256)], eos=True), append_eos=True)
+    assert TokenDataset.open(folder).check_tokenizer() is None
+    few = tmp_path / "few"
+    with DatasetWriter(few, CharTokenizer("ab", eos=True), append_eos=True) as writer:
+        writer.add("train", [0, 1], 2)
+        writer.add("val", [0], 1)
+        writer.publish()
+    assert TokenDataset.open(few).check_tokenizer() is None
+
+
+def test_a_tokenizer_that_this_machine_lacks_the_files_of_is_a_note(tmp_path, folder, monkeypatch):
+    """Issue 10.17: a server without a network, or without the library, may train; it is told what it cannot do."""
+    from data import tokenization
+
+    def no_files():
+        raise tokenization.TokenizerUnavailable("tiktoken cannot get the files")
+
+    monkeypatch.setattr(tokenization, "Gpt2Tokenizer", no_files)
+    (folder / "tokenizer.json").write_text('{"kind": "gpt2"}')
+    assert "cannot be used on this machine" in TokenDataset.open(folder).check_tokenizer()
+    (folder / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in TokenDataset.open(folder).check_tokenizer()
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert TokenDataset.open(tmp_path).check_tokenizer() is None  # a folder of nanoGPT's
+
+
 def test_a_file_that_shrinks_while_in_use_raises_instead_of_crashing(folder):
     train = TokenDataset.open(folder).split("train")
     train.read(0, 5)
