@@ -1,9 +1,10 @@
 """What a model is: `ModelConfig`, the presets, the architecture's name, and the tables of registered components.
 
 `resolve(preset, **overrides)` is the way to make a `ModelConfig`. The tables live here, empty; `model_components.py`
-fills them with its decorators, so that this module can check and name a component without knowing any of them.
+fills them with its decorators, so that this module can check and name a component without knowing any of them. So whoever
+resolves a model imports `model_components` too, as model_builder, training.train_config and flops_parameter_counting do.
 
-    python -c "from model_config import list_presets; list_presets()"
+    python -c "from model_components import list_presets; list_presets()"
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib
 import json
 import math
 import re
@@ -100,8 +100,12 @@ def unregister(kind: str, name: str) -> None:
 
 
 def components(kind: str) -> dict[str, Component]:
-    """All components of one kind by name, in the order they were registered."""
-    importlib.import_module("model_components")  # whoever asks first fills the tables
+    """All components of one kind by name, in the order they were registered.
+
+    Raises RuntimeError as long as nothing has imported the module that registers them.
+    """
+    if not any(_REGISTRY.values()):
+        raise RuntimeError("No components are registered yet: `import model_components` (or model_builder) comes first.")
     return _REGISTRY[kind]
 
 

@@ -27,6 +27,7 @@ LAYERS = (
     ("ablation", "ablation.*"),
 )
 PROGRAMS = LAYERS[1]
+AS_PROGRAM = " as a program"
 NO_MODULES = ("tests", "config", "build", "out")  # folders with other Python files
 Edge = tuple[str, str, int]  # (who imports, what, in which line)
 
@@ -45,14 +46,26 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(root: Path) -> list[Edge]:
-    """Every import of one module of the project in another one."""
+    """Every import of one module of the project in another one.
+
+    What a file does under `if __name__ == "__main__"` it does as a program, which is another module to Python (the file is
+    run a second time, as `__main__`): those imports are of "<module> as a program".
+    """
     files = modules(root)
     return [
-        (module, target, line)
+        (module + (AS_PROGRAM if line in run_lines else ""), target, line)
         for module, path in files.items()
+        for run_lines in [program_lines(path)]
         for name, line in imported_names(path, module)
-        if (target := nearest(name, files)) and target != module
+        if (target := nearest(name, files)) and (target != module or line in run_lines)
     ]
+
+
+def program_lines(path: Path) -> set[int]:
+    """The lines of a file's `if __name__ == "__main__":` blocks at the left margin."""
+    blocks = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
+    blocks = [block for block in blocks if ast.unparse(block.test) == "__name__ == '__main__'"]
+    return {line for block in blocks for node in block.body for line in range(node.lineno, node.end_lineno + 1)}
 
 
 def nearest(name: str, known: dict[str, Path]) -> str | None:
@@ -62,10 +75,15 @@ def nearest(name: str, known: dict[str, Path]) -> str | None:
     return name or None
 
 
-def imported_names(path: Path, module: str) -> Iterator[tuple[str, int]]:
-    """(absolute dotted name, line) of what a file imports; of `from x import y` it is 'x.y'."""
+def imported_names(path: Path, module: str, at_once: bool = False) -> Iterator[tuple[str, int]]:
+    """(absolute dotted name, line) of what a file imports; of `from x import y` it is 'x.y'.
+
+    at_once: only by statements that stand at the left margin, so are carried out when the module is imported.
+    """
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if at_once and getattr(node, "col_offset", 0):
+            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -111,6 +129,8 @@ def circle(edges: list[Edge]) -> list[str] | None:
 
 def layer(module: str) -> int:
     """The row of LAYERS that a module stands in. Raises LookupError."""
+    if module.endswith(AS_PROGRAM):
+        return len(LAYERS)
     for number, row in enumerate(LAYERS):
         if any(fnmatch(module, pattern) for pattern in row):
             return len(LAYERS) if row is PROGRAMS else number
@@ -150,6 +170,21 @@ def test_no_import_points_upwards_or_at_a_program(edges):
 
 def test_no_modules_import_each_other_in_a_circle(edges):
     assert circle(edges) is None
+
+
+def test_whoever_resolves_a_model_registers_the_components_first():
+    """model_config.py does not import the components, so that every module which needs them full has to."""
+    files = modules(ROOT)
+    at_once = {
+        module: {nearest(name, files) for name, _ in imported_names(path, module, at_once=True)} for module, path in files.items()
+    }
+    filling, size = {"model_components"}, 0
+    while size < len(filling):
+        size = len(filling)
+        filling |= {module for module, targets in at_once.items() if targets & filling}
+    needs = {"model_config.resolve", "model_config.component", "model_config.components"}
+    needing = {module for module, path in files.items() if needs & {name for name, _ in imported_names(path, module)}}
+    assert len(needing) >= 5 and needing <= filling, needing - filling
 
 
 # ------------------------------------------------------------------------------------------- does it bite?
@@ -217,6 +252,16 @@ def test_a_circle_is_found_however_it_is_written(statement, tmp_path):
 )  # fmt: skip
 def test_an_import_upwards_is_found_however_it_is_written(module, statement, said, tmp_path):
     assert faults(planted(tmp_path, **{module: statement})) == [said]
+
+
+@pytest.mark.parametrize("test", ["__name__ == '__main__'", "__name__ != '__main__'", "True"])
+def test_only_what_a_file_does_as_a_program_may_point_upwards(test, tmp_path):
+    edges = planted(
+        tmp_path, **{"training/checkpoint": f"import os\nif {test}:\n    from training import saving\nelse:\n    pass"}
+    )
+    assert bool(circle(edges)) == (test != "__name__ == '__main__'")
+    edges = planted(tmp_path, **{"training/checkpoint": f"if {test}:\n    pass\nelse:\n    from training import saving"})
+    assert circle(edges)
 
 
 def test_a_longer_circle_is_found_and_named_in_order(tmp_path):

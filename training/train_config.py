@@ -11,6 +11,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import model_components  # noqa: F401  registers what a configuration can choose
 from model_config import ARCHITECTURE_KEYS, ModelConfig, resolve
 
 _MODEL_TYPES = typing.get_type_hints(ModelConfig)
