@@ -14,7 +14,7 @@ import os
 import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,7 @@ from command_line import UsageError
 from model_config import (
     COMPONENT_KINDS,
     NO,
-    OFF_AT_ZERO,
     PRESETS,
-    ModelConfig,
     alternatives,
     as_type,
     components,
@@ -33,7 +31,7 @@ from model_config import (
     usual_d_ff,
 )
 from model_config import describe_type as type_in_words
-from training.train_config import ALIASES, EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, TrainConfig
+from training.train_config import ALIASES, EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, Configuration, TrainConfig
 from training_logger import SCHEMA_VERSION
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -44,40 +42,6 @@ SWITCHES = ("help", "print_config", "debug")  # what the command line has beside
 
 class ConfigError(UsageError):
     """The user's configuration cannot be used; the message has one sentence a line."""
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A resolved configuration: the values, and where each came from ('command line', 'config/x.py:12', 'default')."""
-
-    train: TrainConfig
-    origins: dict[str, str]
-
-    def given(self, key: str) -> bool:
-        """Whether the user set this key, in a file or on the command line."""
-        return self.origins[key] != "default"
-
-    def resolved(self, model: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
-        """Values and origins of all keys, the model's filled in: what --print_config prints and a run saves."""
-        values = {key: getattr(self.train, key) for key in KEYS}
-        origins = dict(self.origins)
-        for key, value in model.to_dict().items():
-            if values[key] is None and value is not None:
-                preset_value = PRESETS[self.train.arch_preset][1].get(key)
-                origins[key] = (
-                    f"preset {self.train.arch_preset}"
-                    if value == preset_value
-                    else "dataset"
-                    if key == "vocab_size"
-                    else "derived"
-                )
-                values[key] = value
-            elif value is None:  # not read by this model, said by d_ff, or off (where None would bring the preset's back)
-                off = key in OFF_AT_ZERO and PRESETS[self.train.arch_preset][1].get(key) is not None
-                values[key] = 0 if off else None
-        if self.train.total_batch_tokens is not None:
-            values["gradient_accumulation_steps"] = None  # it follows from total_batch_tokens
-        return values, origins
 
 
 # ------------------------------------------------------------------------------------------- reading

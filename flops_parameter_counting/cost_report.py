@@ -8,9 +8,6 @@ import math
 from command_line import Failure, duration, short, text_table
 from flops_parameter_counting.scaling_laws import LAWS, ScalingLaw, best_plan, isoflop
 
-STRATEGIES = ("ddp", "zero1", "zero2", "fsdp")
-
-
 # ------------------------------------------------------------------------------------------- tables
 
 
@@ -72,6 +69,7 @@ def _show_memory(answer: dict) -> str:
     """Peak memory by part, by number of GPUs and strategy, and what fits."""
     memory, run = answer["memory"], answer["run"]
     parts = sorted(memory["parts"].items(), key=lambda item: -item[1])
+    strategies = [name for name in memory["by_gpus"][0] if name != "gpus"]
     pieces = [
         _titled(
             f"Peak memory on one GPU, GB (micro-batch {run['batch_size']} × {run['context']}, {run['dtype']}, "
@@ -81,8 +79,8 @@ def _show_memory(answer: dict) -> str:
         ),
         _titled(
             "Peak memory a GPU by number of GPUs and strategy, GB",
-            ["GPUs", *STRATEGIES],
-            [[row["gpus"], *(gigabytes(row[name]) for name in STRATEGIES)] for row in memory["by_gpus"]],
+            ["GPUs", *strategies],
+            [[row["gpus"], *(gigabytes(row[name]) for name in strategies)] for row in memory["by_gpus"]],
         ),
     ]
     if "fit" in answer:

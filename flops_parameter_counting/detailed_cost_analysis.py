@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script, this folder comes first on the pa
     sys.path[0] = str(PROJECT)
 
 from command_line import Parser, UsageError, guarded
-from flops_parameter_counting.cost_report import STRATEGIES, plot, show_backward, show_cost, show_grid, show_validation
+from flops_parameter_counting.cost_report import plot, show_backward, show_cost, show_grid, show_validation
 from flops_parameter_counting.flops import breakdown, elementwise, flops_per_token
 from flops_parameter_counting.hardware import GPUS, find_gpu
 from flops_parameter_counting.parameters import count_padding, count_parameters
@@ -41,6 +41,8 @@ from flops_parameter_counting.scaling_laws import (
     read_question,
 )
 from model_config import PRESETS, ModelConfig, did_you_mean, resolve
+from training.optimizers import OPTIMIZERS
+from training.parallelism import STRATEGIES
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 # What is compared where no --gpu is given.
@@ -71,7 +73,7 @@ def make_parser() -> Parser:
     run.add_argument("--context", type=int, help="tokens in a sequence [block_size, at most 8192]")
     run.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compute dtype [bfloat16]")
     run.add_argument("--checkpointing", choices=("none", "selective", "full"), help="activation checkpointing [none]")
-    run.add_argument("--optimizer", choices=("adamw", "muon"), help="[adamw]")
+    run.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help="[adamw]")
     gear = parser.add_argument_group("the machines")
     gear.add_argument("--gpu", help="e.g. 'H100 SXM', A100, 4090 [a table of several]")
     gear.add_argument("--gpus", type=int, default=1, help="how many [1]")
@@ -317,21 +319,27 @@ def memory(config: ModelConfig, run: dict, sequences: int | None, options: argpa
     """
     from flops_parameter_counting.memory import CARD_SIZES_GB, estimate_memory, largest_micro_batch
 
+    run = dict(run, optimizer=OPTIMIZERS[run["optimizer"]].rule)
+    automatic = [name for name, strategy in STRATEGIES.items() if strategy.automatic]
+
+    def sharding(strategy: str):
+        return None if strategy == "none" else STRATEGIES[strategy].rule
+
     def estimate(strategy: str, gpus: int):
         steps = -(-sequences // (run["batch_size"] * gpus)) if sequences else 1
-        return estimate_memory(config, **run, parallelism=strategy, world_size=gpus, gradient_accumulation_steps=steps)
+        return estimate_memory(config, **run, sharding=sharding(strategy), world_size=gpus, gradient_accumulation_steps=steps)
 
     try:
         one = estimate("none", 1)
         by_gpus = [
-            dict(gpus=gpus, **{strategy: (estimate(strategy, gpus) if gpus > 1 else one).total for strategy in STRATEGIES})
+            dict(gpus=gpus, **{strategy: (estimate(strategy, gpus) if gpus > 1 else one).total for strategy in automatic})
             for gpus in sorted({1, 2, 4, 8, 16, 32, 64, options.gpus})
         ]
         answer = dict(memory=dict(parts=one.parts, total=one.total, by_gpus=by_gpus))
         if options.card:
             sizes = {**{f"{size} GB": float(size) for size in CARD_SIZES_GB}, options.card[0]: options.card[1]}
             alone = {key: value for key, value in run.items() if key != "batch_size"}
-            strategy = options.parallelism or ("none" if options.gpus == 1 else "fsdp")
+            strategy = options.parallelism or ("none" if options.gpus == 1 else automatic[-1])
             gpus = 1 if strategy == "none" else options.gpus
             answer["fit"] = dict(
                 asked=options.card[0],
@@ -341,7 +349,7 @@ def memory(config: ModelConfig, run: dict, sequences: int | None, options: argpa
                     dict(
                         card=card,
                         gb=size,
-                        micro_batch=largest_micro_batch(config, size, **alone, parallelism=strategy, world_size=gpus),
+                        micro_batch=largest_micro_batch(config, size, **alone, sharding=sharding(strategy), world_size=gpus),
                     )
                     for card, size in sorted(sizes.items(), key=lambda item: (item[1], item[0]))
                 ],

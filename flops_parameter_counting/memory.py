@@ -19,13 +19,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flops_parameter_counting.memory_pieces import CHECKPOINTING, CHUNK_BYTES, DTYPES, Piece, measured_pieces
+from flops_parameter_counting.memory_rules import TWO_MOMENTS, OptimizerRule, ShardingRule
 from model_config import ModelConfig
 
 CARD_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 96, 141, 192)
 HEADROOM_GB, HEADROOM_SHARE = 0.7, 0.05  # of a card: CUDA context and libraries; rounding, fragmentation, workspaces
-
-OPTIMIZERS = ("adamw", "muon")
-STRATEGIES = ("none", "ddp", "zero1", "zero2", "fsdp", "hsdp")
 
 
 # ------------------------------------------------------------------------------------------- the estimate
@@ -78,8 +76,8 @@ def estimate_memory(
     context: int | None = None,
     dtype: str = "bfloat16",
     checkpointing: str = "none",
-    optimizer: str = "adamw",
-    parallelism: str = "none",
+    optimizer: OptimizerRule = TWO_MOMENTS,
+    sharding: ShardingRule | None = None,
     world_size: int = 1,
     shard_size: int | None = None,
     device: str = "cuda",
@@ -87,37 +85,28 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Peak memory of a training step whose micro-batches have `batch_size` sequences of `context` tokens [block_size].
 
-    `gradient_accumulation_steps`: micro-batches a step on one process. `world_size`: processes; of these `shard_size`
-    share one copy under hsdp (default: half). `device`: whose kernels, 'cuda' or 'cpu'.
-    Raises ValueError that says what is wrong with an option.
+    `optimizer`, `sharding`: the rules of the registered ones (`training.optimizers.OPTIMIZERS["muon"].rule`,
+    `training.parallelism.STRATEGIES["fsdp"].rule`); by default AdamW's, and one process alone. `world_size`: processes; of
+    these `shard_size` share one copy where the strategy has replicas (default: half). `gradient_accumulation_steps`:
+    micro-batches a step on one process. `device`: whose kernels, 'cuda' or 'cpu'. Raises ValueError that says what is
+    wrong with an option.
     """
     context = config.block_size if context is None else context
     _check(
-        config,
-        batch_size,
-        context,
-        dtype,
-        checkpointing,
-        optimizer,
-        parallelism,
-        world_size,
-        shard_size,
-        device,
-        gradient_accumulation_steps,
+        config, batch_size, context, dtype, checkpointing, sharding, world_size, shard_size, device, gradient_accumulation_steps
     )
-    shards = {"ddp": 1, "hsdp": shard_size or world_size // 2}.get(parallelism, world_size)
-    chain, tables = measured_pieces(config, batch_size, context, dtype, checkpointing, device, parallelism != "none")
-    plan = _Plan(
-        parallelism,
-        shards,
+    chain, tables = measured_pieces(config, batch_size, context, dtype, checkpointing, device, sharding is not None)
+    course = _Course(
+        sharding,
+        sharding.shards(world_size, shard_size) if sharding else 1,
         4 if dtype == "float32" else 2,
         optimizer,
         gradient_accumulation_steps > 1,
         chain,
         config.padded_vocab_size * config.n_embd if config.weight_tying else 0,
     )
-    moment, held = max(_moments(plan), key=lambda found: found[1].total())
-    held = dict(held + plan.always() + Counter({"position tables": tables, "token ids": 16 * batch_size * context}))
+    moment, held = max(_moments(course), key=lambda found: found[1].total())
+    held = dict(held + course.always() + Counter({"position tables": tables, "token ids": 16 * batch_size * context}))
     groups = {group: sum(held.get(name, 0) for name in names) for group, names in _GROUPS.items()}
     return MemoryEstimate(**groups, activations=sum(held.values()) - sum(groups.values()), parts=held, moment=moment)
 
@@ -153,8 +142,7 @@ def _check(
     context,
     dtype,
     checkpointing,
-    optimizer,
-    parallelism,
+    sharding: ShardingRule | None,
     world_size,
     shard_size,
     device,
@@ -165,9 +153,7 @@ def _check(
         for name, value, known in (
             ("dtype", dtype, DTYPES),
             ("checkpointing", checkpointing, CHECKPOINTING),
-            ("optimizer", optimizer, OPTIMIZERS),
             ("device", device, CHUNK_BYTES),
-            ("parallelism", parallelism, STRATEGIES),
         )
         if value not in known
     ]
@@ -181,17 +167,18 @@ def _check(
         )
         if not isinstance(value, int) or value < 1
     ]
+    replicas = sharding is not None and sharding.replicas
     if not problems:
         if context > config.block_size:
             problems.append(f"context={context} is longer than block_size={config.block_size}.")
-        if parallelism == "none" and world_size != 1:
-            problems.append(f"world_size={world_size} needs a strategy; choose parallelism from {', '.join(STRATEGIES[1:])}.")
-        if parallelism == "hsdp" and (world_size < 4 or world_size % 2):
-            problems.append(f"parallelism='hsdp' needs an even number of processes, at least 4; it has {world_size}.")
-        if shard_size is not None and (parallelism != "hsdp" or shard_size < 1 or world_size % shard_size):
+        if sharding is None and world_size != 1:
+            problems.append(f"world_size={world_size} needs a strategy's sharding rule; one process has none.")
+        if replicas and (world_size < 4 or world_size % 2):
+            problems.append(f"a strategy with replicas needs an even number of processes, at least 4; it has {world_size}.")
+        if shard_size is not None and (not replicas or shard_size < 1 or world_size % shard_size):
             problems.append(
-                f"shard_size={shard_size} is for parallelism='hsdp' and divides world_size; here it is "
-                f"{parallelism!r} with world_size={world_size}."
+                f"shard_size={shard_size} is for a strategy with replicas and divides world_size; here it has "
+                f"{'replicas' if replicas else 'none'} and world_size={world_size}."
             )
     if problems:
         raise ValueError("\n".join(problems))
@@ -200,41 +187,42 @@ def _check(
 # ------------------------------------------------------------------------------------------- the course of a step
 
 
-def _moments(plan: _Plan) -> Iterator[tuple[str, Counter]]:
+def _moments(course: _Course) -> Iterator[tuple[str, Counter]]:
     """(when, what is held then and not always) for every moment of a step that can be its fullest.
 
     Forward, from embedding to loss: what the pieces before have saved, and the piece at work. Backward, the other way:
     the same, and the gradients of the pieces behind. Then the update.
     """
-    chain = plan.chain
+    chain = course.chain
     names = ["embedding", *(f"block {layer}" for layer in range(len(chain) - 2)), "head and loss"]
     before = Counter()
     for place, piece in enumerate(chain):
-        yield f"forward of {names[place]}", before + piece.forward + plan.in_forward(place)
+        yield f"forward of {names[place]}", before + piece.forward + course.in_forward(place)
         before = before + piece.saved
     for place in reversed(range(len(chain))):
         before = before - chain[place].saved
-        work = chain[place].again if plan.accumulates else chain[place].backward
-        yield f"backward of {names[place]}", before + work + plan.in_backward(place)
-    yield "optimizer step", plan.in_update()
+        work = chain[place].again if course.accumulates else chain[place].backward
+        yield f"backward of {names[place]}", before + work + course.in_backward(place)
+    yield "optimizer step", course.in_update()
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Course:
     """What a strategy holds on each process besides the pieces' own: `shards` processes share a copy.
 
-    'none' casts parameters inside the blocks (the pieces show it). All others are FSDP2's `fully_shard` over units:
+    One process alone (no sharding) casts parameters inside the blocks: the pieces show it. All strategies are FSDP2's
+    `fully_shard` over units:
     each block, embedding and head (together where they are tied). A unit's parameters are gathered in the compute
     dtype, of `size` bytes a number, but the embedding's unit in fp32; its gradients come out so and are reduced
-    in fp32. 'fsdp' and 'hsdp' gather a unit when it is at work, and the next one meanwhile; the others keep what they
-    gathered until the last backward is through with it. 'ddp' and 'zero1' reduce after the last micro-batch only, and add the
-    others up whole, in fp32.
+    in fp32. A strategy that does not keep units gathered gathers one when it is at work, and the next one meanwhile; the
+    others keep what they gathered until the last backward is through with it. Those that reduce once a step do so after
+    the last micro-batch, and add the others up whole, in fp32.
     """
 
-    strategy: str
+    sharding: ShardingRule | None
     shards: int
     size: int
-    optimizer: str
+    optimizer: OptimizerRule
     accumulates: bool
     chain: list[Piece]
     tied: int  # numbers in a table that embedding and head share
@@ -259,19 +247,17 @@ class _Plan:
         return self.chain[0].parameters + self.chain[-1].parameters - self.tied if self.tied else 0
 
     def always(self) -> Counter:
-        """fp32 masters and optimizer state: AdamW's two numbers a parameter, Muon's one for the blocks' matrices."""
-        muon = sum(piece.matrices for piece in self.chain[1:-1]) if self.optimizer == "muon" else 0
-        return Counter(
-            {"weights (fp32)": 4 * self.parameters // self.shards, "optimizer": (8 * self.parameters - 4 * muon) // self.shards}
-        )
+        """fp32 masters and optimizer state."""
+        matrices = sum(piece.matrices for piece in self.chain[1:-1])
+        state = self.optimizer.state(self.parameters, matrices) // self.shards
+        return Counter({"weights (fp32)": 4 * self.parameters // self.shards, "optimizer": state})
 
     def in_forward(self, place: int) -> Counter:
         """Gathered parameters, the next unit's already, and the gradients of the micro-batches before."""
         old = self.gradients(self.parameters) if self.accumulates else Counter()
-        if self.strategy == "none":
+        if self.sharding is None:
             return old
-        kept = self.strategy in ("ddp", "zero1", "zero2")
-        here = sum(map(self.gathered, range(0 if kept else place, place + 2)))
+        here = sum(map(self.gathered, range(0 if self.sharding.keeps_gathered else place, place + 2)))
         return old + Counter({"weights (compute dtype)": 4 * self.root + here})
 
     def in_backward(self, place: int) -> Counter:
@@ -282,29 +268,29 @@ class _Plan:
         """
         behind = sum(piece.parameters for piece in self.chain[place + 1 :])
         adding = self.tied * 4 if place == 0 and self.size == 4 else 0
-        if self.strategy == "none":
+        if self.sharding is None:
             waiting = self.tied if behind else 0
             return Counter({"gradients": 4 * (self.parameters + waiting if self.accumulates else behind), "temporaries": adding})
         head = self.chain[-1].parameters if self.tied and behind else 0
         held = self.gradients(self.parameters if self.accumulates else behind - head)
         held += Counter({"gradients": 4 * head})
-        if self.strategy in ("fsdp", "hsdp"):
-            here = self.gathered(place) + self.gathered(place - 1)
-        else:
+        if self.sharding.keeps_gathered:
             here = sum(map(self.gathered, range(len(self.chain) if self.accumulates else place + 1)))
-        once = self.strategy in ("ddp", "zero1") and self.accumulates
+        else:
+            here = self.gathered(place) + self.gathered(place - 1)
+        once = self.sharding.reduces_once and self.accumulates
         leaving = 0 if once else 4 * (self.root if place == 0 and self.tied else self.unit(place + 1))
         return held + Counter({"weights (compute dtype)": 4 * self.root + here, "communication": leaving, "temporaries": adding})
 
     def in_update(self) -> Counter:
-        """All gradients; with Muon what its iteration needs for the largest matrix: fp32 update, bf16 matrices."""
+        """All gradients, and what the optimizer needs for the largest matrix of a block."""
         held = Counter({"gradients": 4 * self.parameters // self.shards})
-        if self.optimizer == "muon":
-            short, long = sorted(max((piece.largest for piece in self.chain[1:-1]), key=math.prod))
-            held["optimizer temporaries"] = 4 * long * short + 2 * (2 * long * short + 2 * short * short)
+        if self.optimizer.temporaries is not None:
+            largest = max((piece.largest for piece in self.chain[1:-1]), key=math.prod)
+            held["optimizer temporaries"] = self.optimizer.temporaries(largest)
         return held
 
     def gradients(self, parameters: int) -> Counter:
         """fp32 gradients of so many parameters between their backward and the update."""
-        whole = self.strategy in ("ddp", "zero1") and self.accumulates
+        whole = self.sharding is not None and self.sharding.reduces_once and self.accumulates
         return Counter({"gradients": 4 * parameters // (1 if whole else self.shards)})

@@ -19,6 +19,7 @@ from flops_parameter_counting.parameters import count_parameters
 from model_config import PRESETS, resolve
 from training.huggingface import config_from_hf
 from training.huggingface_families import FAMILIES
+from training.parallelism import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "flops_parameter_counting" / "detailed_cost_analysis.py"
@@ -111,7 +112,10 @@ def test_the_figures_are_those_of_the_modules(capsys):
     one = estimate_memory(config, batch_size=3, checkpointing="full")
     assert found["memory"]["total"] == one.total == sum(found["memory"]["parts"].values())
     eight = next(row for row in found["memory"]["by_gpus"] if row["gpus"] == 8)
-    assert eight["fsdp"] == estimate_memory(config, batch_size=3, checkpointing="full", parallelism="fsdp", world_size=8).total
+    assert (
+        eight["fsdp"]
+        == estimate_memory(config, batch_size=3, checkpointing="full", sharding=STRATEGIES["fsdp"].rule, world_size=8).total
+    )
 
 
 def test_time_and_price_follow_from_peak_mfu_and_tokens(capsys):
@@ -156,7 +160,9 @@ def test_fit_gives_the_largest_micro_batch_of_every_card_and_of_the_one_asked(ca
     assert found["asked"] == "A10" and found["parallelism"] == "fsdp"
     for card in found["cards"]:
         if card["gb"] in (8, 24):
-            assert card["micro_batch"] == largest_micro_batch(resolve("llama"), card["gb"], parallelism="fsdp", world_size=2)
+            assert card["micro_batch"] == largest_micro_batch(
+                resolve("llama"), card["gb"], sharding=STRATEGIES["fsdp"].rule, world_size=2
+            )
     batches = [card["micro_batch"] for card in found["cards"]]
     assert batches == sorted(batches) and batches[0] < batches[-1]
 

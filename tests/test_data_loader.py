@@ -10,7 +10,14 @@ import torch
 from data.dataset_writer import DatasetWriter
 from data.token_dataset import DatasetError, TokenDataset, TokenSplit
 from data.tokenization import ByteTokenizer
+from training.batch import Batch
 from training.data_loader import DataLoader, WindowOrder, validation_batches
+
+
+def windows(batch: Batch) -> torch.Tensor:
+    """The windows (rows, block_size + 1) that a batch was cut from: its targets are the inputs shifted by one."""
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    return torch.cat((batch.inputs, batch.targets[:, -1:]), dim=1)
 
 
 def make_split(folder, tokens, name="train.bin"):
@@ -59,7 +66,7 @@ def test_every_token_is_read_equally_often_the_ends_as_well(tmp_path, tokens):
     block, epochs = 32, 2000
     loader = DataLoader(make_split(tmp_path, tokens), block, 7, prefetch=False)
     whole = tokens // block
-    rows = loader.batch(0, whole * epochs).numpy()
+    rows = windows(loader.batch(0, whole * epochs)).numpy()
     assert rows.shape == (whole * epochs, block + 1)
     assert np.array_equal(rows[:, 1:], (rows[:, :-1] + 1) % tokens)
     reads = np.bincount(rows[:, :-1].ravel(), minlength=tokens)
@@ -195,7 +202,7 @@ def test_too_short_a_text_names_the_block_size_that_fits():
 def test_rows_are_the_windows_at_the_starts(tmp_path):
     split = make_split(tmp_path, 3000)
     with DataLoader(split, 16, 5, vocab_size=60_000) as loader:
-        batch = loader.batch(40, 12)
+        batch = windows(loader.batch(40, 12))
     assert batch.dtype == torch.int64 and batch.shape == (12, 17)
     starts = WindowOrder(3000, 16, 5).starts(40, 12)
     assert torch.equal(batch, torch.from_numpy((starts[:, None] + np.arange(17)) % 3000))
@@ -203,7 +210,7 @@ def test_rows_are_the_windows_at_the_starts(tmp_path):
 
 def test_a_checkpoints_version_of_the_order_is_the_loaders(tmp_path):
     loader = DataLoader(make_split(tmp_path, 3000), 16, 5, order_version=1, prefetch=False)
-    assert loader.batch(40, 12)[:, 0].tolist() == WindowOrder(3000, 16, 5, version=1).starts(40, 12).tolist()
+    assert windows(loader.batch(40, 12))[:, 0].tolist() == WindowOrder(3000, 16, 5, version=1).starts(40, 12).tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -212,7 +219,7 @@ def test_the_ranks_share_the_global_batch(tmp_path, world_size):
     whole = DataLoader(split, 16, 5, prefetch=False)
     ranks = [DataLoader(split, 16, 5, rank=rank, world_size=world_size, prefetch=False) for rank in range(world_size)]
     for first in (0, 12, 996):
-        assert torch.equal(torch.cat([rank.batch(first, 12) for rank in ranks]), whole.batch(first, 12))
+        assert torch.equal(torch.cat([windows(rank.batch(first, 12)) for rank in ranks]), windows(whole.batch(first, 12)))
     if world_size > 1:
         with pytest.raises(ValueError, match="shared equally"):
             ranks[0].batch(0, 13)
@@ -223,7 +230,7 @@ def test_prefetching_changes_nothing(tmp_path):
     plain = DataLoader(split, 16, 5, prefetch=False)
     with DataLoader(split, 16, 5) as loader:
         for first, count in ((0, 8), (8, 8), (16, 8), (0, 8), (8, 4), (12, 4), (500, 6), (506, 6)):
-            assert torch.equal(loader.batch(first, count), plain.batch(first, count))
+            assert torch.equal(windows(loader.batch(first, count)), windows(plain.batch(first, count)))
 
 
 def test_the_next_batch_is_read_ahead_in_the_background(tmp_path, monkeypatch):
@@ -232,46 +239,46 @@ def test_the_next_batch_is_read_ahead_in_the_background(tmp_path, monkeypatch):
     read = split.read
     monkeypatch.setattr(split, "read", lambda *span: threads.append(threading.current_thread().name) or read(*span))
     with DataLoader(split, 16, 5) as loader:
-        loader.batch(0, 4)
+        windows(loader.batch(0, 4))
         loader._guess[1].result()
         assert len(threads) == 8 and all(name.startswith("data_loader") for name in threads[4:])
-        loader.batch(4, 4)
+        windows(loader.batch(4, 4))
         assert threading.main_thread().name not in threads[4:]
 
 
 def test_close_ends_the_thread_and_batches_can_still_be_read(tmp_path):
     before = threading.active_count()
     loader = DataLoader(make_split(tmp_path, 300), 16, 5)
-    loader.batch(0, 4)
+    windows(loader.batch(0, 4))
     loader.close()
     loader.close()
     assert threading.active_count() == before
-    assert loader.batch(4, 4).shape == (4, 17)
+    assert windows(loader.batch(4, 4)).shape == (4, 17)
 
 
 def test_a_dataset_smaller_than_a_batch_turns_epochs_faster(tmp_path):
     loader = DataLoader(make_split(tmp_path, 20), 16, 5, prefetch=False)
     assert loader.order.windows_per_epoch == 1
-    assert loader.batch(0, 64).shape == (64, 17) and len(loader.batch(0, 64)[:, 0].unique()) > 15
+    assert windows(loader.batch(0, 64)).shape == (64, 17) and len(windows(loader.batch(0, 64))[:, 0].unique()) > 15
 
 
 def test_ids_beyond_the_vocabulary_name_id_and_vocabulary(tmp_path):
     loader = DataLoader(make_split(tmp_path, 300), 16, 5, vocab_size=200, prefetch=False)
     with pytest.raises(DatasetError, match=f"{tmp_path}.*token id 2.., but the model has vocab_size=200"):
         for first in range(0, 18, 6):
-            loader.batch(first, 6)
+            windows(loader.batch(first, 6))
 
 
 def test_errors_of_the_background_thread_surface_at_the_call(tmp_path):
     split = make_split(tmp_path, 3000)
     with DataLoader(split, 16, 5) as loader:
-        loader.batch(0, 4)
+        windows(loader.batch(0, 4))
         loader._guess[1].result()
         with open(tmp_path / "train.bin", "r+b") as file:
             file.truncate(100)
-        loader.batch(4, 4)  # was read before; its successor cannot be
+        windows(loader.batch(4, 4))  # was read before; its successor cannot be
         with pytest.raises(DatasetError, match="became shorter"):
-            loader.batch(8, 4)
+            windows(loader.batch(8, 4))
 
 
 def test_sharded_and_whole_datasets_give_the_same_batches(tmp_path):
@@ -282,7 +289,7 @@ def test_sharded_and_whole_datasets_give_the_same_batches(tmp_path):
             writer.add("val", [1, 2], 2)
             writer.publish()
         split = TokenDataset.open(tmp_path / name).split("train")
-        batches.append(DataLoader(split, 16, 5, prefetch=False).batch(0, 60))
+        batches.append(windows(DataLoader(split, 16, 5, prefetch=False).batch(0, 60)))
     assert torch.equal(*batches)
 
 
@@ -291,9 +298,7 @@ def test_sharded_and_whole_datasets_give_the_same_batches(tmp_path):
 
 def pairs(batches):
     """Every (input token, target token) that counts, sorted."""
-    return sorted(
-        pair for inputs, targets in batches for pair in zip(inputs[targets >= 0].tolist(), targets[targets >= 0].tolist())
-    )
+    return sorted(pair for b in batches for pair in zip(b.inputs[b.targets >= 0].tolist(), b.targets[b.targets >= 0].tolist()))
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 8, 9, 10, 16, 17, 18, 100, 129])
@@ -301,8 +306,8 @@ def pairs(batches):
 def test_all_windows_make_every_token_a_target_once_over_all_ranks(tmp_path, tokens, world_size):
     split = make_split(tmp_path, tokens)
     ranks = [list(validation_batches(split, 8, None, 3, rank, world_size)) for rank in range(world_size)]
-    assert len({tuple(tuple(inputs.shape) for inputs, _ in rank) for rank in ranks}) == 1  # collectives match
-    for inputs, targets in (batch for rank in ranks for batch in rank):
+    assert len({tuple(tuple(b.inputs.shape) for b in rank) for rank in ranks}) == 1  # collectives match
+    for inputs, targets in ((b.inputs, b.targets) for rank in ranks for b in rank):
         assert inputs.shape[0] <= 3 and inputs.shape[1] == 8 and targets.shape == inputs.shape
     assert pairs(batch for rank in ranks for batch in rank) == [(i, i + 1) for i in range(tokens - 1)]
 
@@ -328,7 +333,8 @@ def test_zero_windows_means_all(tmp_path):
 
 
 def test_padding_follows_the_text_and_is_ignored(tmp_path):
-    ((inputs, targets),) = validation_batches(make_split(tmp_path, 4), 8, None, 16)
+    (only,) = validation_batches(make_split(tmp_path, 4), 8, None, 16)
+    inputs, targets = only.inputs, only.targets
     assert inputs.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0]] and targets.tolist() == [[1, 2, 3, -1, -1, -1, -1, -1]]
 
 

@@ -26,7 +26,7 @@ from flops_parameter_counting.memory import (
     CARD_SIZES_GB,
     HEADROOM_GB,
     HEADROOM_SHARE,
-    STRATEGIES,
+    MemoryEstimate,
     estimate_memory,
     largest_micro_batch,
 )
@@ -34,11 +34,11 @@ from flops_parameter_counting.memory_pieces import CHECKPOINTING, measured_piece
 from flops_parameter_counting.parameters import count_parameters
 from model_builder import Transformer, build_model
 from model_config import COMPONENT_KINDS, PRESETS, components, linear_part, register, resolve, unregister
-from training import activation_checkpointing, objectives, parallelism
+from training import activation_checkpointing, objectives
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.objectives import next_token_loss
-from training.optimizers import Optimizer, clip_and_check
-from training.parallelism import parallelize
+from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
+from training.parallelism import STRATEGIES, parallelize
 from training.precision import DTYPES, set_compute_dtype
 from training.processes import World
 from training.train_config import TrainConfig
@@ -89,9 +89,20 @@ def measured_peak(
     return tracker.get_tracker_snapshot("peak")[torch.device(device)]["Total"]
 
 
+def rules(optimizer: str = "adamw", parallelism: str = "none", **options) -> dict:
+    """Options with the optimizer's and the strategy's rules in the place of their names."""
+    sharding = None if parallelism == "none" else STRATEGIES[parallelism].rule
+    return dict(options, optimizer=OPTIMIZERS[optimizer].rule, sharding=sharding)
+
+
+def estimate(config, **options) -> MemoryEstimate:
+    """estimate_memory for an optimizer and a strategy given by name."""
+    return estimate_memory(config, **rules(**options))
+
+
 def error(config, **options) -> float:
     """Predicted / measured - 1, printed."""
-    predicted, measured = estimate_memory(config, device="cpu", **options), measured_peak(config, **options)
+    predicted, measured = estimate(config, device="cpu", **options), measured_peak(config, **options)
     off = predicted.total / measured - 1
     print(
         f"\n{config.name} {options}: measured {measured / 1e6:.1f} MB, predicted {predicted.total / 1e6:.1f} MB at "
@@ -314,7 +325,7 @@ def test_a_real_process_grows_by_what_is_predicted(run_python, preset, shape, ba
         env={"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
-    predicted = estimate_memory(
+    predicted = estimate(
         resolve(preset, **shape), batch_size=batch_size, dtype=dtype, device="cpu", checkpointing=checkpointing
     ).total
     print(
@@ -358,7 +369,7 @@ def test_flash_attention_on_a_gpu_keeps_no_scores_and_what_cannot_use_it_says_so
 def test_every_preset_is_predicted_on_a_gpu_and_checkpointing_saves_memory(preset, checkpointing):
     config = resolve(preset, n_layer=4, n_embd=128, n_head=4, head_dim=32, block_size=128, vocab_size=512)
     modes = CHECKPOINTING[: CHECKPOINTING.index(checkpointing) + 1]
-    activations = [estimate_memory(config, batch_size=8, checkpointing=mode).activations for mode in modes]
+    activations = [estimate(config, batch_size=8, checkpointing=mode).activations for mode in modes]
     assert activations == sorted(activations, reverse=True) and activations[-1] > 0
 
 
@@ -401,7 +412,7 @@ ALONE = (
         for number, options in enumerate(ALONE)
     ],
 )
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_predicted_peak_of_a_process_among_four(four_processes, strategy, config, options):
     options = dict(dict(batch_size=1), **options)
     assert abs(error(config, **options, parallelism=strategy, world_size=4)) < TOLERANCE
@@ -410,7 +421,7 @@ def test_predicted_peak_of_a_process_among_four(four_processes, strategy, config
 def test_strategies_shard_weights_optimizer_and_gradients_as_they_say():
     config, N = resolve("llama"), count_parameters(resolve("llama"))
     options = dict(batch_size=1, world_size=8, gradient_accumulation_steps=2)
-    found = {name: estimate_memory(config, parallelism=name, **options) for name in STRATEGIES[1:]}
+    found = {name: estimate(config, parallelism=name, **options) for name in list(STRATEGIES)}
     assert found["ddp"].parts["weights (fp32)"] == 4 * N and found["ddp"].optimizer == 8 * N
     for name in ("zero1", "zero2", "fsdp"):
         assert found[name].parts["weights (fp32)"] == 4 * N // 8 and found[name].optimizer == N
@@ -418,7 +429,7 @@ def test_strategies_shard_weights_optimizer_and_gradients_as_they_say():
     assert found["zero1"].gradients >= 4 * N > 4 * found["zero2"].gradients  # whole until the last micro-batch
     totals = [found[name].total for name in ("ddp", "zero1", "zero2", "fsdp")]
     assert totals == sorted(totals, reverse=True)
-    assert estimate_memory(config, parallelism="hsdp", shard_size=2, **options).optimizer == 4 * N
+    assert estimate(config, parallelism="hsdp", shard_size=2, **options).optimizer == 4 * N
 
 
 # ------------------------------------------------------------------------------------------- the largest micro-batch
@@ -449,9 +460,9 @@ def test_a_larger_card_holds_more_and_a_card_that_is_too_small_nothing():
 def test_what_does_not_grow_with_the_batch_is_no_trap():
     """A wide model on one-token sequences: its update is the fullest moment for many sequences."""
     config = resolve("llama", n_layer=2, n_head=8, n_embd=1024, vocab_size=64, block_size=1)
-    best = largest_micro_batch(config, 2.0, optimizer="muon", device="cpu")
+    best = largest_micro_batch(config, 2.0, **rules(optimizer="muon"), device="cpu")
     usable = 2e9 * (1 - HEADROOM_SHARE) - HEADROOM_GB * 1e9
-    totals = [estimate_memory(config, batch_size=size, optimizer="muon", device="cpu").total for size in (best, best + 1)]
+    totals = [estimate(config, batch_size=size, optimizer="muon", device="cpu").total for size in (best, best + 1)]
     assert best > 1000 and totals[0] <= usable < totals[1]
 
 
@@ -459,7 +470,7 @@ def test_what_does_not_grow_with_the_batch_is_no_trap():
 
 
 def test_the_groups_and_the_parts_add_up_to_the_total():
-    found = estimate_memory(resolve("gpt2"), batch_size=2, gradient_accumulation_steps=2)
+    found = estimate(resolve("gpt2"), batch_size=2, gradient_accumulation_steps=2)
     assert sum(found.parts.values()) == found.total > 0 and min(found.parts.values()) >= 0
     N = count_parameters(resolve("gpt2"))
     assert found.parts["weights (fp32)"] == 4 * N and found.optimizer == 8 * N and found.gradients == 4 * N
@@ -471,7 +482,7 @@ def test_memory_grows_with_batch_context_and_precision():
     config = resolve("llama", n_layer=2, block_size=256)
 
     def total(**options):
-        return estimate_memory(config, **{**dict(batch_size=32), **options}).total
+        return estimate(config, **{**dict(batch_size=32), **options}).total
 
     assert total() < total(batch_size=33) < total(batch_size=40)
     assert total(context=128) < total() < total(dtype="float32")
@@ -481,24 +492,23 @@ def test_memory_grows_with_batch_context_and_precision():
 def test_the_constants_are_those_of_training():
     assert memory_pieces.CHUNK_BYTES == objectives.CHUNK_BYTES
     assert memory_pieces.KEPT == activation_checkpointing.KEPT
-    assert ("none", *parallelism.STRATEGIES) == STRATEGIES
     assert memory_pieces.DTYPES == DTYPES
 
 
 def test_an_estimate_does_not_depend_on_what_the_caller_has_set():
     config = resolve("llama", n_layer=2, vocab_size=333)
     with torch.no_grad(), torch.device("meta"):
-        inside = estimate_memory(config, batch_size=3, checkpointing="full")
+        inside = estimate(config, batch_size=3, checkpointing="full")
     measured_pieces.cache_clear()
-    assert inside == estimate_memory(config, batch_size=3, checkpointing="full")
+    assert inside == estimate(config, batch_size=3, checkpointing="full")
 
 
 def test_estimating_leaves_the_random_state_and_memory_alone():
     state = torch.get_rng_state()
-    estimate_memory(resolve("llama3", n_layer=2, dropout=0.3), batch_size=3, checkpointing="full")
+    estimate(resolve("llama3", n_layer=2, dropout=0.3), batch_size=3, checkpointing="full")
     assert torch.equal(state, torch.get_rng_state())
     huge = resolve("llama3", n_layer=80, n_head=64, n_embd=8192, d_ff=28672, block_size=8192)
-    assert estimate_memory(huge, batch_size=64).total > 1e12  # made of no memory at all
+    assert estimate(huge, batch_size=64).total > 1e12  # made of no memory at all
 
 
 @pytest.mark.parametrize(
@@ -513,10 +523,10 @@ def test_estimating_leaves_the_random_state_and_memory_alone():
         (dict(device="tpu"), "device='tpu'"),
         (dict(context=4096), "context=4096"),
         (dict(world_size=8), "world_size=8"),
-        (dict(parallelism="hsdp", world_size=2), "hsdp"),
+        (dict(parallelism="hsdp", world_size=2), "replicas"),
         (dict(parallelism="fsdp", world_size=4, shard_size=2), "shard_size=2"),
     ),
 )
 def test_an_option_that_cannot_be_is_an_error_that_names_it(options, words):
     with pytest.raises(ValueError, match=words):
-        estimate_memory(resolve("gpt2"), **{**dict(batch_size=1), **options})
+        estimate(resolve("gpt2"), **{**dict(batch_size=1), **options})

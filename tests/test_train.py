@@ -164,7 +164,7 @@ def test_a_muon_step_by_hand():
     config = TrainConfig(optimizer="muon", learning_rate=0.02, weight_decay=0.1, muon_momentum=0.9)
     model = build_model(resolve("gpt2", **TINY_MODEL))
     optimizer = Optimizer(model, config)
-    assert {optimizer.names[p] for g in optimizer.muon.param_groups for p in g["params"]} == {
+    assert {optimizer.names[p] for g in optimizer.updates[-1].optimizer.param_groups for p in g["params"]} == {
         name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2
     }
     name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("up_proj.weight"))
@@ -734,7 +734,7 @@ def test_a_run_that_is_stopped_before_its_first_step_touches_nothing(tmp_path, t
     assert run(tiny_dataset, tmp_path, "--max_iters=2") == 0
     from training import signals
 
-    monkeypatch.setattr(signals.StopRequest, "agree", lambda self, failed: bool(self.__dict__.update(name="SIGTERM") or True))
+    monkeypatch.setattr(signals.StopRequest, "requested", lambda self, failed: bool(self.__dict__.update(name="SIGTERM") or True))
     assert run(tiny_dataset, tmp_path, "--max_iters=9", "--seed=3") == 0
     out = capsys.readouterr().out
     assert "Nothing was saved" in out and "To go on" not in out

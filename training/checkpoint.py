@@ -92,6 +92,10 @@ class CheckpointStore:
             handle.flush()
             yield
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether this is one of the store's own checkpoints."""
+        return checkpoint.resolve().is_relative_to(self.folder.resolve())
+
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest write first."""
         found = [p for p in self.folder.glob(f"{_STEP}*") if (p / "manifest.json").is_file()]

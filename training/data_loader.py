@@ -16,7 +16,7 @@ import torch
 
 from data.hashing import mix64
 from data.token_dataset import DatasetError, TokenSplit
-from training.objectives import IGNORE
+from training.batch import IGNORE, Batch, next_token_batch
 
 FEISTEL_ROUNDS = 10  # with fewer, some orders of very few windows are visibly favoured
 
@@ -115,12 +115,11 @@ class DataLoader:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data_loader") if prefetch else None
         self._guess: tuple[tuple[int, int], Future] | None = None
 
-    def batch(self, first_sequence: int, count: int) -> torch.Tensor:
+    def batch(self, first_sequence: int, count: int) -> Batch:
         """Rows of sequences [first_sequence, first_sequence + count) that are this rank's.
 
-        (count / world_size, block_size + 1) token ids; rank r has the r-th contiguous slice. Inputs are `[:, :-1]`,
-        targets `[:, 1:]`. DatasetError, also of the background thread, when the dataset cannot be read or holds ids
-        beyond the vocabulary.
+        `inputs` and `targets` (count / world_size, block_size); rank r has the r-th contiguous slice. DatasetError, also
+        of the background thread, when the dataset cannot be read or holds ids beyond the vocabulary.
         """
         if count % self.world_size:
             raise ValueError(f"a batch of {count} sequences cannot be shared equally by {self.world_size} processes")
@@ -130,7 +129,7 @@ class DataLoader:
         if self._worker is not None:
             following = (first_sequence + count, count)
             self._guess = (following, self._worker.submit(self._read, *following))
-        return rows
+        return next_token_batch(rows)
 
     def _read(self, first_sequence: int, count: int) -> torch.Tensor:
         rows = count // self.world_size
@@ -159,8 +158,8 @@ def validation_batches(
     world_size: int = 1,
     *,
     vocab_size: int | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (inputs, targets), each (rows, block_size), of a fixed set of windows side by side.
+) -> Iterator[Batch]:
+    """Yield batches, `inputs` and `targets` (rows, block_size), of a fixed set of windows side by side.
 
     windows: how many, spread evenly over the split; 0 or None for all of them, so that every token but the first is a
     target exactly once. Targets are IGNORE where a window is filled up (the shorter last one; whole rows where the
@@ -186,7 +185,7 @@ def validation_batches(
             length = min(block_size + 1, len(split) - start)
             tokens = torch.from_numpy(_read_windows(split, np.array([start]), length, vocab_size)[0])
             inputs[row, : length - 1], targets[row, : length - 1] = tokens[:-1], tokens[1:]
-        yield inputs, targets
+        yield Batch(inputs=inputs, targets=targets)
 
 
 def _read_windows(split: TokenSplit, starts: np.ndarray, length: int, vocab_size: int | None) -> np.ndarray:

@@ -20,38 +20,42 @@ reduced in fp32.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from command_line import UsageError
+from flops_parameter_counting.memory_rules import OptimizerRule, ShardingRule
+from model_config import ModelConfig
 from training.processes import World
+from training.registry import Registry
+from training.train_config import TrainConfig
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """When the units of a model travel. `summary` is what `--parallelism=auto` says of it."""
+    """A registered way to share a model among processes.
+
+    `apply(model, world, device, dtype, shard_size)` changes a model on the meta device in place and returns what the loop
+    asks (see `Alone`). `rule` is what the memory model knows of it. `summary` is what `--parallelism=auto` says of it, which
+    tries the strategies with `automatic` in the order of their registration.
+    """
 
     summary: str
-    sharded: bool = True  # weights and optimizer state 1/W each; else whole in every process
-    keeps_gathered: bool = True  # from the first use in a step to the last; else a unit at a time
-    reduces_once: bool = False  # gradients summed after the last micro-batch only
-    replicas: bool = False  # groups that shard among themselves, and sum between them
+    rule: ShardingRule
+    apply: Callable[..., Alone]
+    automatic: bool = True
 
 
-STRATEGIES = {
-    "ddp": Strategy("whole in every process", sharded=False, reduces_once=True),
-    "zero1": Strategy("weights and optimizer state sharded", reduces_once=True),
-    "zero2": Strategy("weights, optimizer state and gradients sharded"),
-    "fsdp": Strategy("all sharded, a unit gathered at a time", keeps_gathered=False),
-    "hsdp": Strategy("all sharded within a group of processes", keeps_gathered=False, replicas=True),
-}
+STRATEGIES: Registry[Strategy] = Registry("parallelism")
 
 
 class Alone:
@@ -77,31 +81,28 @@ class Sharded(Alone):
     """
 
     def __init__(
-        self, model: nn.Module, name: str, world: World, device: torch.device, dtype: torch.dtype, shard_size: int | None = None
+        self,
+        rule: ShardingRule,
+        model: nn.Module,
+        world: World,
+        device: torch.device,
+        dtype: torch.dtype,
+        shard_size: int | None = None,
     ):
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        self.model, self.strategy, self.world = model, STRATEGIES[name], world
-        if not self.strategy.sharded:
-            mesh = init_device_mesh(device.type, (world.size, 1), mesh_dim_names=("replicate", "shard"))
-        elif self.strategy.replicas:
-            shards = shard_size or usual_shard_size(world)
-            check_shard_size(shards, world)
-            mesh = init_device_mesh(device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
-        else:
-            mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
-        if world.timeout is not None:  # the mesh's own groups have PyTorch's otherwise: 10 minutes on nccl
-            for dimension in range(mesh.ndim):
-                dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(dimension))
+        self.model, self.rule, self.world = model, rule, world
+        mesh = data_mesh(rule, world, device, shard_size)
         as_stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = as_stored if dtype == torch.float32 else replace(as_stored, param_dtype=dtype)
+        if hasattr(model, "objective"):  # modules that an objective trains besides the model
+            fully_shard(model.objective, mesh=mesh, reshard_after_forward=not rule.keeps_gathered, mp_policy=policy)
         for unit in model.units():
             looked_up = unit is model.embedding or (unit is model and model.config.weight_tying)
             fully_shard(
                 unit,
                 mesh=mesh,
-                reshard_after_forward=not self.strategy.keeps_gathered,
+                reshard_after_forward=not rule.keeps_gathered,
                 mp_policy=as_stored if looked_up else policy,
             )  # a frequent token's gradients add up in fp32
         self.units = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
@@ -112,14 +113,14 @@ class Sharded(Alone):
     def accumulate(self, micro_batches: Iterable[T]) -> Iterator[T]:
         """The micro-batches of one step, the model told before each what to do with its gradients."""
         micro_batches = list(micro_batches)
-        strategy, model = self.strategy, self.model
+        rule, model = self.rule, self.model
         for number, micro_batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
-            if strategy.reduces_once:
+            if rule.reduces_once:
                 model.set_requires_gradient_sync(last)
-            if strategy.keeps_gathered:
+            if rule.keeps_gathered:
                 model.set_reshard_after_backward(last)
-            if strategy.replicas:
+            if rule.replicas:
                 model.set_requires_all_reduce(last)
             yield micro_batch
 
@@ -137,6 +138,51 @@ class Sharded(Alone):
         parameter.copy_(distribute_tensor(values.to(parameter.device), mesh, parameter.placements, src_data_rank=None))
 
 
+def register_sharding(name: str, summary: str, rule: ShardingRule, automatic: bool = True) -> None:
+    """Enter a strategy that is made by `fully_shard` alone: its rule says all there is to say."""
+    STRATEGIES.register(name, Strategy(summary, rule, partial(Sharded, rule), automatic))
+
+
+register_sharding(
+    "ddp", "whole in every process", ShardingRule(sharded=False, keeps_gathered=True, reduces_once=True, replicas=False)
+)
+register_sharding("zero1", "weights and optimizer state sharded", ShardingRule(reduces_once=True))
+register_sharding("zero2", "weights, optimizer state and gradients sharded", ShardingRule())
+register_sharding("fsdp", "all sharded, a unit gathered at a time", ShardingRule(keeps_gathered=False))
+register_sharding(
+    "hsdp",
+    "all sharded within a group of processes",
+    ShardingRule(keeps_gathered=False, replicas=True),
+    automatic=False,
+)
+
+
+def data_mesh(rule: ShardingRule, world: World, device: torch.device, shard_size: int | None) -> DeviceMesh:
+    """The mesh on which a rule shards and sums: the world's data dimension, as ("shard",) or ("replicate", "shard").
+
+    Other dimensions of the world's mesh lie inside it and are not touched.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = world.data_size
+    if rule.replicas:
+        shards = shard_size or usual_shard_size(world)
+        check_shard_size(shards, world)
+    else:
+        shards = rule.shards(size)
+    dimensions = {"shard": shards}
+    if rule.replicas or not rule.sharded:
+        dimensions = {"replicate": size // shards, "shard": shards}
+    all_dimensions = {**dimensions, **world.other_dimensions()}
+    mesh = init_device_mesh(device.type, tuple(all_dimensions.values()), mesh_dim_names=tuple(all_dimensions))
+    if len(all_dimensions) > len(dimensions):
+        mesh = mesh[tuple(dimensions)]
+    if world.timeout is not None:  # the mesh's own groups have PyTorch's otherwise: 10 minutes on nccl
+        for dimension in range(mesh.ndim):
+            dist.distributed_c10d._set_pg_timeout(world.timeout, mesh.get_group(dimension))
+    return mesh
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, which is all of it where nothing is sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -144,14 +190,15 @@ def local(tensor: Tensor) -> Tensor:
 
 def usual_shard_size(world: World) -> int:
     """Processes that share one copy under hsdp: those of a node, or half of them where there is one node."""
-    return world.local_size if world.local_size < world.size else world.size // 2
+    return world.local_size if world.local_size < world.data_size else world.data_size // 2
 
 
 def check_shard_size(shards: int, world: World) -> None:
     """Raise UsageError unless `shards` processes can share a copy and there are at least two copies."""
-    if world.size < 4 or shards < 2 or world.size % shards or world.size // shards < 2:
+    size = world.data_size
+    if size < 4 or shards < 2 or size % shards or size // shards < 2:
         raise UsageError(
-            f"parallelism='hsdp' needs at least 2 groups of at least 2 processes each; {world.size} processes do "
+            f"parallelism='hsdp' needs at least 2 groups of at least 2 processes each; {size} processes do "
             f"not split into groups of {shards}. Use fsdp, or set --hsdp_shard_size."
         )
 
@@ -170,40 +217,55 @@ def parallelize(
                 f"use one of {', '.join(STRATEGIES)}."
             )
         return Alone()
-    return Sharded(model, name, world, device, dtype, shard_size)
+    return STRATEGIES[name].apply(model, world, device, dtype, shard_size)
 
 
-def choose(config, model_config, world: World, device: torch.device, dtype: str) -> tuple[str, str]:
+def choose(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    world: World,
+    device: torch.device,
+    dtype: str,
+    optimizer: OptimizerRule,
+    extra_bytes: int = 0,
+) -> tuple[str, str]:
     """The strategy that parallelism='auto' means here, and why, in one sentence.
 
-    The first of ddp, zero1, zero2, fsdp whose predicted peak fits into nine tenths of a process's memory.
+    The first of the automatic ones whose predicted peak fits into nine tenths of a process's memory, else the last of
+    them. `model_config` is the model as it will be built, with the dataset's vocabulary; `extra_bytes` is what the objective
+    needs besides it.
     """
-    if world.size == 1:
+    if world.data_size == 1:
         return "none", ""
     from flops_parameter_counting.memory import estimate_memory
 
     available = memory_of(device, world)
     sequences = config.sequences_per_iteration(model_config.block_size)
-    micro_batches = -(-sequences // (world.size * config.batch_size))  # of one process
-    for name in ("ddp", "zero1", "zero2", "fsdp"):
-        needed = estimate_memory(
-            model_config,
-            batch_size=config.batch_size,
-            dtype=dtype,
-            checkpointing=config.activation_checkpointing,
-            optimizer=config.optimizer,
-            parallelism=name,
-            world_size=world.size,
-            device=device.type,
-            gradient_accumulation_steps=micro_batches,
-        ).total
+    micro_batches = -(-sequences // (world.data_size * config.batch_size))  # of one process
+    for name, strategy in STRATEGIES.items():
+        if not strategy.automatic:
+            continue
+        last, needed = (
+            name,
+            extra_bytes
+            + estimate_memory(
+                model_config,
+                batch_size=config.batch_size,
+                dtype=dtype,
+                checkpointing=config.activation_checkpointing,
+                optimizer=optimizer,
+                sharding=strategy.rule,
+                world_size=world.data_size,
+                device=device.type,
+                gradient_accumulation_steps=micro_batches,
+            ).total,
+        )
         if needed <= 0.9 * available:
             return name, (
-                f"parallelism={name} (auto): {STRATEGIES[name].summary}; about {needed / 1e9:.1f} of "
-                f"{available / 1e9:.1f} GB a process"
+                f"parallelism={name} (auto): {strategy.summary}; about {needed / 1e9:.1f} of {available / 1e9:.1f} GB a process"
             )
-    return "fsdp", (
-        f"parallelism=fsdp (auto): even so about {needed / 1e9:.1f} GB a process are needed, and there are "
+    return last, (
+        f"parallelism={last} (auto): even so about {needed / 1e9:.1f} GB a process are needed, and there are "
         f"{available / 1e9:.1f}; a smaller --batch_size or --activation_checkpointing=full needs less"
     )
 

@@ -21,10 +21,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from command_line import Failure, UsageError, is_expected
 
 T = TypeVar("T")
+DATA = "data"  # the dimension of the mesh along which the global batch is split
 LOOK_INTERVAL = 0.5  # seconds between two looks at the others
 MEETING = 300  # seconds that processes wait for each other at the start
 OWN_WORDS = 2.0  # seconds that a process may go on after another one has failed
@@ -74,12 +76,13 @@ class World:
         local_size: int = 1,
         *,
         group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
         watch: Watch | None = None,
         timeout: datetime.timedelta | None = None,
     ):
         self.timeout = timeout  # of a collective; None: as the default group's backend has it
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
-        self.group, self._watch = group, watch
+        self.group, self.mesh, self._watch = group, mesh, watch
 
     @property
     def is_main(self) -> bool:
@@ -91,10 +94,28 @@ class World:
         """Whether there is a process group (of one process or more)."""
         return self.group is not None
 
+    @property
+    def data_rank(self) -> int:
+        """Which of the shares of a global batch is this process's: its place along the mesh's data dimension."""
+        return self.rank if self.mesh is None else self.mesh.get_local_rank(DATA)
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares a global batch is split."""
+        return self.size if self.mesh is None else self.mesh.size(self.mesh.mesh_dim_names.index(DATA))
+
+    def other_dimensions(self) -> dict[str, int]:
+        """Name → size of the mesh's dimensions along which processes have the same share of the batch."""
+        return (
+            {}
+            if self.mesh is None
+            else {name: size for name, size in zip(self.mesh.mesh_dim_names, self.mesh.shape) if name != DATA}
+        )
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor, in place, added up over all processes."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+        """The tensor, in place, added up over the shares of the global batch."""
+        if self.data_size > 1:
+            dist.all_reduce(tensor, group=self.group if self.mesh is None else self.mesh.get_group(DATA))
         return tensor
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
@@ -127,7 +148,7 @@ class World:
         """Run the function in rank 0 alone; its result, or its failure, in every process."""
         return self.everywhere(lambda: function() if self.is_main else None)[0]
 
-    def agree(self, what: str, facts: dict[str, Any]) -> None:
+    def check_same(self, what: str, facts: dict[str, Any]) -> None:
         """Raise UsageError in every process unless all of them have the same facts; it names the first that differs."""
         everyone = self.everywhere(lambda: facts)
         first = everyone[0]
@@ -192,7 +213,7 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
     so (a sharded strategy needs one). A group that exists already is used and left as it is.
     """
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD)
+        yield _world(device, None, None)
         return
     if not launched() and not alone:
         yield World()
@@ -206,7 +227,7 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
     patience = datetime.timedelta(seconds=timeout + 60)  # the watch speaks first
     dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=patience)
     try:
-        yield World(me, size, _local("RANK"), _local("WORLD_SIZE", 1), group=dist.group.WORLD, watch=watch, timeout=patience)
+        yield _world(device, watch, patience)
     except RuntimeError as error:
         if watch is not None and any(sign in str(error) for sign in _CONTACT_LOST):
             raise watch.explain(error) from error
@@ -217,6 +238,21 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
         if watch is not None:
             watch.close()
         dist.destroy_process_group()
+
+
+def _world(device: torch.device, watch: Watch | None, timeout: datetime.timedelta | None) -> World:
+    """The World of the default process group, whose mesh has one dimension: each process has a share of the batch."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(DATA,))
+    return World(
+        dist.get_rank(),
+        dist.get_world_size(),
+        _local("RANK"),
+        _local("WORLD_SIZE", 1),
+        group=dist.group.WORLD,
+        mesh=mesh,
+        watch=watch,
+        timeout=timeout,
+    )
 
 
 def _local(name: str, default: int = 0) -> int:

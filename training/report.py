@@ -1,14 +1,31 @@
-"""What a run says on the terminal: the start print-out, the step line, the evaluation line, and a progress bar."""
+"""What a run tells: on the terminal (start print-out, lines, progress bar) and, through the same calls, to its log."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from command_line import duration, labelled
-from flops_parameter_counting.flops import FlopsPerToken
+from flops_parameter_counting.hardware import Peak, measure_cpu_peak
 from flops_parameter_counting.parameters import count_padding, count_parameters
-from model_config import COMPONENT_KINDS, ModelConfig, component, shortest_pattern
+from model_config import COMPONENT_KINDS, component, shortest_pattern
+from training.evaluation import Evaluation
+from training.meter import StepMeter, peak_memory_gb
+from training.profiling import NoProfiler, Profiler
+from training.progress import Progress
+from training.stages import Data, Learner, Machine, Start
+from training.trackers import open_trackers
+from training.train_config import TrainConfig
+from training_logger import TrainingLogger, hardware_facts
 
 SHOWN_IF_SET = (
     "rope_theta",
@@ -23,23 +40,14 @@ SHOWN_IF_SET = (
 ASSUMED_MFU = 0.3  # for the time announced before anything has been measured
 
 
-def start_report(
-    model: ModelConfig,
-    flops: FlopsPerToken,
-    *,
-    config,
-    dataset,
-    sequences: int,
-    length: int,
-    sequences_per_epoch: float,
-    progress,
-    hardware: str,
-    peak,
-    log: str,
-    notes: list[str],
-) -> str:
+def start_report(start: Start, machine: Machine, data: Data, learner: Learner, device_name: str, log: Path | None) -> str:
     """The print-out at the start of a run: model, every component, N, cost, data, batch, hardware, expected time."""
-    tokens, left = sequences * model.block_size, max(0, length - progress.step)
+    config, progress, model, flops, peak = start.config, start.progress, data.model_config, learner.flops, machine.peak
+    dataset, sequences, length, world = data.dataset, data.sequences, data.length, machine.world
+    tokens, left = data.tokens, max(0, length - progress.step)
+    together = f", {world.size} processes, {learner.parallelism}" if world.grouped else ""
+    hardware = f"{device_name}, threads: {torch.get_num_threads()}, {machine.dtype}{together}"
+    notes = start.notes + ([dataset.note] if dataset.note else [])
     padding = count_padding(model)
     rows: list[tuple[str, str]] = [("model", f"{model.name}   (fingerprint {model.fingerprint})")]
     for kind in COMPONENT_KINDS:
@@ -75,7 +83,7 @@ def start_report(
         (
             "length",
             f"{length:,} iterations = {progress.tokens + left * tokens:,} tokens = "
-            f"{(progress.sequences + left * sequences) / sequences_per_epoch:.2f} epochs"
+            f"{(progress.sequences + left * sequences) / data.loader.order.sequences_per_epoch:.2f} epochs"
             + (f"; {progress.step:,} done" if progress.step else ""),
         ),
         (
@@ -89,7 +97,7 @@ def start_report(
     if peak is not None:
         seconds = left * tokens * flops.hardware / (peak.flops * ASSUMED_MFU)
         rows.append(("time", f"about {duration(seconds)} at an assumed MFU of {ASSUMED_MFU:.0%}; the step lines measure it"))
-    rows += [("note", note) for note in notes] + [("log", log)]
+    rows += [("note", note) for note in notes] + [("log", str(log))]
     return labelled(rows)
 
 
@@ -104,25 +112,51 @@ def step_line(
     mfu: float | None,
     memory_gb: float,
     skipped: int,
+    figures: dict[str, float],
 ) -> str:
     """One line of the log for people; times in ms, memory in GB, the rest of the run in words."""
     laps = ", ".join(f"{name} {ms:.1f}" for name, ms in step_ms.items() if name != "total")
     utilisation = f" | mfu {mfu:.1%}" if mfu is not None else ""
     again = f" | skipped {skipped}" if skipped else ""
+    more = "".join(f" | {name} {value:.4g}" for name, value in figures.items())
     left = duration((length - step) * step_ms["total"] / 1e3)
     return (
-        f"step {step}/{length} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
+        f"step {step}/{length} | loss {loss:.4f}{more} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
         f"{tokens_per_s:,.0f} tok/s | {step_ms['total']:.1f} ms ({laps}){utilisation} | {memory_gb:.1f} GB{again} | "
         f"{left} left"
     )
 
 
-def evaluation_line(step: int, loss: float, perplexity: float, bits_per_byte: float | None, seconds: float, best: bool) -> str:
+def evaluation_line(step: int, evaluation: Evaluation, best: bool) -> str:
     """One line about an evaluation."""
-    bits = f" | {bits_per_byte:.4f} bits per byte" if bits_per_byte is not None else ""
-    return f"eval at {step} | val loss {loss:.4f} | perplexity {perplexity:.2f}{bits} | {seconds:.1f} s" + (
-        " | best so far" if best else ""
-    )
+    perplexity = "" if evaluation.perplexity is None else f" | perplexity {evaluation.perplexity:.2f}"
+    bits = "" if evaluation.bits_per_byte is None else f" | {evaluation.bits_per_byte:.4f} bits per byte"
+    so_far = " | best so far" if best else ""
+    return f"eval at {step} | val loss {evaluation.loss:.4f}{perplexity}{bits} | {evaluation.seconds:.1f} s{so_far}"
+
+
+def closing_lines(
+    outcome: str,
+    signal_name: str | None,
+    progress: Progress,
+    config: TrainConfig,
+    cost: dict[str, float | None],
+    log: Path | None,
+    resume_command: str,
+) -> str:
+    """The last words of a run that did not fail: how it came out, where its log is, what it cost, how to go on."""
+    lines = [f"{outcome} after step {progress.step}" + (f" ({signal_name})" if signal_name else "") + f"; log: {log}"]
+    if cost["estimated_cost"] is not None:
+        lines.append(
+            f"estimated cost {cost['estimated_cost']:,.2f}: {cost['device_hours']:.3f} device-hours at "
+            f"{config.price_per_gpu_hour:,.2f}"
+        )
+    if outcome == "stopped" and progress.saved_step == progress.step:
+        lines.append(f"To go on: {resume_command}")
+    elif outcome == "stopped":
+        why = "save_interval is -1." if (config.save_interval or 0) < 0 else "it was stopped before its first step."
+        lines.append(f"Nothing was saved: {why}")
+    return "\n".join(lines)
 
 
 class Display:
@@ -165,3 +199,153 @@ class Display:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+# ------------------------------------------------------------------------------------------- terminal and log together
+
+
+@dataclass
+class Utilisation:
+    """What share of the hardware's dense peak a rate of tokens is: mfu, mfu_causal and hfu; null where no peak is known."""
+
+    flops: dict[str, int]  # a token, by figure
+    peak: Peak | None  # of all processes together
+    dtype: str
+    processes: int
+
+    def at(self, tokens_per_s: float, warn: Callable[..., None]) -> dict[str, float | None]:
+        """The figures at this rate.
+
+        A CPU's peak is measured. If other work disturbed the measurement the run overtakes it: then it is measured
+        again, and if that does not help nothing is claimed.
+        """
+        most = tokens_per_s * max(self.flops.values())
+        if self.peak and self.peak.measured and most > self.peak.flops:
+            again = measure_cpu_peak(self.dtype, again=True)
+            self.peak = dataclasses.replace(again, flops=again.flops * self.processes)
+            if most > self.peak.flops:
+                warn(
+                    "the measured peak of this CPU is below what the run reaches (other work disturbs the "
+                    "measurement), so mfu is null",
+                    measured=self.peak.flops,
+                )
+                self.peak = None
+        return {name: tokens_per_s * a_token / self.peak.flops if self.peak else None for name, a_token in self.flops.items()}
+
+
+@dataclass
+class Report:
+    """The run's voice: each event goes to the log and, as a line, to the terminal."""
+
+    logger: TrainingLogger
+    display: Display
+    meter: StepMeter
+    utilisation: Utilisation
+    device: torch.device
+    length: int
+    profiler: NoProfiler = field(default_factory=NoProfiler)
+    started: float = field(default_factory=time.perf_counter)
+
+    def warn(self, message: str, **facts: Any) -> None:
+        """A warning, on the terminal and in the run log."""
+        self.display.line(f"warning: {message}")
+        self.logger.warning(message, **facts)
+
+    def step_done(self) -> None:
+        """A training step is through: move the bar, and the profiler."""
+        self.profiler.step()
+        self.display.advance()
+
+    def step(
+        self, progress: Progress, loss: Tensor, lr: float, grad_norm: Tensor, figures: dict[str, Tensor], skips: Any
+    ) -> None:
+        """One step line, on the terminal and in the run log, with what was skipped since the last one."""
+        rate, step_ms = self.meter.read()
+        newly_skipped = progress.note_skips(*skips.read())
+        if newly_skipped:
+            self.warn(f"{newly_skipped} updates skipped for a non-finite loss or gradient", step=progress.step)
+        utilisation = self.utilisation.at(rate, self.warn)
+        shown = dict(
+            loss=float(loss),
+            lr=lr,
+            grad_norm=float(grad_norm),
+            tokens_per_s=rate,
+            step_ms=step_ms,
+            memory_gb=peak_memory_gb(self.device),
+        )
+        extra = {name: float(figure) for name, figure in figures.items()}
+        self.logger.step(progress.step, progress.tokens, **shown, **utilisation, skipped=progress.skipped, **extra)
+        self.display.line(
+            step_line(progress.step, self.length, **shown, mfu=utilisation["mfu"], skipped=progress.skipped, figures=extra)
+        )
+
+    def evaluation(self, progress: Progress, found: Evaluation) -> None:
+        """Judge an evaluation; one line on the terminal and in the run log."""
+        if progress.evaluations.judge(progress.step, found.loss, found.tokens):
+            self.warn("the validation set is not the one of the evaluations before, so the best loss is looked for anew")
+        self.logger.evaluation(
+            progress.step,
+            progress.tokens,
+            val_loss=found.loss,
+            perplexity=found.perplexity,
+            bits_per_byte=found.bits_per_byte,
+            val_tokens=found.tokens,
+            seconds=found.seconds,
+            best=progress.is_best,
+        )
+        self.display.line(evaluation_line(progress.step, found, progress.is_best))
+
+    def end(self, outcome: str, progress: Progress, processes: int, price_per_hour: float | None) -> dict[str, float | None]:
+        """Close bar, profiler and log, with how the run came out. Returns what it took: seconds, device-hours, their price."""
+        seconds = time.perf_counter() - self.started
+        hours = processes * seconds / 3600
+        cost = dict(
+            seconds=seconds, device_hours=hours, estimated_cost=None if price_per_hour is None else hours * price_per_hour
+        )
+        self.display.close()
+        self.profiler.close()
+        judged = progress.evaluations
+        self.logger.end(
+            outcome,
+            step=progress.step,
+            tokens=progress.tokens,
+            val_loss=judged.val_loss,
+            best_val_loss=judged.best_val_loss,
+            best_step=judged.best_step,
+            skipped=progress.skipped,
+            **cost,
+        )
+        return cost
+
+
+def open_report(
+    start: Start, machine: Machine, data: Data, learner: Learner, identity: dict[str, Any], display: Display
+) -> Report:
+    """Open the run log with its trackers, and the profiler if it is asked for; print and log how the run starts.
+
+    `identity` is what `saving.describe` says of the run.
+    """
+    config, world, origin, progress = start.config, machine.world, start.origin, start.progress
+    resumed_from = dict(checkpoint=str(origin.path), step=progress.step, run=start.saved["run"]) if origin else None
+    logger = TrainingLogger(config.out_dir, enabled=world.is_main, resumed_from=resumed_from)
+    logger.trackers = world.from_main(lambda: open_trackers(config, logger.path.stem)) or []
+    hardware, flops, peak = hardware_facts(machine.device), dataclasses.asdict(learner.flops), machine.peak
+    cost = dict(parameters=learner.model.num_parameters(), flops_per_token=flops)
+    world.from_main(
+        lambda: logger.start(
+            **{**identity, "model": {**identity["model"], **cost}},
+            hardware=hardware,
+            peak=dataclasses.asdict(peak) if peak else None,
+            length=data.length,
+            tokens_per_iteration=data.tokens,
+        )
+    )
+    display.line(start_report(start, machine, data, learner, hardware["device_name"], logger.path))
+    meter = StepMeter(machine.device, on_lap=lambda lap: world.at(progress.step, f"after {lap}"))
+    figures = {"mfu": flops["full"], "mfu_causal": flops["causal"], "hfu": flops["hardware"]}
+    report = Report(logger, display, meter, Utilisation(figures, peak, machine.dtype, world.size), machine.device, data.length)
+    if config.profile:
+        report.profiler = Profiler(config.out_dir, machine.device, world.rank, display.line, meter.excluded)
+    if peak is None:
+        report.warn(f"no dense peak is known for {hardware['device_name']} in {machine.dtype}, so mfu is null")
+    return report

@@ -1,4 +1,4 @@
-"""Who waits for a checkpoint: the training loop until it is published, or only until its tensors are copied."""
+"""When a run saves and what, and whether training waits until a checkpoint is published or only until it is copied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoint import CheckpointStore
+from training.checkpoint import CheckpointStore, load_tensors, model_tensors, random_state, set_random_state
+from training.huggingface_files import load_weights
+from training.progress import Progress
+from training.report import Report
+from training.stages import Data, Learner, Machine, Start
+from training_logger import versions
 
 Done = Callable[[Path, float], None]  # called in the loop's thread: (path, seconds that it took)
 
@@ -114,3 +119,113 @@ def _empty_copy(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor(copy, tensor._spec, requires_grad=False)  # the mesh stays: only its shape matters for saving
+
+
+# ------------------------------------------------------------------------------------------- a run's checkpoints
+
+
+def run_tensors(machine: Machine, learner: Learner) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds, by name: model, optimizer, loss scale, this process's random state."""
+    return {
+        **model_tensors(learner.model),
+        **{f"optimizer.{name}": tensor for name, tensor in learner.optimizer.state().items()},
+        **{f"loss_scale.{name}": tensor for name, tensor in learner.loss_scale.state().items()},
+        **random_state(machine.device, machine.world.rank),
+    }
+
+
+def restore(start: Start, machine: Machine, learner: Learner) -> None:
+    """Load what the run starts from: everything of a run that goes on, only the weights for a new one."""
+    origin = start.origin
+    if start.resumes:
+        tensors = run_tensors(machine, learner)
+        load_tensors(origin.path, tensors, optional=("rng.",))
+        learner.loss_scale.load({name: tensors[f"loss_scale.{name}"] for name in learner.loss_scale.state()})
+        set_random_state(tensors, machine.device, machine.world.rank)
+    elif origin and origin.huggingface:
+        load_weights(learner.model, origin.path, learner.parallel.put)
+    elif origin:
+        load_tensors(origin.path, model_tensors(learner.model), optional=("model.objective.",))
+
+
+def describe(start: Start, machine: Machine, data: Data, learner: Learner) -> dict[str, Any]:
+    """What stays the same all run long, as checkpoints and run log have it."""
+    model, dataset = data.model_config, data.dataset
+    values, origins = start.configuration.resolved(model)
+    values["dataset"] = data.name
+    return dict(
+        config=values,
+        origins=origins,
+        dtype=machine.dtype,
+        threads=torch.get_num_threads(),
+        world_size=machine.world.size,
+        parallelism=learner.parallelism,
+        objective=dict(name=start.config.objective, fingerprint=learner.objective.fingerprint()),
+        model=dict(name=model.name, fingerprint=model.fingerprint, config=model.to_dict()),
+        dataset=dict(
+            name=start.config.dataset, fingerprint=dataset.fingerprint, order=data.loader.order.version, **dataset.facts()
+        ),
+        versions=versions(),
+        source=start.saved.get("source"),
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one run: when one is due, what it holds, and what is said of it."""
+
+    def __init__(self, saver: Saver, start: Start, machine: Machine, data: Data, learner: Learner, report: Report):
+        self.saver, self.config, self.machine, self.learner, self.report = saver, start.config, machine, learner, report
+        self.identity = describe(start, machine, data, learner)
+        self.tokenizer_folder = data.dataset.folder
+        self.first_step = start.progress.step
+        self.started_here = start.resumes and start.store.holds(start.origin.path)
+
+    @property
+    def interval(self) -> int:
+        """Steps between saves; 0: one at the end only; -1: none."""
+        return self.config.eval_interval if self.config.save_interval is None else self.config.save_interval
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background came to nothing; `finish` raises why."""
+        return self.saver.failed
+
+    def due(self, progress: Progress) -> bool:
+        """Whether this step ends with a checkpoint: at its interval, or as the best so far; not while updates fail."""
+        step = progress.step
+        due = self.interval > 0 and progress.saved_step != step and (step % self.interval == 0 or progress.is_best)
+        return due and self.learner.skips.read()[1] == 0
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint and point 'latest', and 'best' if it is, at it.
+
+        The first one of a run that did not start in its own out_dir moves what another run left there aside.
+        """
+        world = self.machine.world
+        with self.report.meter.excluded(), world.taking_its_time():
+            if not self.started_here and (aside := world.from_main(self.saver.store.set_aside)):
+                self.report.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
+            self.started_here = True
+            progress.note_skips(*self.learner.skips.read())
+            step, best, progress.saved_step = progress.step, progress.is_best, progress.step
+            logger = self.report.logger
+            self.saver.save(
+                step,
+                run_tensors(self.machine, self.learner),
+                dict(self.identity, progress=progress.to_dict(), run=str(logger.path)),
+                keep_last=0 if progress.skipped_in_a_row else self.config.keep_last,  # drop nothing for a doubtful one
+                tokenizer_folder=self.tokenizer_folder,
+                best=best,
+                done=lambda path, seconds: logger.checkpoint(step, str(path), seconds, best),
+            )
+
+    def poll(self) -> None:
+        """See whether a save in the background has ended."""
+        self.saver.poll()
+
+    def finish(self, progress: Progress) -> None:
+        """Save the last step if it is not saved, and wait for what is under way. Raises CheckpointError if it failed."""
+        if self.interval >= 0 and progress.saved_step != progress.step > self.first_step:
+            self.save(progress)
+        with self.machine.world.taking_its_time():
+            self.saver.wait()

@@ -38,7 +38,7 @@ class StopRequest:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def agree(self, failed: bool = False) -> bool:
+    def requested(self, failed: bool = False) -> bool:
         """Learn what any process was asked, `name` and `save`; every process calls this. Whether to stop.
 
         failed: this process has something to raise once all have left the loop (a save in the background came to nothing).

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import model_components  # noqa: F401  registers what a configuration can choose
-from model_config import ARCHITECTURE_KEYS, ModelConfig, resolve
+from model_config import ARCHITECTURE_KEYS, OFF_AT_ZERO, PRESETS, ModelConfig, resolve
 
 _MODEL_TYPES = typing.get_type_hints(ModelConfig)
 _ModelKeys = dataclasses.make_dataclass(
@@ -61,6 +61,7 @@ class TrainConfig(_ModelKeys):
     gradient_accumulation_steps: int = _key(1, "the global batch is batch_size × this, whatever the machine", "data")
     total_batch_tokens: int | None = _key(None, "size of the global batch in tokens, instead of the line above", "data")
 
+    objective: str = _key("next_token", "what is minimised", "optimizer", resume="fixed")
     optimizer: Literal["adamw", "muon"] = _key(
         "adamw", "muon: for the 2-D weights of blocks, AdamW for the rest", "optimizer", resume="fixed"
     )
@@ -233,3 +234,37 @@ ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "f
 # What a resumed run takes from its checkpoint; a different value on the command line is refused.
 MODEL_KEYS = ("arch_preset", *ARCHITECTURE_KEYS, "block_size")
 FIXED_ON_RESUME = (*MODEL_KEYS, *(name for name, f in KEYS.items() if f.metadata.get("resume") == "fixed"))
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A resolved configuration: the values, and where each came from ('command line', 'config/x.py:12', 'default')."""
+
+    train: TrainConfig
+    origins: dict[str, str]
+
+    def given(self, key: str) -> bool:
+        """Whether the user set this key, in a file or on the command line."""
+        return self.origins[key] != "default"
+
+    def resolved(self, model: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
+        """Values and origins of all keys, the model's filled in: what --print_config prints and a run saves."""
+        values = {key: getattr(self.train, key) for key in KEYS}
+        origins = dict(self.origins)
+        for key, value in model.to_dict().items():
+            if values[key] is None and value is not None:
+                preset_value = PRESETS[self.train.arch_preset][1].get(key)
+                origins[key] = (
+                    f"preset {self.train.arch_preset}"
+                    if value == preset_value
+                    else "dataset"
+                    if key == "vocab_size"
+                    else "derived"
+                )
+                values[key] = value
+            elif value is None:  # not read by this model, said by d_ff, or off (where None would bring the preset's back)
+                off = key in OFF_AT_ZERO and PRESETS[self.train.arch_preset][1].get(key) is not None
+                values[key] = 0 if off else None
+        if self.train.total_batch_tokens is not None:
+            values["gradient_accumulation_steps"] = None  # it follows from total_batch_tokens
+        return values, origins

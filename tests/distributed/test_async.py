@@ -146,20 +146,20 @@ training.checkpoint._entry = entry"""
 
 # In one run saves take turns: waited for, in the background, …; each process times what the loop waits.
 TAKES_TURNS = """
-import json, time, train
-from training.saving import BackgroundSaver, Saver
-original, savers, stalls = train.Run.save, [], dict(Saver=[], BackgroundSaver=[])
-def save(run):
+import json, time
+from training.saving import BackgroundSaver, Checkpoints, Saver
+original, savers, stalls = Checkpoints.save, [], dict(Saver=[], BackgroundSaver=[])
+def save(checkpoints, progress):
     if not savers:
-        savers.extend((run.saver, Saver(run.store)))
+        savers.extend((checkpoints.saver, Saver(checkpoints.saver.store)))
     savers[0].wait()                       # so that no save has to wait for the one before it
-    run.saver = savers[sum(map(len, stalls.values())) % 2]
+    checkpoints.saver = savers[sum(map(len, stalls.values())) % 2]
     started = time.perf_counter()
-    original(run)
-    stalls[type(run.saver).__name__].append(time.perf_counter() - started)
-    run.saver = savers[0]
+    original(checkpoints, progress)
+    stalls[type(checkpoints.saver).__name__].append(time.perf_counter() - started)
+    checkpoints.saver = savers[0]
     open(f"{}/stalls.{{RANK}}", "w").write(json.dumps(stalls))
-train.Run.save = save"""
+Checkpoints.save = save"""
 
 
 def medians(folder: Path) -> dict[str, float]:

@@ -29,12 +29,12 @@ def next_token_loss(*arguments):
 training.objectives.next_token_loss = next_token_loss"""
 
 SAYS_WHAT_IT_SAVES = """
-import train
-original = train.Run.save
-def save(run):
-    print(f"rank {RANK} saves step {run.progress.step}\\n", end="", flush=True)
-    original(run)
-train.Run.save = save"""
+from training.saving import Checkpoints
+original = Checkpoints.save
+def save(checkpoints, progress):
+    print(f"rank {RANK} saves step {progress.step}\\n", end="", flush=True)
+    original(checkpoints, progress)
+Checkpoints.save = save"""
 
 
 @pytest.fixture
@@ -174,16 +174,19 @@ def test_a_frozen_process_is_named_with_when_it_was_last_heard_of(start):
 def test_evaluations_and_what_they_decide_are_the_same_in_every_process(start, tmp_path):
     """Also when the processes come to a slightly different loss: rank 1's falls every time, rank 0's does not."""
     record = f"""
-import dataclasses, json, math, train, training.objectives
-original, seen, evaluate = training.objectives.mean_loss, [], train.Run.evaluate
+import json, training.evaluation
+from training.saving import Checkpoints
+original, seen, due = training.evaluation.mean_loss, [], Checkpoints.due
 def mean_loss(*arguments):
     loss, tokens = original(*arguments)
     return (3.0 + (0 if RANK == 0 else -0.01) * len(seen), tokens)
-def recorded(run):
-    evaluate(run)
-    seen.append(dict(dataclasses.asdict(run.progress), best=run.progress.is_best, due=run.save_is_due()))
-    open(f"{tmp_path}/seen.{{RANK}}", "w").write(json.dumps(seen))
-training.objectives.mean_loss, train.Run.evaluate = mean_loss, recorded"""
+def recorded(checkpoints, progress):
+    saves = due(checkpoints, progress)
+    if progress.step % 3 == 0:
+        seen.append(dict(progress.to_dict(), best=progress.is_best, due=saves))
+        open(f"{tmp_path}/seen.{{RANK}}", "w").write(json.dumps(seen))
+    return saves
+training.evaluation.mean_loss, Checkpoints.due = mean_loss, recorded"""
     group = start("--max_iters=100", "--eval_interval=3", "--save_interval=0", "--patience=3", inject=record)
     assert group.wait() == [0, 0] and group.err == "", group.err
     one, other = (json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in (0, 1))

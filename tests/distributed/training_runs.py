@@ -79,18 +79,18 @@ def build(
 
 
 def batches(dataset: Path, rank: int, size: int, accumulation: int):
-    """The micro-batches of each step, as (rows, block_size + 1) tensors."""
+    """The micro-batches of each step, as `Batch`es."""
     split = TokenDataset.open(dataset).split("train")
     loader = DataLoader(split, SHAPE["block_size"], SEED, rank=rank, world_size=size, prefetch=False)
     for step in range(STEPS):
-        yield loader.batch(step * SEQUENCES, SEQUENCES).chunk(accumulation)
+        yield loader.batch(step * SEQUENCES, SEQUENCES).split(SEQUENCES // size // accumulation)
 
 
 def backward(model, parallel: Alone, micro_batches) -> torch.Tensor:
     """Forward and backward of one step; the loss of the global batch."""
     total = torch.zeros(())
     for micro_batch in parallel.accumulate(micro_batches):
-        loss = next_token_loss(model, micro_batch[:, :-1], micro_batch[:, 1:]) / (SEQUENCES * SHAPE["block_size"])
+        loss = next_token_loss(model, micro_batch.inputs, micro_batch.targets) / (SEQUENCES * SHAPE["block_size"])
         loss.backward()
         total += loss.detach()
     return world().sum(total)

@@ -15,7 +15,7 @@ from model_builder import build_model
 from model_config import resolve
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.objectives import next_token_loss
-from training.optimizers import Optimizer, clip_and_check
+from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
 from training.precision import DTYPES, set_compute_dtype
 from training.train_config import TrainConfig
 
@@ -75,7 +75,8 @@ LLAMA = dict(n_layer=8, n_head=8, n_embd=1024, vocab_size=32000, block_size=1024
 )
 def test_predicted_peak_is_what_the_allocator_hands_out(preset, shape, options):
     config = resolve(preset, **shape)
-    predicted, measured = estimate_memory(config, **options).total, measured_peak(config, **options)
+    rules = {**options, "optimizer": OPTIMIZERS[options.get("optimizer", "adamw")].rule}
+    predicted, measured = estimate_memory(config, **rules).total, measured_peak(config, **options)
     print(
         f"\n{config.name} {options}: allocated {measured / 1e9:.3f} GB, predicted {predicted / 1e9:.3f} GB: "
         f"{predicted / measured - 1:+.2%}"

@@ -1,0 +1,103 @@
+"""How far a run has come: what a checkpoint's state.json keeps of it under "progress"."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from command_line import Failure
+from training.checkpoint import CheckpointError, CheckpointStore
+
+
+@dataclass
+class Judgement:
+    """The evaluations so far: the last loss, the best one, and for how many evaluations there was no better one."""
+
+    val_loss: float | None = None  # of the last evaluation; None if it was not finite
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    val_tokens: int | None = None  # size of the validation set that best_val_loss is of
+
+    def judge(self, step: int, val_loss: float, val_tokens: int) -> bool:
+        """Take note of an evaluation; True if it is on another set than those before, so that the best starts anew."""
+        changed = self.best_val_loss is not None and self.val_tokens not in (None, val_tokens)
+        if changed:
+            self.best_val_loss, self.best_step, self.evaluations_without_gain = None, None, 0
+        self.val_tokens = val_tokens
+        self.val_loss = val_loss if math.isfinite(val_loss) else None
+        if self.val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss):
+            self.best_val_loss, self.best_step, self.evaluations_without_gain = val_loss, step, 0
+        else:
+            self.evaluations_without_gain += 1
+        return changed
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether so many evaluations in a row brought nothing (0: never)."""
+        return bool(patience) and self.evaluations_without_gain >= patience
+
+
+@dataclass
+class Progress:
+    """Steps, sequences and tokens so far, skipped updates, the last step saved, and the evaluations."""
+
+    step: int = 0  # updates made (or skipped)
+    sequences: int = 0  # read from the training data
+    tokens: int = 0
+    skipped: int = 0  # updates skipped for a non-finite loss or gradient, as far as the host knows
+    skipped_in_a_row: int = 0
+    saved_step: int | None = None
+    evaluations: Judgement = field(default_factory=Judgement)
+
+    @classmethod
+    def restored(cls, saved: Any, where: Path) -> Progress:
+        """The progress that a checkpoint's state.json holds. Raises CheckpointError where it holds none."""
+        try:
+            judged = {f.name: saved[f.name] for f in dataclasses.fields(Judgement) if f.name in saved}
+            return cls(**{key: value for key, value in saved.items() if key not in judged}, evaluations=Judgement(**judged))
+        except (TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{where} cannot be resumed: it holds weights only, or its state.json is damaged. Start a "
+                f"new run from its weights with --init_from=weights:{where}."
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counters in one flat dictionary, JSON-ready."""
+        counters = dataclasses.asdict(self)
+        return {**counters, **counters.pop("evaluations")}
+
+    def advance(self, sequences: int, block_size: int) -> None:
+        """One step over so many sequences is through."""
+        self.step += 1
+        self.sequences += sequences
+        self.tokens += sequences * block_size
+
+    def note_skips(self, total: int, in_a_row: int) -> int:
+        """Take over the counts of skipped updates; returns how many are new."""
+        new = total - self.skipped
+        self.skipped, self.skipped_in_a_row = total, in_a_row
+        return new
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the best evaluation so far is of this very step."""
+        return self.evaluations.best_step == self.step
+
+
+class Diverged(Failure):
+    """Too many non-finite updates in a row."""
+
+
+def stop_if_diverged(progress: Progress, limit: int, store: CheckpointStore) -> None:
+    """Raise Diverged once `limit` updates in a row were skipped; the message names the last good checkpoint."""
+    if progress.skipped_in_a_row < limit:
+        return
+    latest = store.pointed("latest")
+    found = f"The last good checkpoint is {latest}" if latest else "There is no checkpoint yet"
+    raise Diverged(
+        f"The last {progress.skipped_in_a_row} updates were skipped for a non-finite loss or gradient, so the run stops at step "
+        f"{progress.step}. {found}; lower --learning_rate or raise --warmup_iters."
+    )

@@ -1,0 +1,100 @@
+"""Where a run starts from, and the folder that it writes to."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from command_line import UsageError
+from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
+from training.huggingface_files import find_folder, read_config, source_of
+from training.processes import World, launched
+from training.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint a run starts from: all of it, or only its weights; or a Hugging Face folder's weights."""
+
+    path: Path
+    weights_only: bool = False
+    huggingface: bool = False
+
+
+def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str], None]) -> Origin | None:
+    """What init_from means: None for a start from scratch. Raises CheckpointError if it is not there or damaged."""
+    if config.init_from == "scratch":
+        return None
+    if config.init_from in ("resume", "auto"):
+        found = store.newest_intact(warn)
+        if found is None and config.init_from == "resume":
+            raise CheckpointError(
+                f"Nothing to resume: {store.folder} holds no checkpoint. Check --out_dir, or start "
+                "with --init_from=scratch (or auto, which does either)."
+            )
+        return Origin(found) if found else None
+    if config.init_from.startswith("hf:"):
+        return Origin(find_folder(config.init_from.removeprefix("hf:")), weights_only=True, huggingface=True)
+    path = config.init_from.removeprefix("weights:")
+    return Origin(find_checkpoint(path, warn), weights_only=path != config.init_from)
+
+
+def imported_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's state would say of a Hugging Face folder: the keys of its model."""
+    return {
+        "config": dict(read_config(folder).to_dict(), arch_preset="custom"),
+        "origins": {},
+        "run": None,
+        "source": source_of(folder, str(folder)),
+    }
+
+
+def prepare_out_dir(out_dir: str, world: World) -> None:
+    """Make the folder and see that every process can write there. Raises OSError or UsageError with a sentence."""
+    word = world.from_main(lambda: uuid.uuid4().hex)  # another run may be looking at the same folder
+    probes = [Path(out_dir) / f".probe_{word}_{rank}" for rank in range(world.size)]
+    mine = probes[world.rank]
+
+    def write() -> None:
+        try:
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            mine.write_text("")
+        except OSError as error:
+            raise OSError(f"out_dir={out_dir!r} cannot be written: {error.strerror}. Choose another --out_dir.") from error
+
+    def see_all() -> None:
+        if not all(probe.exists() for probe in probes):
+            raise UsageError(
+                f"out_dir={out_dir!r} is not the same folder on every machine: checkpoints are written by all "
+                "processes together. Put it on a file system that all of them share."
+            )
+
+    try:
+        world.everywhere(write)
+        world.everywhere(see_all)
+    finally:
+        with suppress(OSError):
+            mine.unlink()
+
+
+def resume_command(argv: list[str]) -> str:
+    """The command that continues the run of this command line."""
+    words = iter(argv)
+    kept = []
+    for word in words:
+        if word == "--init_from":
+            next(words, None)
+        elif not word.startswith("--init_from="):
+            kept.append(word)
+    launcher = ["python"]
+    if launched():
+        here, nodes = os.environ.get("LOCAL_WORLD_SIZE", "1"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        launcher = ["torchrun", "--standalone" if nodes == 1 else f"--nnodes={nodes}", f"--nproc_per_node={here}"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=HOST:PORT"] if nodes > 1 else []  # on each of them, as before
+    return shlex.join([*launcher, "train.py", *kept, "--init_from=resume"])
