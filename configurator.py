@@ -18,6 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import training.objectives  # these three fill the registries that keys choose from
+import training.optimizers
+import training.parallelism  # noqa: F401
 from command_line import UsageError
 from model_config import (
     COMPONENT_KINDS,
@@ -31,7 +34,17 @@ from model_config import (
     usual_d_ff,
 )
 from model_config import describe_type as type_in_words
-from training.train_config import ALIASES, EXCLUSIVE, FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS, TYPES, Configuration, TrainConfig
+from training.train_config import (
+    ALIASES,
+    EXCLUSIVE,
+    FIXED_ON_RESUME,
+    GROUPS,
+    KEYS,
+    MODEL_KEYS,
+    Configuration,
+    TrainConfig,
+    type_of,
+)
 from training_logger import SCHEMA_VERSION
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -88,9 +101,9 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]
                 words.pop(0)
         elif equals:
             given[key] = text
-        elif key in ALIASES or bool in alternatives(TYPES[key]):  # a bare flag is True; a value may follow all the same
-            type_of = bool if key in ALIASES else TYPES[key]
-            follows = bool(words) and not words[0].startswith("--") and as_type(type_of, words[0]) is not NO
+        elif key in ALIASES or bool in alternatives(type_of(key)):  # a bare flag is True; a value may follow all the same
+            kind = bool if key in ALIASES else type_of(key)
+            follows = bool(words) and not words[0].startswith("--") and as_type(kind, words[0]) is not NO
             given[key] = words.pop(0) if follows else True
         elif words and not words[0].startswith("--"):
             given[key] = words.pop(0)
@@ -251,7 +264,7 @@ def convert(key: str, value: Any) -> Any:
     '1' → 1.0 and '3e8' → 300000000 are fine, 1.5 for an int is not. Raises ConfigError naming key, value and type.
     """
     text = ",".join(map(str, value)) if key == "layer_pattern" and isinstance(value, (list, tuple)) else value
-    converted = as_type(TYPES[key], text)
+    converted = as_type(type_of(key), text)
     if converted is NO:
         raise ConfigError(f"{key}={value!r} is not {describe_type(key)}.")
     return converted
@@ -276,7 +289,7 @@ def _without_aliases(given: dict[str, Any], where: Callable[[str], str], problem
 
 def describe_type(key: str) -> str:
     """A key's type in words: 'a whole number', "'cosine' or 'linear'"; for a component, what there is."""
-    return type_in_words(Literal[tuple(components(key))] if key in COMPONENT_KINDS else TYPES[key])
+    return type_in_words(Literal[tuple(components(key))] if key in COMPONENT_KINDS else type_of(key))
 
 
 # ------------------------------------------------------------------------------------------- resolving
@@ -405,7 +418,7 @@ def print_config(configuration: Configuration) -> None:
             value, origin = values[key], origins[key]
             if key == "vocab_size" and not configuration.given(key):
                 value, origin = None, f"the dataset's, else {values[key]} ({origin})"
-            unused = "# " if value is None and TYPES[key] is int else ""  # in the place of a key that excludes it
+            unused = "# " if value is None and type_of(key) is int else ""  # in the place of a key that excludes it
             print(f"{f'{unused}{key} = {value!r}':<48} # {origin}")
         print()
 

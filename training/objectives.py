@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from model_config import ModelConfig
 from training.batch import IGNORE, Batch
-from training.registry import Registry
+from training.registry import OBJECTIVES
 from training.train_config import TrainConfig
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # fp32 logits worked on at a time: a cache's worth; little memory
@@ -62,9 +62,6 @@ class Objective:
     def fingerprint(self) -> str:
         """16 hex digits that differ where the objective means something else; a resumed run must have the same."""
         return hashlib.sha256(self.config.objective.encode()).hexdigest()[:16]
-
-
-OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 
 
 @OBJECTIVES.registered("next_token")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flops_parameter_counting.memory_rules import TWO_MOMENTS, OptimizerRule
 from training.parallelism import local
-from training.registry import Registry
+from training.registry import OPTIMIZERS
 from training.train_config import TrainConfig
 
 
@@ -64,9 +64,6 @@ class Entry:
     def summary(self) -> str:
         """First line of the function's docstring."""
         return (self.make.__doc__ or "").strip().split("\n")[0]
-
-
-OPTIMIZERS: Registry[Entry] = Registry("optimizer")
 
 
 def register_optimizer(name: str, rule: OptimizerRule) -> Callable[[Callable], Callable]:

@@ -34,7 +34,7 @@ from command_line import UsageError
 from flops_parameter_counting.memory_rules import OptimizerRule, ShardingRule
 from model_config import ModelConfig
 from training.processes import World
-from training.registry import Registry
+from training.registry import STRATEGIES
 from training.train_config import TrainConfig
 
 T = TypeVar("T")
@@ -53,9 +53,6 @@ class Strategy:
     rule: ShardingRule
     apply: Callable[..., Alone]
     automatic: bool = True
-
-
-STRATEGIES: Registry[Strategy] = Registry("parallelism")
 
 
 class Alone:

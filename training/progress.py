@@ -67,7 +67,8 @@ class Progress:
     def to_dict(self) -> dict[str, Any]:
         """All counters in one flat dictionary, JSON-ready."""
         counters = dataclasses.asdict(self)
-        return {**counters, **counters.pop("evaluations")}
+        judged = counters.pop("evaluations")
+        return {**counters, **judged}
 
     def advance(self, sequences: int, block_size: int) -> None:
         """One step over so many sequences is through."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from model_config import did_you_mean
 
@@ -50,3 +50,9 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+# Filled by training/objectives.py, training/optimizers.py and training/parallelism.py, which configurator.py imports.
+OBJECTIVES: Registry[Any] = Registry("objective")
+OPTIMIZERS: Registry[Any] = Registry("optimizer")
+STRATEGIES: Registry[Any] = Registry("parallelism")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import model_components  # noqa: F401  registers what a configuration can choose
 from model_config import ARCHITECTURE_KEYS, OFF_AT_ZERO, PRESETS, ModelConfig, resolve
+from training.registry import OBJECTIVES, OPTIMIZERS, STRATEGIES, Registry
 
 _MODEL_TYPES = typing.get_type_hints(ModelConfig)
 _ModelKeys = dataclasses.make_dataclass(
@@ -30,8 +31,18 @@ _ModelKeys = dataclasses.make_dataclass(
 )
 
 
-def _key(default: Any, help: str, group: str, *, resume: Literal["may change", "fixed"] = "may change") -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "resume": resume})
+def _key(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    resume: Literal["may change", "fixed"] = "may change",
+    registry: Registry | None = None,
+    besides: tuple[str, ...] = (),
+) -> Any:
+    """A field. `registry`: its entries' names are the values there are, and those in `besides`."""
+    metadata = {"help": help, "group": group, "resume": resume, "registry": registry, "besides": besides}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +72,9 @@ class TrainConfig(_ModelKeys):
     gradient_accumulation_steps: int = _key(1, "the global batch is batch_size × this, whatever the machine", "data")
     total_batch_tokens: int | None = _key(None, "size of the global batch in tokens, instead of the line above", "data")
 
-    objective: str = _key("next_token", "what is minimised", "optimizer", resume="fixed")
-    optimizer: Literal["adamw", "muon"] = _key(
-        "adamw", "muon: for the 2-D weights of blocks, AdamW for the rest", "optimizer", resume="fixed"
+    objective: str = _key("next_token", "what is minimised", "optimizer", resume="fixed", registry=OBJECTIVES)
+    optimizer: str = _key(
+        "adamw", "muon: for the 2-D weights of blocks, AdamW for the rest", "optimizer", resume="fixed", registry=OPTIMIZERS
     )
     learning_rate: float = _key(6e-4, "peak learning rate", "optimizer", resume="fixed")
     weight_decay: float = _key(0.1, "decoupled, on matrices only", "optimizer", resume="fixed")
@@ -116,11 +127,13 @@ class TrainConfig(_ModelKeys):
     activation_checkpointing: Literal["none", "full", "selective"] = _key(
         "none", "recompute activations in backward: whole blocks, or all but their matrix products", "execution"
     )
-    parallelism: Literal["auto", "none", "ddp", "zero1", "zero2", "fsdp", "hsdp"] = _key(
+    parallelism: str = _key(
         "auto",
-        "how processes share the work; auto: the first of ddp, zero1, zero2, fsdp that fits into memory; "
+        "how processes share the work; none: one process; auto: the first in this order that fits into memory, hsdp left out; "
         "--use_zero1=True and --use_fsdp=True mean zero1 and fsdp",
         "execution",
+        registry=STRATEGIES,
+        besides=("auto", "none"),
     )
     hsdp_shard_size: int | None = _key(
         None, "processes that share one copy under hsdp [those of a node; half on one node]", "execution"
@@ -219,6 +232,15 @@ _BELOW = dict(seed=2**63, data_seed=2**63, threads=1025)
 _FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 KEYS = {"arch_preset": _FIELDS["arch_preset"], **_FIELDS}
 TYPES = typing.get_type_hints(TrainConfig)
+
+
+def type_of(key: str) -> Any:
+    """The type of a key's values; where a registry has them, the names in it at this moment."""
+    metadata = KEYS[key].metadata
+    registry = metadata.get("registry")
+    return TYPES[key] if registry is None else Literal[(*metadata["besides"], *registry)]
+
+
 GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "execution")
 
 # Of each pair or triple at most one may be set at a time; a stronger source clears what a weaker one set.
