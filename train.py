@@ -90,6 +90,10 @@ def prepare_machine(start: Start, world: World) -> Machine:
     """Choose device, compute dtype and threads, seed the dropout, and find the peak that MFU is measured against."""
     config = start.config
     device = choose_device(config.device, world.local_rank, world.local_size)
+    if config.attention_backend == "flex" and device.type == "cpu":
+        raise ConfigError(
+            "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use --attention_backend=sdpa."
+        )
     dtype = world.from_main(lambda: best_dtype(device)) if config.dtype == "auto" else config.dtype
     as_before = start.resumes and start.saved["world_size"] == world.size
     if threads := config.threads or (start.saved["threads"] if as_before else None):
