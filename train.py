@@ -92,7 +92,8 @@ def prepare_machine(start: Start, world: World) -> Machine:
     device = choose_device(config.device, world.local_rank, world.local_size)
     if config.attention_backend == "flex" and device.type == "cpu":
         raise ConfigError(
-            "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use --attention_backend=sdpa."
+            "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use "
+            "--attention_backend=sdpa."
         )
     dtype = world.from_main(lambda: best_dtype(device)) if config.dtype == "auto" else config.dtype
     as_before = start.resumes and start.saved["world_size"] == world.size
@@ -226,7 +227,7 @@ def train(
             with auxiliary_losses(scale) as auxiliary:
                 losses, count, figures = objective(model, micro_batch.to(machine.device))
             (losses * scale).backward()
-            tally.add(losses, count, {**figures, **auxiliary.sums})
+            tally.add(losses, count, {**figures, **auxiliary.totals})
         loss, share, figures = tally.over(world.sum)  # of the global batch
         meter.lap("compute")
 

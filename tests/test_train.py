@@ -531,7 +531,7 @@ def test_resuming_on_changed_data_is_refused(tmp_path, tiny_dataset, capsys):
     copy = tmp_path / "data"
     shutil.copytree(tiny_dataset, copy)
     assert run(copy, tmp_path / "out", "--max_iters=3") == 0
-    prepare(lambda: iter([("other", "abc " * 5000)]), copy, tokenizer="byte")
+    prepare(lambda: iter([("other", "abc " * 5000)]), copy, tokenizer="byte", overwrite=True)
     assert run(copy, tmp_path / "out", "--init_from=resume", "--max_iters=9") == 1
     refused(capsys, 1, "not the one")
 
