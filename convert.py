@@ -4,7 +4,9 @@
     python convert.py out/qwen exported                    # an out_dir or checkpoint → a folder for from_pretrained
     python convert.py out/qwen exported --dtype=bfloat16 --push=owner/name
 
-Tensor by tensor: never more than a fraction of the model is in memory. Nothing is uploaded unless --push is given.
+Tensor by tensor: never more than a fraction of the model is in memory. An export ends with a check in a fresh process:
+transformers reads the folder, and a random batch through both models gives the largest difference of a logit. Nothing is
+uploaded unless --push is given, and then into a private repository unless --public is.
 """
 
 from __future__ import annotations
@@ -15,9 +17,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from command_line import Parser, UsageError, guarded
 
+if TYPE_CHECKING:
+    from data.tokenization import Tokenizer
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_BYTES = 512 << 20  # of the files written; transformers takes any size
 
 
@@ -31,9 +38,11 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the exported weights (default: the dtype they were imported in, else float32)",
+        help="of all exported weights (default: each in the dtype it was imported in, else float32)",
     )
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the exported folder to the Hub")
+    parser.add_argument("--no_check", dest="check", action="store_false", help="do not check the exported folder")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the exported folder to the Hub, privately")
+    parser.add_argument("--public", action="store_true", help="with --push: into a repository that everyone can see")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     return parser
 
@@ -73,7 +82,11 @@ def import_model(source: str, out_dir: Path) -> Path:
 
 
 def export_model(source: str, target: Path, dtype: str | None) -> Path:
-    """A checkpoint → a folder as save_pretrained writes it: sharded safetensors, config.json, tokenizer."""
+    """A checkpoint → a folder as save_pretrained writes it; returns the checkpoint.
+
+    The folder has sharded safetensors, config.json, generation_config.json and the tokenizer. `dtype`: of all tensors;
+    None keeps the dtype in which each was imported, float32 where it was not.
+    """
     import torch
 
     from data.tokenization import load_tokenizer
@@ -87,9 +100,9 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     checkpoint = find_checkpoint(source)
     state = read_state(checkpoint)
     config = ModelConfig.from_dict(state["model"]["config"])
-    source = state.get("source") or {}
-    hf = config_to_hf(config, source.get("config"))
-    dtype, others = (dtype, {}) if dtype else (source.get("dtype", "float32"), source.get("dtypes", {}))
+    origin = state.get("source") or {}
+    hf = config_to_hf(config, origin.get("config"))
+    usual, others = (dtype, {}) if dtype else (origin.get("dtype", "float32"), origin.get("dtypes", {}))
     shapes = {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -97,19 +110,19 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
             ours = {f"model.{name}": torch.empty(shapes[name]) for name in rule.ours}
             load_tensors(checkpoint, ours)
             table = rule.ours[0] in ("embedding.weight", "head.weight")  # rows that only pad stay here
-            yield (
-                rule.theirs,
-                rule.to_theirs(
-                    {name.removeprefix("model."): t[: config.vocab_size] if table else t for name, t in ours.items()}
-                ).to(getattr(torch, others.get(rule.theirs, dtype))),
+            whole = rule.to_theirs(
+                {name.removeprefix("model."): t[: config.vocab_size] if table else t for name, t in ours.items()}
             )
+            yield rule.theirs, whole.to(getattr(torch, others.get(rule.theirs, usual)))
 
     target.mkdir(parents=True, exist_ok=True)
     write_sharded(target, tensors())
     tokenizer = load_tokenizer(checkpoint)
-    eos = tokenizer.eos_id if tokenizer is not None else None
-    ids = source.get("ids") or dict(bos_token_id=eos, eos_token_id=eos, pad_token_id=None)
-    generation = source.get("generation") or dict(bos_token_id=ids["bos_token_id"], eos_token_id=ids["eos_token_id"])
+    ids, generation = special_tokens(state, tokenizer)
+    if hf["model_type"] != (origin.get("config") or {}).get("model_type"):  # else what it leaves out stays the class's
+        hf = {**dict.fromkeys(SPECIAL_IDS), **hf, "dtype": usual, "torch_dtype": usual}
+    if dtype:
+        hf = {**hf, "dtype": dtype, "torch_dtype": dtype}
     for name, content in (("config.json", {**hf, **ids}), ("generation_config.json", generation)):
         (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None and tokenizer.kind in ("bpe", "hf"):
@@ -120,7 +133,28 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
             f"convert.py: the {tokenizer.kind} tokenizer has no form that Hugging Face reads; the folder has none.",
             file=sys.stderr,
         )
-    return target
+    return checkpoint
+
+
+def special_tokens(state: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint's state → what config.json says of special ids, and generation_config.json.
+
+    Those of the folder that the model came from, as long as it still has that folder's tokenizer; else its own tokenizer's.
+    """
+    source = state.get("source") or {}
+    ids = source.get("ids")
+    if ids is not None and tokenizer is not None:
+        if "tokenizer" in source:
+            same = source["tokenizer"] == tokenizer.fingerprint
+        else:  # written before the fingerprint was remembered
+            ends = ids.get("eos_token_id")
+            same = state.get("dataset") is None or tokenizer.eos_id in (ends if isinstance(ends, list) else [ends])
+        ids = ids if same else None
+    generation = source.get("generation") if ids is not None else None
+    if ids is None:
+        eos = tokenizer.eos_id if tokenizer is not None else None
+        ids = dict(bos_token_id=eos, eos_token_id=eos, pad_token_id=None)
+    return ids, generation or {key: ids.get(key) for key in SPECIAL_IDS[:2]}
 
 
 def write_sharded(folder: Path, tensors: Iterator) -> None:
@@ -138,22 +172,32 @@ def write_sharded(folder: Path, tensors: Iterator) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def push(folder: Path, name: str) -> None:
-    """Upload an exported folder to the Hub. Raises ConversionError with the reason if that fails."""
+def push(folder: Path, name: str, public: bool) -> None:
+    """Upload an exported folder to the Hub, into a private repository unless `public`.
+
+    Raises ConversionError with the reason if that fails, and where the repository is there and public without being asked.
+    """
     from training.huggingface_families import ConversionError
 
     try:
         from huggingface_hub import HfApi
 
         api = HfApi()
-        api.create_repo(name, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=str(folder))
+        api.create_repo(name, private=not public, exist_ok=True)
+        visible = not api.model_info(name).private
+        if public or not visible:
+            api.upload_folder(repo_id=name, folder_path=str(folder))
     except Exception as error:  # the hub has a dozen kinds of them, none with a common base
         reason = str(error).strip().split("\n")[0]
         raise ConversionError(
             f"{folder} is written, but could not be uploaded to {name!r} ({type(error).__name__}: "
             f"{reason}). Log in with `hf auth login` and upload the folder."
         ) from error
+    if visible and not public:
+        raise ConversionError(
+            f"{folder} is written, but not uploaded: {name!r} is a public repository. Give --public if everyone may see it, or "
+            "another name."
+        )
 
 
 def _with_progress(items, label: str):
@@ -173,12 +217,18 @@ def main(argv: list[str]) -> int:
         from training.checkpoint import is_checkpoint
 
         target = Path(options.target).expanduser()
+        if options.public and not options.push:
+            raise UsageError("--public says how --push uploads, which is not given.")
         if is_checkpoint(options.source):
-            folder = export_model(options.source, target, options.dtype)
+            checkpoint = export_model(options.source, target, options.dtype)
+            if options.check:
+                from training.huggingface_check import check_export
+
+                print(f"checked with {check_export(checkpoint, target)}")
             if options.push:
-                push(folder, options.push)
+                push(target, options.push, options.public)
             print(
-                f"{folder}: read it with AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+                f"{target}: read it with AutoModelForCausalLM.from_pretrained({str(target)!r})"
                 + (f"; uploaded to {options.push}" if options.push else "")
             )
             return 0

@@ -5,7 +5,6 @@ The oracle is transformers' own model, made from the same file. Issue 10.6.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -14,30 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_models import (
+    T,
+    change_config,
+    change_tensors,
+    content,
+    logits_here,
+    logits_there,
+    saved_folder,
+    transformers,
+)
+from safetensors.torch import save_file
 
 import convert
-from model_builder import build_model
 from training.checkpoint import load_model
-from training.huggingface import config_from_hf, tensor_rules
+from training.huggingface import config_from_hf
 from training.huggingface_families import FAMILIES, ConversionError
 from training.huggingface_files import read_config, source_of
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-
-T = 24
-SMALL = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=T
-)
-SHAPE = {
-    "gpt2": dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=T),
-    "llama": SMALL,
-    "mistral": dict(SMALL, num_key_value_heads=2),
-    "qwen3": dict(SMALL, num_key_value_heads=2, head_dim=8),
-    "olmo2": SMALL,
-    "gemma2": dict(SMALL, num_key_value_heads=2, head_dim=8),
-}
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -141,38 +134,6 @@ FILES = [
 ONLY_THE_CLASS_REFUSES = [dict(num_key_value_heads=None)]  # though it means all heads in its relatives
 
 
-def content(model_type: str, says: dict) -> dict:
-    """The file: the shape, then what it says besides."""
-    values = {**SHAPE[model_type], **says, "model_type": model_type, "pad_token_id": None}
-    return {key: value for key, value in copy.deepcopy(values).items() if value is not ...}
-
-
-def logits_there(hf: dict, tokens: torch.Tensor) -> tuple[torch.nn.Module, torch.Tensor]:
-    """transformers' model of a file, no weight at its initial value, and its logits."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**copy.deepcopy(hf))
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        return model, model(tokens, use_cache=False).logits
-
-
-def logits_here(hf: dict, theirs: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits of kitbash's model of a file with the same weights."""
-    model, weights = build_model(config_from_hf(hf)).eval(), theirs.state_dict()
-    rules = tensor_rules(model.config, hf["model_type"])
-    parameters = dict(model.named_parameters())
-    tied = {"lm_head.weight"} if model.config.weight_tying else set()
-    assert {rule.theirs for rule in rules} == weights.keys() - tied
-    with torch.no_grad():
-        for rule in rules:
-            for name, tensor in rule.to_ours(weights[rule.theirs]).items():
-                parameters.pop(name).copy_(tensor)
-        assert not parameters
-        return model(tokens)
-
-
 @pytest.mark.parametrize("model_type, says, outcome", FILES, ids=lambda value: str(value).replace("Ellipsis", "absent")[:90])
 def test_a_foreign_config_is_the_model_that_transformers_builds_or_is_refused(model_type, says, outcome):
     """Issue 10.6: non-default and missing values, the spellings of transformers 4 and 5, and what has no counterpart."""
@@ -213,25 +174,6 @@ def test_without_transformers_a_file_means_the_same_or_is_refused(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- tensor files
-
-
-def saved_folder(folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.float32, **says) -> torch.nn.Module:
-    """A folder that transformers wrote, with its model."""
-    model, _ = logits_there(content(model_type, says), torch.zeros(1, 2, dtype=torch.long))
-    model.to(dtype).save_pretrained(folder, max_shard_size=says.pop("shards", "1GB"))
-    return model
-
-
-def change_config(folder: Path, **keys) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
-
-
-def change_tensors(folder: Path, change) -> None:
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def same_as_from_pretrained(folder: Path) -> bool:

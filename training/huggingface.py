@@ -204,7 +204,7 @@ def _candidates(
     if own:
         yield own, dict(source)
         yield own, dict(source, tie_word_embeddings=config.weight_tying)
-        replaced = ROPE_KEYS | {"torch_dtype", "layer_types", "hidden_act"}
+        replaced = ROPE_KEYS | {"layer_types", "hidden_act"}
         yield own, {**{key: value for key, value in source.items() if key not in replaced}, **_written(own, config)}
     for family in sorted(FAMILIES.values(), key=lambda family: family is not own):
         yield family, _written(family, config)

@@ -110,8 +110,28 @@ def source_of(folder: Path, name: str) -> dict[str, Any]:
         generation=generation,
         dtype=usual,
         dtypes={theirs: dtype for theirs, dtype in stored.items() if dtype != usual},
-        ids={key: hf.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        ids={key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf},
+        tokenizer=_tokenizer_fingerprint(folder),
     )
+
+
+def _tokenizer_fingerprint(folder: Path) -> str | None:
+    from data.tokenization import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        raise ConversionError(f"{error} Take the file away to use the model without its tokenizer.") from error
+    return None if tokenizer is None else tokenizer.fingerprint
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """kitbash's name of each parameter → the dtype in which a folder has it. Raises ConversionError."""
+    return {
+        name: getattr(torch, _DTYPES[tensor.dtype])
+        for rule, _, tensor in _places(folder, read_config(folder))
+        for name in rule.ours
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
