@@ -348,11 +348,11 @@ def prompt_ids(options: argparse.Namespace, prompt: str | None, tokenizer, vocab
         )
     elif prompt:
         try:
-            ids = tokenizer.encode(prompt)
+            ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
         except ValueError as error:  # characters that a vocabulary of characters does not have
             raise Failure(str(error)) from error
-    elif tokenizer.eos_id is not None:
-        ids = [tokenizer.eos_id]
+    elif tokenizer.bos_id is not None or tokenizer.eos_id is not None:
+        ids = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     else:
         raise Failure(
             f"The prompt is empty, and this model's {tokenizer.kind} tokenizer has no end-of-text token "

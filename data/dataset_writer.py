@@ -174,7 +174,7 @@ class DatasetWriter:
             writer.add("val", …)
             meta = writer.publish()
 
-    append_eos: end each document with the tokenizer's eos id (for corpora of more than one document).
+    append_eos, prepend_bos: end and begin each document with these ids of the tokenizer's (for corpora of more than one).
     shard_tokens: start a new file (train_00000.bin, train_00001.bin, …) after this many tokens.
     overwrite: replace a dataset that is there; see `check_folder`, whose DatasetError this raises.
     """
@@ -186,15 +186,19 @@ class DatasetWriter:
         *,
         source: str = "",
         append_eos: bool = False,
+        prepend_bos: bool = False,
         shard_tokens: int | None = None,
         overwrite: bool = False,
     ):
-        if append_eos and tokenizer.eos_id is None:
-            raise ValueError(f"append_eos needs a tokenizer with an eos id, and {tokenizer.name!r} has none.")
+        for wanted, which in ((append_eos, "eos"), (prepend_bos, "bos")):
+            if wanted and getattr(tokenizer, f"{which}_id") is None:
+                raise ValueError(f"{tokenizer.name!r} has no {which} id to put between documents.")
         self.folder, self.overwrite = Path(folder), overwrite
         finish_publishing(self.folder)
         check_folder(self.folder, overwrite)
-        self.tokenizer, self.source, self.append_eos = tokenizer, source, append_eos
+        self.tokenizer, self.source = tokenizer, source
+        self._before = np.array([tokenizer.bos_id] if prepend_bos else [], dtype=np.int64)
+        self._after = np.array([tokenizer.eos_id] if append_eos else [], dtype=np.int64)
         self.dtype = "uint16" if tokenizer.vocab_size <= UINT16_VOCAB else "uint32"
         self._staging = self.folder / STAGING
         _remove_staging(self.folder)  # what a killed writer left
@@ -210,9 +214,7 @@ class DatasetWriter:
 
     def add(self, split: str, ids: Sequence[int], text_bytes: int) -> None:
         """Append one document to "train" or "val": its token ids, and how many UTF-8 bytes of text they stand for."""
-        ids = np.asarray(ids, dtype=np.int64)
-        if self.append_eos:
-            ids = np.append(ids, self.tokenizer.eos_id)
+        ids = np.concatenate([self._before, np.asarray(ids, dtype=np.int64), self._after])
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
             raise ValueError(
                 f"the tokenizer {self.tokenizer.name!r} gave ids from {ids.min()} to {ids.max()}, outside "
@@ -227,7 +229,10 @@ class DatasetWriter:
             "dtype": self.dtype,
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer": {"kind": self.tokenizer.kind, "name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
-            "special_ids": {"eos_id": self.tokenizer.eos_id},
+            "special_ids": {
+                "eos_id": self.tokenizer.eos_id,
+                **({} if self.tokenizer.bos_id is None else {"bos_id": self.tokenizer.bos_id}),
+            },
             "splits": {split: writer.finish() for split, writer in self._splits.items()},
             "source": self.source,
         }

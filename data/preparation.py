@@ -20,13 +20,13 @@ from pathlib import Path
 from data import corpora, tokenization
 from data.corpora import Document
 from data.dataset_writer import DatasetWriter, check_folder, finish_publishing, locked
+from data.hub import HUB_NAME
 from data.token_dataset import DATA_DIR, PUBLISHING, DatasetError, TokenDataset, is_prepared, resolve_dataset
 
 VAL_FRACTION = 0.1
 BPE_TRAINING_CHARACTERS = 100_000_000  # a BPE is trained on the first ones: more takes memory, changes little
 BATCH_CHARACTERS = 4_000_000  # encoded at a time, on all cores
 PIECE_CHARACTERS = 1_000_000  # longer documents are encoded in pieces of about this size
-BUILT_IN_TOKENIZERS = ("bpe", "char", "byte", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def prepare(
     documents: starts an iteration over (name, text); called twice, and has to give the same both times.
     tokenizer: bpe, char, byte, gpt2, or the path of a Hugging Face tokenizer.
     overwrite: replace a dataset that a prepare made, and put it beside other files; see `check_folder`.
-    One document is split by position; of more, whole documents go to validation, and each ends with the eos id.
+    One document is split by position; of more, whole documents go to validation, and each ends with the eos id and begins
+    with the bos id of a tokenizer that has one.
     Safe against other processes preparing the same folder; an interrupt leaves the folder as it was.
     """
     if not 0 < val_fraction < 1:
@@ -91,8 +92,8 @@ def prepare(
         several = count > 1
         parts = _split_into_parts(documents, count, val_fraction)
         coder = _make_tokenizer(tokenizer, parts, bpe_vocab_size, several)
-        eos = several and coder.eos_id is not None
-        with DatasetWriter(folder, coder, source=source, append_eos=eos, overwrite=overwrite) as writer:
+        ends = dict(append_eos=several and coder.eos_id is not None, prepend_bos=several and coder.bos_id is not None)
+        with DatasetWriter(folder, coder, source=source, **ends, overwrite=overwrite) as writer:
             for (split, text), ids in _encoded(coder, _show(parts(), progress, "encoding", count)):
                 writer.add(split, ids, len(text.encode()))
             return writer.publish()
@@ -147,9 +148,7 @@ def _make_tokenizer(spec: str, parts: Callable, bpe_vocab_size: int, several: bo
         return tokenization.CharTokenizer.from_texts((text for _, text in parts()), eos=several)
     if spec == "byte":
         return tokenization.ByteTokenizer(eos=several)
-    if spec == "gpt2":
-        return tokenization.Gpt2Tokenizer()
-    return tokenization.HuggingFaceTokenizer.from_pretrained(spec)
+    return tokenization.given_tokenizer(spec)
 
 
 def _training_texts(parts: Callable) -> Iterator[str]:
@@ -251,8 +250,9 @@ def _parser(program: str, description: str, bpe_vocab_size: int) -> argparse.Arg
     parser.add_argument(
         "--tokenizer",
         default="bpe",
-        metavar="bpe|char|byte|gpt2|FOLDER",
-        help="bpe is trained on the spot; FOLDER holds a Hugging Face tokenizer.json [bpe]",
+        metavar="NAME",
+        help=f"{', '.join(tokenization.BUILT_IN)}, a folder with a Hugging Face tokenizer.json, or the Hub's owner/name of "
+        "one; bpe is trained on the spot [bpe]",
     )
     parser.add_argument("--vocab_size", type=int, help=f"size of the bpe vocabulary [{bpe_vocab_size}]")
     parser.add_argument(
@@ -283,8 +283,12 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error(f"--vocab_size is for --tokenizer=bpe; the vocabulary of --tokenizer={options.tokenizer} is given")
     if not 0 < options.val_fraction < 1:
         parser.error(f"--val_fraction={options.val_fraction:g} is not between 0 and 1")
-    if options.tokenizer not in BUILT_IN_TOKENIZERS and not Path(options.tokenizer).expanduser().exists():
-        parser.error(f"--tokenizer={options.tokenizer} is neither {', '.join(BUILT_IN_TOKENIZERS)} nor an existing folder")
+    local = options.tokenizer in tokenization.BUILT_IN or Path(options.tokenizer).expanduser().exists()
+    if not local and not HUB_NAME.fullmatch(options.tokenizer):
+        parser.error(
+            f"--tokenizer={options.tokenizer} is neither {', '.join(tokenization.BUILT_IN)} nor an existing folder, nor an "
+            "owner/name on the Hub"
+        )
 
 
 def _run(options: argparse.Namespace, job: Callable, bpe_vocab_size: int) -> int:

@@ -1,17 +1,19 @@
 """Tokenizers behind one small interface, whatever they are made of.
 
-| kind | vocabulary                                                            | needs        |
-|------|-----------------------------------------------------------------------|--------------|
-| char | the characters of a text, sorted                                      | nothing      |
-| byte | the 256 bytes                                                         | nothing      |
-| bpe  | byte-level BPE trained on the spot, `<|endoftext|>` included           | `tokenizers` |
-| gpt2 | GPT-2's 50,257                                                        | `tiktoken`   |
-| hf   | any local Hugging Face tokenizer (a folder, or its tokenizer.json)     | `tokenizers` |
+| kind     | vocabulary                                                        | needs        |
+|----------|-------------------------------------------------------------------|--------------|
+| char     | the characters of a text, sorted                                  | nothing      |
+| byte     | the 256 bytes                                                     | nothing      |
+| bpe      | byte-level BPE trained on the spot, `<|endoftext|>` included       | `tokenizers` |
+| gpt2     | GPT-2's 50,257                                                    | `tiktoken`   |
+| tiktoken | GPT-4's cl100k_base (100,277), GPT-4o's o200k_base (200,019)       | `tiktoken`   |
+| hf       | any Hugging Face tokenizer: a folder, its tokenizer.json, a name  | `tokenizers` |
 
-Each has `kind`, `name`, `vocab_size` (special ids included), `eos_id` (or None), `fingerprint`, `encode`,
-`encode_batch`, `decode`, `decode_bytes`, `save(folder)`; `load_tokenizer(folder)` reads what `save` wrote. Text is
-always ordinary text: the characters `<|endoftext|>` in a document never become the eos id. `byte_level` says that ids
-stand for bytes one after another, so that `decode_bytes` of parts can be joined.
+Each has `kind`, `name`, `vocab_size` (special ids included), `eos_id` and `bos_id` (or None), `fingerprint`, `encode`,
+`encode_batch`, `encode_array`, `decode`, `decode_bytes`, `save(folder)`; `load_tokenizer(folder)` reads what `save` wrote,
+and needs neither a network nor a cache. Text is always ordinary text: the characters `<|endoftext|>` in a document never
+become the eos id. `byte_level` says that ids stand for bytes one after another, so that `decode_bytes` of parts can be
+joined. `bos_id` is an id that the tokenizer itself puts before every text, as Llama's does.
 """
 
 from __future__ import annotations
@@ -24,11 +26,26 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"  # Hugging Face's name for what tokenizer.json has no room for
 # What well-known tokenizers call the end of a document; asked only where tokenizer_config.json does not say.
 EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+# How tiktoken's encodings cut a text into words before they merge bytes, in the form that was published.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TIKTOKEN_PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "cl100k_base": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+    r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "o200k_base": rf"""[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+    rf"""[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+    r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+}
+
+
+BUILT_IN = ("bpe", "char", "byte", *TIKTOKEN_PATTERNS)
 
 
 class TokenizerUnavailable(ValueError):
@@ -42,6 +59,7 @@ class Tokenizer:
     name: str
     vocab_size: int
     eos_id: int | None = None
+    bos_id: int | None = None
     byte_level = True
 
     def encode(self, text: str) -> list[int]:
@@ -51,6 +69,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores where the library can."""
         return [self.encode(text) for text in texts]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as an array of integers, (tokens,), on one core and without a Python number for each token where it can."""
+        return np.array(self.encode(text), dtype=np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for; they may end inside a character."""
@@ -127,6 +149,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join([self._pieces[i] for i in ids])
 
@@ -134,22 +159,18 @@ class ByteTokenizer(Tokenizer):
         return {"kind": "byte", "eos": self.eos_id is not None}
 
 
-class Gpt2Tokenizer(Tokenizer):
-    """GPT-2's byte-level BPE through tiktoken, which fetches its two files on first use and caches them."""
+class TiktokenTokenizer(Tokenizer):
+    """An encoding of the tiktoken library, which fetches its files on first use and caches them.
 
-    kind = name = "gpt2"
-    vocab_size, eos_id = 50257, 50256
+    A saved one has all it needs, in Hugging Face's form, which `transformers` and `tokenizers` read too: GPT-2's as kind
+    "gpt2", the others as "tiktoken".
+    """
 
-    def __init__(self):
-        tiktoken = _import("tiktoken", "--tokenizer=gpt2")
-        try:
-            self._encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # requests raises many kinds; each means: no files
-            raise TokenizerUnavailable(
-                f"tiktoken cannot get the files of the GPT-2 tokenizer ({type(error).__name__}); connect "
-                f"to the network once, point TIKTOKEN_CACHE_DIR to a folder that has them, or use "
-                "--tokenizer=bpe."
-            ) from None
+    def __init__(self, name: str = "gpt2", encoding=None):
+        self.kind, self.name = "gpt2" if name == "gpt2" else "tiktoken", name
+        self._encoding = encoding or _fetch_encoding(name)
+        self.eos_id = self._encoding.eot_token
+        self.vocab_size = self._encoding.max_token_value + 1
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
@@ -157,11 +178,93 @@ class Gpt2Tokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
+    def encode_array(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(list(ids))
 
     def definition(self) -> dict:
-        return {"kind": "gpt2"}
+        return {"kind": "gpt2"} if self.name == "gpt2" else {"kind": "tiktoken", "encoding": self.name}
+
+    @property
+    def _ranks(self) -> dict[bytes, int]:
+        return self._encoding._mergeable_ranks
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json and tokenizer_config.json in Hugging Face's form."""
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TEXT,
+            "kitbash_kind": self.kind,
+            "kitbash_name": self.name,
+            "kitbash_sha256": _hash_of_ranks(self._ranks),
+        }
+        _as_huggingface(self._ranks, self._encoding._special_tokens, self.name).save(
+            str(Path(folder) / TOKENIZER_FILE), pretty=False
+        )
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_saved(cls, path: Path, definition: dict, config: dict) -> TiktokenTokenizer:
+        """What `save` wrote: its tokenizer.json (at `path`, parsed) and tokenizer_config.json."""
+        tiktoken = _import("tiktoken", f"the tokenizer in {path.parent}")
+        byte_of, name = _byte_spelling(), config.get("kitbash_name")
+        try:
+            special = {token["content"]: token["id"] for token in definition["added_tokens"]}
+            vocabulary = definition["model"]["vocab"].items()
+            ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary if token not in special}
+            if _hash_of_ranks(ranks) != config["kitbash_sha256"]:
+                raise ValueError
+            pattern = TIKTOKEN_PATTERNS[name]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(f"{path} is not as it was written; prepare the dataset again.") from None
+        return cls(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+def _fetch_encoding(name: str):
+    """tiktoken's encoding of this name, whose files are fetched or lie in its cache."""
+    tiktoken = _import("tiktoken", f"--tokenizer={name}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # requests raises many kinds; each means: no files
+        raise TokenizerUnavailable(
+            f"tiktoken cannot get the files of the {'GPT-2' if name == 'gpt2' else name} tokenizer ({type(error).__name__}); "
+            "connect to the network once, point TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer=bpe."
+        ) from None
+
+
+def _hash_of_ranks(ranks: dict[bytes, int]) -> str:
+    """A checksum of a vocabulary: which bytes have which id."""
+    digest = hashlib.sha256()
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        digest.update(b"%d %d " % (rank, len(token)) + token)
+    return digest.hexdigest()
+
+
+def _as_huggingface(ranks: dict[bytes, int], special: dict[str, int], name: str):
+    """A tiktoken encoding as a tokenizer of the `tokenizers` library: the same ids for every text.
+
+    tiktoken joins any two neighbours whose bytes together have an id, the lowest first; so each way to cut a token in two
+    that have ids is a merge here. `ignore_merges`: a whole word with an id is that id, without merging.
+    """
+    tokenizers = _import("tokenizers", "saving this tokenizer")
+    from tokenizers import decoders, models, pre_tokenizers
+
+    spelled = {byte: character for character, byte in _byte_spelling().items()}
+    spelling = {token: "".join([spelled[byte] for byte in token]) for token in ranks}
+    merges = []
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs = [(ranks[left], ranks[right], left, right) for left, right in cuts if left in ranks and right in ranks]
+        merges += [(spelling[left], spelling[right]) for _, _, left, right in sorted(pairs)]
+    vocabulary = {**{spelling[token]: rank for token, rank in ranks.items()}, **special}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    words = pre_tokenizers.Split(tokenizers.Regex(TIKTOKEN_PATTERNS[name]), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(sorted(special, key=special.get))
+    return backend
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -170,14 +273,14 @@ class HuggingFaceTokenizer(Tokenizer):
     It is saved in Hugging Face's own form (tokenizer.json, tokenizer_config.json), which `transformers` reads too.
     """
 
-    def __init__(self, backend, *, kind: str, name: str, eos_id: int | None):
+    def __init__(self, backend, *, kind: str, name: str, eos_id: int | None, bos_id: int | None = None):
         from tokenizers import decoders
 
         self._backend = backend
         self._backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.kind, self.name, self.eos_id = kind, name, eos_id
+        self.kind, self.name, self.eos_id, self.bos_id = kind, name, eos_id, bos_id
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())  # ids may have gaps
         self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
 
@@ -206,14 +309,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> HuggingFaceTokenizer:
-        """Read a local tokenizer.json, or a folder that has one. Nothing is downloaded."""
+        """Read a local tokenizer.json, or a folder that has one. Nothing is fetched; see `make_tokenizer`."""
         tokenizers = _import("tokenizers", "a Hugging Face tokenizer")
         path = Path(path).expanduser()
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             raise ValueError(
-                f"There is no tokenizer {file}; --tokenizer takes char, byte, bpe, gpt2, or a folder with "
-                "a Hugging Face tokenizer.json."
+                f"There is no tokenizer {file}; --tokenizer takes {', '.join(BUILT_IN)}, a folder with a Hugging Face "
+                "tokenizer.json, or the Hub's owner/name of one."
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -222,13 +325,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{file} is not a Hugging Face tokenizer ({error}); export one with tokenizer.save_pretrained(folder)."
             ) from None
         config = _read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
-        eos = config.get("eos_token")
-        candidates = [eos.get("content") if isinstance(eos, dict) else eos] if eos else EOS_NAMES
-        eos_ids = [i for i in map(backend.token_to_id, candidates) if i is not None]
+        eos = _token_in(config, "eos_token")
+        eos_ids = [i for i in map(backend.token_to_id, [eos] if eos else EOS_NAMES) if i is not None]
         return cls(
             backend,
             kind=config.get("kitbash_kind", "hf"),
             eos_id=eos_ids[0] if eos_ids else None,
+            bos_id=_bos_id(backend, config),
             name=config.get("kitbash_name", file.resolve().parent.name),
         )
 
@@ -258,18 +361,40 @@ class HuggingFaceTokenizer(Tokenizer):
         return pieces
 
     def definition(self) -> dict:
-        return {"tokenizer": json.loads(self._backend.to_str()), "eos_id": self.eos_id}
+        bos = {} if self.bos_id is None else {"bos_id": self.bos_id}
+        return {"tokenizer": json.loads(self._backend.to_str()), "eos_id": self.eos_id, **bos}
 
     def save(self, folder: str | os.PathLike) -> None:
         eos = None if self.eos_id is None else self._backend.id_to_token(self.eos_id)
+        bos = {} if self.bos_id is None else {"bos_token": self._backend.id_to_token(self.bos_id)}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": eos,
+            **bos,
             "kitbash_kind": self.kind,
             "kitbash_name": self.name,
         }
         self._backend.save(str(Path(folder) / TOKENIZER_FILE))
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _token_in(config: dict, key: str) -> str | None:
+    """A special token that tokenizer_config.json names, as a string or as an object."""
+    token = config.get(key)
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _bos_id(backend, config: dict) -> int | None:
+    """The id that a Hugging Face tokenizer puts before every text; None if it puts none, or several.
+
+    The post-processor of tokenizer.json decides, as in transformers. What was saved here names the token or has none:
+    earlier versions prepared datasets without it.
+    """
+    if "kitbash_kind" in config:
+        token = _token_in(config, "bos_token")
+        return backend.token_to_id(token) if token else None
+    plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return whole[0] if plain and whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain else None
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
@@ -286,13 +411,32 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
             return ByteTokenizer(definition["eos"])
     except (KeyError, TypeError):
         raise ValueError(f"{path} is incomplete; prepare the dataset again.") from None
-    if kind == "gpt2":
-        return Gpt2Tokenizer()
+    if kind == "gpt2":  # as earlier versions saved it: its name alone
+        return TiktokenTokenizer("gpt2")
     if kind == "hf":
+        config_path = path.with_name(CONFIG_FILE)
+        config = _read_json(config_path) if config_path.is_file() else {}
+        if config.get("kitbash_kind") in ("gpt2", "tiktoken"):
+            return TiktokenTokenizer.from_saved(path, definition, config)
         return HuggingFaceTokenizer.from_pretrained(path)
     raise ValueError(
         f"{path} is of the unknown kind {kind!r} (known: char, byte, gpt2, or Hugging Face's form); update the program."
     )
+
+
+def given_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer called `spec` that needs no text to be made: tiktoken's, a Hugging Face folder, or a name on the Hub."""
+    if spec in TIKTOKEN_PATTERNS:
+        return TiktokenTokenizer(spec)
+    path = Path(spec).expanduser()
+    if not path.exists():
+        from data.hub import HUB_NAME, fetch_tokenizer
+
+        if HUB_NAME.fullmatch(spec):
+            fetched = HuggingFaceTokenizer.from_pretrained(fetch_tokenizer(spec))
+            fetched.name = spec
+            return fetched
+    return HuggingFaceTokenizer.from_pretrained(path)
 
 
 class StreamDecoder:

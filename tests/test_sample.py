@@ -146,6 +146,29 @@ def test_greedy_is_the_likeliest_token_each_time(text, out_dir, model, tokenizer
     assert text(out_dir, "--prompt=to be", "--top_p=1e-9", "--max_new_tokens=40") == expected + "\n"
 
 
+def test_a_prompt_begins_with_bos_where_the_models_tokenizer_does(text, tmp_path):
+    """Issue 10.17: as Llama's does; without it a model imported from Hugging Face continues a text it was not trained on."""
+    from tokenizers import processors
+
+    from data.tokenization import HuggingFaceTokenizer, load_tokenizer
+
+    backend = HuggingFaceTokenizer.train(["to be or not to be, that is the question. " * 9], 300)._backend
+    backend.add_special_tokens(["<s>"])
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    (tmp_path / "dataset").mkdir()
+    backend.save(str(tmp_path / "dataset" / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "dataset")
+    model = random_model(tokenizer.vocab_size)
+    save(tmp_path, model, None)  # with the tokenizer as it lies there
+    expected = tokenizer.decode(greedy(model, [bos, *tokenizer.encode("to be")], 20)).removeprefix("<s>")
+    arguments = ("--temperature=0", "--max_new_tokens=20", "--ignore_eos")
+    assert text(tmp_path, "--prompt=to be", *arguments) == expected + "\n"
+    assert expected != tokenizer.decode(greedy(model, tokenizer.encode("to be"), 20))
+    from_nothing = tokenizer.decode(greedy(model, [bos], 20)).removeprefix("<s>")
+    assert text(tmp_path, "--prompt=", *arguments) == from_nothing + "\n"
+
+
 @pytest.mark.parametrize(
     "options",
     [("--temperature=0",), ("--temperature=1.2", "--top_k=none"), ("--top_p=0.8", "--repetition_penalty=1.3", "--num_samples=2")],

@@ -1,17 +1,21 @@
 """Every tokenizer turns any text into ids and back, alike after a save, and one id at a time."""
 
+import json
+import random
 import sys
 
 import pytest
 
 from data import tokenization
+from data.token_dataset import DatasetError
 from data.tokenization import (
     ByteTokenizer,
     CharTokenizer,
-    Gpt2Tokenizer,
     HuggingFaceTokenizer,
     StreamDecoder,
+    TiktokenTokenizer,
     Tokenizer,
+    given_tokenizer,
     load_tokenizer,
 )
 
@@ -58,8 +62,29 @@ def sentencepiece_like(folder):
     return HuggingFaceTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture(params=["char", "byte", "bpe", "hf byte-level", "hf sentencepiece"])
+def tiktoken_like(name):
+    """tiktoken's encoding of this name, its own pattern and special ids, with a small vocabulary in place of the real one."""
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken_ext import openai_public
+
+    texts = " ".join([*TRAINING, *NASTY, "it's we'll 1234567 I'LL http://x.y//\n\n\n  a \r\n"] * 3)
+    backend = HuggingFaceTokenizer.train([texts], 700)._backend
+    byte_of = tokenization._byte_spelling()
+    vocabulary = sorted(backend.get_vocab().items(), key=lambda item: item[1])
+    words = [bytes(byte_of[c] for c in token) for token, _ in vocabulary if token != "<|endoftext|>"]
+    ranks = {word: i for i, word in enumerate(sorted(words, key=len))}
+    with pytest.MonkeyPatch.context() as patch:
+        for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+            patch.setattr(openai_public, loader, lambda *_, **__: ranks)
+        described = openai_public.ENCODING_CONSTRUCTORS[name]()
+    described.pop("explicit_n_vocab", None)
+    return TiktokenTokenizer(name, tiktoken.Encoding(**described))
+
+
+@pytest.fixture(params=["char", "byte", "bpe", "hf byte-level", "hf sentencepiece", *tokenization.TIKTOKEN_PATTERNS])
 def tokenizer(request, tmp_path):
+    if request.param in tokenization.TIKTOKEN_PATTERNS:
+        return tiktoken_like(request.param)
     if request.param == "char":
         return CharTokenizer.from_texts(NASTY + TRAINING, eos=True)
     if request.param == "byte":
@@ -91,6 +116,7 @@ def test_text_never_becomes_a_special_id(tokenizer):
 def test_a_batch_is_encoded_like_its_texts(tokenizer):
     assert tokenizer.encode_batch(NASTY) == [tokenizer.encode(text) for text in NASTY]
     assert tokenizer.encode_batch([]) == []
+    assert [tokenizer.encode_array(text).tolist() for text in NASTY] == [tokenizer.encode(text) for text in NASTY]
 
 
 def test_saved_and_loaded_tokenizers_are_the_same(tokenizer, tmp_path):
@@ -164,6 +190,50 @@ def test_byte_spelling_is_that_of_the_tokenizers_library():
     assert sorted(spelling.values()) == list(range(256))
 
 
+@pytest.mark.parametrize("name", tokenization.TIKTOKEN_PATTERNS)
+def test_a_tiktoken_encoding_is_saved_whole_and_in_a_form_that_transformers_reads(name, tmp_path):
+    """Ids are those of tiktoken's own pattern and merging on words, numbers, spaces and breaks of all kinds, whether the saved
+    file is read here (without tiktoken's files), by the tokenizers library, or by transformers."""
+    tokenizer = tiktoken_like(name)
+    tokenizer.save(tmp_path)
+    readers = [load_tokenizer(tmp_path).encode, HuggingFaceTokenizer.from_pretrained(tmp_path).encode]
+    try:
+        from transformers import AutoTokenizer
+
+        readers.append(AutoTokenizer.from_pretrained(tmp_path).encode)
+    except ImportError:
+        pass
+    drawn, words = random.Random(1), [" it's", " we'LL", "the cat", "\r\n", "  ", "\N{MAN}\u200d\N{GIRL}"]
+    alphabet = [*"aZéßЖ日01٣'’ \n\r\t.,!?/\u00a0\u2028\u0301", *words]
+    texts = NASTY + TRAINING + ["".join(drawn.choices(alphabet, k=40)) for _ in range(300)]
+    for text in texts:
+        expected = tokenizer.encode(text)
+        assert tokenizer.decode(expected) == text
+        if "<|endoftext|>" not in text:  # which transformers takes for the special id
+            assert [read(text) for read in readers] == [expected] * len(readers), repr(text)
+
+
+@pytest.mark.parametrize(
+    "name, size, eos", [("gpt2", 50257, 50256), ("cl100k_base", 100277, 100257), ("o200k_base", 200019, 199999)]
+)
+def test_the_special_ids_of_tiktoken_are_in_the_vocabulary(name, size, eos, tmp_path):
+    tokenizer = tiktoken_like(name)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (size, eos)
+    assert (tokenizer.decode([eos]), tokenizer.bos_id) == ("<|endoftext|>", None)
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.vocab_size, loaded.eos_id, loaded.decode([eos])) == (size, eos, "<|endoftext|>")
+
+
+def test_a_saved_encoding_that_was_changed_is_refused(tmp_path):
+    tiktoken_like("gpt2").save(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["!"], definition["model"]["vocab"]["a"] = 64, 0
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(ValueError, match="not as it was written"):
+        load_tokenizer(tmp_path)
+
+
 def test_gpt2_without_its_files_names_the_remedies(monkeypatch, tmp_path):
     tiktoken = pytest.importorskip("tiktoken")
 
@@ -172,12 +242,12 @@ def test_gpt2_without_its_files_names_the_remedies(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR.*--tokenizer=bpe"):
-        Gpt2Tokenizer()
+        TiktokenTokenizer("gpt2")
 
 
-def test_gpt2_ids_when_its_files_are_there():
+def test_gpt2_ids_when_its_files_are_there(tmp_path):
     try:
-        tokenizer = Gpt2Tokenizer()
+        tokenizer = TiktokenTokenizer("gpt2")
     except ValueError:
         pytest.skip("the files of the GPT-2 tokenizer are not here")
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
@@ -185,6 +255,16 @@ def test_gpt2_ids_when_its_files_are_there():
     for text in NASTY:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert 50256 not in tokenizer.encode("<|endoftext|>") and tokenizer.decode([50256]) == "<|endoftext|>"
+    (tmp_path / "tokenizer.json").write_text('{"kind": "gpt2"}')  # as earlier versions saved it
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode_batch(NASTY + TRAINING) == tokenizer.encode_batch(NASTY + TRAINING)
+
+
+def test_a_saved_encoding_needs_no_files_of_tiktokens(tmp_path, monkeypatch):
+    tiktoken_like("gpt2").save(tmp_path)
+    monkeypatch.setattr(tokenization, "_fetch_encoding", lambda name: pytest.fail("asked for the files"))
+    assert load_tokenizer(tmp_path).decode(load_tokenizer(tmp_path).encode("the cat")) == "the cat"
 
 
 def test_a_missing_library_is_said(monkeypatch):
@@ -198,6 +278,105 @@ def test_eos_comes_from_the_tokenizers_own_config(tmp_path):
     assert tokenizer.eos_id == 2 and tokenizer.kind == "hf" and tokenizer.name == "sp"
     (tmp_path / "sp" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<s>"}}')
     assert HuggingFaceTokenizer.from_pretrained(tmp_path / "sp").eos_id == 1
+
+
+BOS_CONFIGS = {
+    "nothing": {},
+    "a name": {"bos_token": "<s>", "eos_token": "</s>"},
+    "added": {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>", "add_bos_token": True},
+    "not added": {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False},
+}
+
+
+@pytest.mark.parametrize("template", [None, "<s> $A", "<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize("config", BOS_CONFIGS)
+def test_bos_is_what_transformers_puts_before_a_text(tmp_path, template, config):
+    """Issue 10.17: the id that Hugging Face's own class begins a text with; the same after a save, and for the saved folder."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import processors
+
+    folder = tmp_path / "sp"
+    backend = sentencepiece_like(folder)._backend
+    if template:
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    backend.encode_special_tokens = False
+    backend.save(str(folder / "tokenizer.json"))
+    written = {"tokenizer_class": "PreTrainedTokenizerFast", **BOS_CONFIGS[config]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(written))
+    expected = transformers.AutoTokenizer.from_pretrained(folder).encode("the cat")
+    tokenizer = HuggingFaceTokenizer.from_pretrained(folder)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    plain = tokenizer.encode("the cat")
+    assert 1 not in plain and (bos + plain == expected or bos + plain + [2] == expected)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert (loaded.bos_id, loaded.fingerprint) == (tokenizer.bos_id, tokenizer.fingerprint)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").encode("the cat")[: len(bos + plain)] == bos + plain
+
+
+def test_a_tokenizer_saved_before_bos_was_known_has_none(tmp_path):
+    """The datasets of earlier versions have no BOS, so neither have the prompts of models trained on them."""
+    from tokenizers import processors
+
+    backend = sentencepiece_like(tmp_path / "sp")._backend
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(tmp_path / "sp" / "tokenizer.json"))
+    assert HuggingFaceTokenizer.from_pretrained(tmp_path / "sp").bos_id == 1
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "kitbash_kind": "hf", "kitbash_name": "sp"}
+    (tmp_path / "sp" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path / "sp").bos_id is None
+
+
+# ------------------------------------------------------------------------------------------- names on the Hub
+
+
+def hub_error(name, status=None):
+    """An error as huggingface_hub raises it."""
+    errors = pytest.importorskip("huggingface_hub").errors
+    error = getattr(errors, name).__new__(getattr(errors, name))
+    error.args = ("Some reason.",)
+    if status:
+        error.response = type("Response", (), {"status_code": status})()
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        ("GatedRepoError", 403, "it is gated; accept its licence at https://huggingface.co/meta/llama.*Alternatives: .*gpt2"),
+        ("RepositoryNotFoundError", 404, "no such repository on the Hub, or it is private.*Alternatives"),
+        ("LocalEntryNotFoundError", None, "cannot be reached from here.*Alternatives: .*HF_ENDPOINT.*local folder"),
+        ("OfflineModeIsEnabled", None, "cannot be reached from here.*Alternatives"),
+        ("RemoteEntryNotFoundError", 404, "has no tokenizer.json.*save_pretrained.FOLDER."),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_fetched_says_why_and_what_else_there_is(monkeypatch, error, status, message):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def refuse(*_, **__):
+        raise hub_error(error, status)
+
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    with pytest.raises(DatasetError, match=message) as caught:
+        given_tokenizer("meta/llama")
+    assert "\n" not in str(caught.value) and "meta/llama" in str(caught.value)
+
+
+def test_a_name_on_the_hub_is_the_tokenizer_of_that_repository(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    sentencepiece_like(tmp_path / "sp")
+
+    def fetch(name, file):
+        assert name == "owner/model"
+        if not (tmp_path / "sp" / file).exists():
+            raise hub_error("RemoteEntryNotFoundError", 404)  # the config is not needed
+        return str(tmp_path / "sp" / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    tokenizer = given_tokenizer("owner/model")
+    assert tokenizer.name == "owner/model" and tokenizer.eos_id == 2
+    assert tokenizer.fingerprint == given_tokenizer(str(tmp_path / "sp")).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -222,5 +401,5 @@ def test_no_tokenizer_is_none(tmp_path):
 
 def test_every_kind_has_the_whole_interface(tokenizer):
     assert isinstance(tokenizer, Tokenizer)
-    assert tokenizer.kind in ("char", "byte", "bpe", "gpt2", "hf") and isinstance(tokenizer.name, str)
+    assert tokenizer.kind in ("char", "byte", "bpe", "gpt2", "tiktoken", "hf") and isinstance(tokenizer.name, str)
     assert isinstance(tokenizer.fingerprint, str) and len(tokenizer.fingerprint) == 16
