@@ -39,7 +39,7 @@ from training.saving import BackgroundSaver, Checkpoints, Saver, describe, resto
 from training.schedules import learning_rate, run_length
 from training.signals import StopRequest
 from training.stages import Data, Learner, Machine, Start
-from training.starting import find_origin, imported_state, prepare_out_dir, resume_command
+from training.starting import find_origin, imported_state, prepare_out_dir, resume_command, tokenizer_warnings
 from training_logger import remove_leftovers
 
 # ------------------------------------------------------------------------------------------- set-up, step by step
@@ -117,6 +117,7 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
             f"checkpoint has {start.saved['dataset']['fingerprint']}). Prepare it as it was, or start a new run from the "
             "weights with --init_from=weights:CHECKPOINT."
         )
+    warnings = world.from_main(lambda: tokenizer_warnings(start.origin, dataset))
     model_config = config.model_config(dataset.vocab_size)
     sequences = config.sequences_per_iteration(model_config.block_size)
     if sequences % world.data_size:
@@ -143,7 +144,7 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     length = run_length(config, model_config.block_size, loader.order.sequences_per_epoch, done.step, done.sequences)
     inside = dataset.folder.resolve().is_relative_to(DATA_DIR)
     name = config.dataset if inside else str(dataset.folder.resolve())  # a path from wherever the run is resumed
-    return Data(dataset, name, loader, model_config, sequences, length)
+    return Data(dataset, name, loader, model_config, sequences, length, warnings)
 
 
 def choose_strategy(start: Start, machine: Machine, data: Data, objective: Objective) -> tuple[str, str]:
@@ -276,6 +277,8 @@ def run(configuration: Configuration, to_go_on: str) -> int:
         data = open_data(start, machine, resources)
         learner = make_learner(start, machine, data)
         report = open_report(start, machine, data, learner, describe(start, machine, data, learner), display)
+        for warning in data.warnings:
+            report.warn(warning)
         evaluate = Evaluator(start, machine, data, learner)
         outcome, stop = "failed", StopRequest(world)
         try:

@@ -76,6 +76,7 @@ class Data:
     model_config: ModelConfig
     sequences: int  # in the global batch
     length: int  # of the run, in steps
+    warnings: list[str]  # about its tokenizer
 
     @property
     def tokens(self) -> int:

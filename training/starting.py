@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UsageError
+from data.token_dataset import TokenDataset
+from data.tokenization import load_tokenizer
 from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
 from training.huggingface_files import find_folder, read_config, source_of
 from training.processes import World, launched
 from training.train_config import TrainConfig
+
+COMPARED_TOKENS = 512  # of the dataset, to see whether two tokenizers are the same
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,38 @@ def imported_state(folder: Path) -> dict[str, Any]:
         "run": None,
         "source": source_of(folder, str(folder)),
     }
+
+
+def tokenizer_warnings(origin: Origin | None, dataset: TokenDataset) -> list[str]:
+    """What the dataset's tokenizer cannot do here, and whether the weights that a run starts from know another tokenizer.
+
+    Two tokenizers are the same if their fingerprints are, or if they end documents with the same id and give the same ids to
+    the dataset's first tokens (GPT-2's by tiktoken and by tokenizers). Raises DatasetError where the dataset's is broken.
+    """
+    problem = dataset.check_tokenizer()
+    warnings = [problem] if problem else []
+    if origin is None or not origin.weights_only or problem or (own := dataset.tokenizer()) is None:
+        return warnings
+    try:
+        theirs = load_tokenizer(origin.path)
+    except ValueError as error:
+        return [*warnings, f"the tokenizer of {origin.path} cannot be compared with the dataset's: {error}"]
+    if theirs is None or theirs.fingerprint == own.fingerprint:
+        return warnings
+    split = dataset.split("train")
+    ids = [i for i in split.read(0, min(len(split), COMPARED_TOKENS)).tolist() if i != own.eos_id]
+    try:
+        text = own.decode(ids)
+        same = theirs.eos_id == own.eos_id and theirs.encode(text) == own.encode(text)
+    except ValueError:  # a vocabulary of characters that lacks some
+        same = False
+    if not same:
+        warnings.append(
+            f"the weights of {origin.path} were made with another tokenizer ({theirs.name}, vocabulary {theirs.vocab_size:,}) "
+            f"than the dataset ({own.name}, vocabulary {own.vocab_size:,}), so they know nothing of what its ids mean; prepare "
+            f"it with --tokenizer={origin.path}"
+        )
+    return warnings
 
 
 def prepare_out_dir(out_dir: str, world: World) -> None:
