@@ -128,6 +128,8 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     if tokenizer is not None and tokenizer.kind in ("bpe", "hf"):
         for file in tokenizer_files(checkpoint):
             shutil.copyfile(file, target / file.name)
+    elif tokenizer is not None and tokenizer.kind in ("gpt2", "tiktoken"):
+        tokenizer.save(target)
     elif tokenizer is not None:
         print(
             f"convert.py: the {tokenizer.kind} tokenizer has no form that Hugging Face reads; the folder has none.",
@@ -152,8 +154,8 @@ def special_tokens(state: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[
         ids = ids if same else None
     generation = source.get("generation") if ids is not None else None
     if ids is None:
-        eos = tokenizer.eos_id if tokenizer is not None else None
-        ids = dict(bos_token_id=eos, eos_token_id=eos, pad_token_id=None)
+        eos, bos = (tokenizer.eos_id, tokenizer.bos_id) if tokenizer is not None else (None, None)
+        ids = dict(bos_token_id=eos if bos is None else bos, eos_token_id=eos, pad_token_id=None)
     return ids, generation or {key: ids.get(key) for key in SPECIAL_IDS[:2]}
 
 

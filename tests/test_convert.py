@@ -149,6 +149,23 @@ def test_an_export_after_training_on_other_data_has_the_special_ids_of_that_data
     assert other == dict(bos_token_id=eos, eos_token_id=eos)
 
 
+def test_a_model_of_tiktokens_vocabulary_is_exported_with_a_tokenizer_that_transformers_reads(tmp_path):
+    from test_tokenization import tiktoken_like
+
+    from data.dataset_writer import DatasetWriter
+
+    tokenizer = tiktoken_like("gpt2")
+    with DatasetWriter(tmp_path / "text", tokenizer) as writer:
+        for split in ("train", "val"):
+            writer.add(split, tokenizer.encode("the cat sat on the mat. " * 60), 24 * 60)
+        writer.publish()
+    saved_folder(tmp_path / "hf", "llama", vocab_size=50257)
+    train_on(tmp_path, tmp_path / "text", "--block_size=8")
+    assert convert.main([str(tmp_path / "trained"), str(tmp_path / "back"), "--no_check"]) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert theirs.encode("the dog sat") == tokenizer.encode("the dog sat") and theirs.eos_token_id == 50256
+
+
 def test_a_broken_tokenizer_is_told_at_the_import(tmp_path, capsys):
     """Issue 10.17."""
     saved_folder(tmp_path / "hf")

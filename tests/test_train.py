@@ -836,6 +836,18 @@ def test_a_moved_dataset_can_be_resumed_and_a_short_validation_split_is_found_at
     assert not list((tmp_path / "new").glob("run_*"))
 
 
+def test_a_broken_tokenizer_is_found_before_the_training(tmp_path, tiny_dataset, capsys):
+    """Issue 10.17: not when its checkpoint is sampled from; a dataset without one is only a note."""
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    (tmp_path / "data" / "tokenizer.json").write_text("{")
+    assert run(tmp_path / "data", tmp_path / "out", "--max_iters=2") == 1
+    refused(capsys, 1, "is broken", "tokenizer.json cannot be read as JSON")
+    assert not list((tmp_path / "out").glob("run_*"))
+    (tmp_path / "data" / "tokenizer.json").unlink()
+    assert run(tmp_path / "data", tmp_path / "out", "--max_iters=2") == 0
+    assert "has no tokenizer.json" in capsys.readouterr().out
+
+
 def test_a_moved_out_dir_is_resumed_where_it_is(tmp_path, tiny_dataset, monkeypatch):
     assert run(tiny_dataset, tmp_path / "was", "--max_iters=2") == 0
     (tmp_path / "was").rename(tmp_path / "out")
