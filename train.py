@@ -111,8 +111,6 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     world.everywhere(lambda: ensure_prepared(config.dataset) if world.local_rank == 0 else None)
     dataset = TokenDataset.open(config.dataset, vocab_size=config.vocab_size)
     world.check_same("dataset", dict(dataset=dataset.fingerprint))
-    if note := world.from_main(dataset.check_tokenizer):  # a broken one is found now, not after the training
-        start.notes.append(note)
     if start.resumes and start.saved["dataset"]["fingerprint"] != dataset.fingerprint:
         raise Failure(
             f"Dataset {config.dataset!r} is not the one this run was trained on (its fingerprint is {dataset.fingerprint}, the "
