@@ -10,7 +10,6 @@ torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from contextlib import ExitStack
 
@@ -32,7 +31,7 @@ from training.objectives import OBJECTIVES, Objective, Tally
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
 from training.parallelism import choose, parallelize
 from training.precision import LossScale, SkipCounter, set_compute_dtype
-from training.processes import World, first_to_say, join, launched, leave, rank
+from training.processes import World, first_to_say, join, launch, launched, leave, rank
 from training.progress import Diverged, Progress, stop_if_diverged
 from training.report import Display, Report, closing_lines, open_report
 from training.saving import BackgroundSaver, Checkpoints, Saver, describe, restore
@@ -265,7 +264,8 @@ def train(
 def run(configuration: Configuration, to_go_on: str) -> int:
     """Set up, train (or only evaluate), close the log whatever happens; `to_go_on` is the command that continues. Exit code."""
     asked = configuration.train
-    device = choose_device(asked.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    here = launch()
+    device = choose_device(asked.device, here.local_rank, here.local_size)
     alone = asked.parallelism not in ("auto", "none")
     with ExitStack() as resources:
         world = resources.enter_context(join(device, timeout=asked.collective_timeout, alone=alone))

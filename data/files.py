@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CHUNK_BYTES = 2**20  # read at a time
@@ -23,11 +23,15 @@ def chunks(path: Path, full: bool = True) -> Iterator[bytes]:
             yield file.read(CHUNK_BYTES)
 
 
-def sha256(path: Path, full: bool = True) -> str:
-    """The sha256 of a file in hexadecimal digits; if not `full`, that of the chunks that stand for it."""
+def sha256(path: Path, full: bool = True, moved: Callable[[], None] = lambda: None) -> str:
+    """The sha256 of a file in hexadecimal digits; if not `full`, that of the chunks that stand for it.
+
+    moved: called after each chunk, for who wants to know that this gets on.
+    """
     digest = hashlib.sha256()
     for chunk in chunks(path, full):
         digest.update(chunk)
+        moved()
     return digest.hexdigest()
 
 

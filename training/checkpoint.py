@@ -1,15 +1,16 @@
 """Checkpoints: written aside, checked, published by a rename; loaded without ever unpickling.
 
     out_dir/checkpoints/step_000001000/
-        shard-*.safetensors   model, optimizer, loss scale, random state of every rank (torch.distributed.checkpoint);
-                              each process writes its part, files of the model hold nothing else
+        shard-*.safetensors   model, optimizer, loss scale, random state of every rank (see shards.py); each process
+                              writes its part, files of the model hold nothing else
         state.json            step, resolved config with origins, model, dataset, counters, versions
         tokenizer.json        the tokenizer, so that the folder can be sampled from anywhere
-        manifest.json         size and sha256 of every file, and what tensors it holds; written last
+        manifest.json         size and sha256 of every file, and what tensors it holds; the number of the save; written last
     out_dir/checkpoints/latest, best      the name of a folder
 
 A folder under its final name is complete: it was written under a temporary name, fsynced and then renamed. What a
 killed save leaves behind is removed at the next start. It can be loaded by any number of processes under any strategy.
+Nothing is read but what the manifest lists, and a tensor file or tokenizer beside that is an error.
 
     python -m training.checkpoint inspect DIR            what is in a checkpoint (or in an out_dir's latest)
     python -m training.checkpoint consolidate DIR OUT    its model alone, in one file, for sample.py and convert.py
@@ -18,38 +19,48 @@ killed save leaves behind is removed at the next start. It can be loaded by any 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
 import sys
+import uuid
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from command_line import Failure
-from data.files import fsync, sha256
-from training.parallelism import local
+from data.files import fsync
+from training.manifest import (
+    FORMAT_VERSION,
+    CheckpointError,
+    Entry,
+    UnknownFormat,
+    UnlistedFile,
+    as_json,
+    listed_files,
+    read_state,
+    tensor_entry,
+    tokenizer_files,
+    verify,
+    write_bytes,
+    write_manifest,
+)
 from training.processes import World
+from training.shards import StoredTensors, held, kind_of, share_out, write_shards
+from training.tensor_files import SUFFIX, Written, write_streamed
 
-FORMAT_VERSION = 1
 _STEP, _TEMPORARY, _REPLACED = "step_", ".writing_", ".replaced_"
 _STREAM_BYTES = 256 << 20
-_FILE_BYTES = 2 << 30  # a tensor file is closed at about this size, which also bounds the copy made while saving
 
 
-class CheckpointError(Failure):
-    """A checkpoint cannot be written, found or read; the message says which, why and what to do."""
-
-
-class UnknownFormat(CheckpointError):
-    """A checkpoint of another format version: it is whole, but this code does not know how to read it."""
+class NonFiniteWeights(CheckpointError):
+    """The model to be saved has weights that are not finite: it would be of no use."""
 
 
 # ------------------------------------------------------------------------------------------- finding
@@ -61,6 +72,7 @@ class CheckpointStore:
     def __init__(self, out_dir: str | Path, world: World | None = None):
         self.folder, self.world = Path(out_dir) / "checkpoints", world or World()
         self.damaged: set[Path] = set()  # found so by newest_intact; out of the way from the next save on
+        self._lock: int | None = None  # the open lock file, while this process has it
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -71,61 +83,90 @@ class CheckpointStore:
                 import fcntl
 
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
             except ImportError:  # not a POSIX system: nothing to lock with
-                pass
+                locked = True
             except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks (Lustre, some NFS)
-                    warnings.warn(
-                        f"{file.parent} is on a file system without locks ({error.strerror}): see to it yourself that "
-                        "one run at a time writes there.",
-                        stacklevel=2,
-                    )
-                    yield
-                    return
-                handle.seek(0)
-                raise CheckpointError(
-                    f"Another run (process {handle.read().strip() or 'unknown'}) is writing to "
-                    f"{file.parent}. Wait for it, or choose another --out_dir."
-                ) from error
-            handle.truncate(0)
-            handle.write(str(os.getpid()))
-            handle.flush()
-            yield
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    handle.seek(0)
+                    raise CheckpointError(
+                        f"Another run (process {handle.read().strip() or 'unknown'}) is writing to "
+                        f"{file.parent}. Wait for it, or choose another --out_dir."
+                    ) from error
+                locked = False  # a file system without locks (Lustre, some NFS)
+                warnings.warn(
+                    f"{file.parent} is on a file system without locks ({error.strerror}): see to it yourself that "
+                    "one run at a time writes there.",
+                    stacklevel=2,
+                )
+            if locked:
+                handle.truncate(0)
+                handle.write(str(os.getpid()))
+                handle.flush()
+            self._lock = handle.fileno()
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def check_still_there(self) -> None:
+        """Raise OSError if the out_dir whose lock this process holds was deleted, or is another one by now."""
+        if self._lock is None:
+            return
+        try:
+            same = os.path.samestat(os.fstat(self._lock), os.stat(self.folder.with_name(".lock")))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OSError(errno.ENOENT, f"{self.folder.parent} was deleted or replaced while this run was writing to it")
+
+    def check_writable(self) -> None:
+        """Raise CheckpointError unless this process can write to the folder of the checkpoints, if there is one already."""
+        if not self.folder.exists():
+            return
+        probe = self.folder / f"{_TEMPORARY}probe_{uuid.uuid4().hex}"
+        try:
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be written ({error.strerror}), so nothing could be saved. Make it writable, or choose "
+                "another --out_dir."
+            ) from error
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether this is one of the store's own checkpoints."""
         return checkpoint.resolve().is_relative_to(self.folder.resolve())
 
     def all(self) -> list[Path]:
-        """Complete checkpoints, oldest write first."""
+        """Complete checkpoints, oldest save first."""
         found = [p for p in self.folder.glob(f"{_STEP}*") if (p / "manifest.json").is_file()]
-        return sorted(found, key=lambda p: ((p / "manifest.json").stat().st_mtime_ns, p.name))
+        return sorted(found, key=_order)
 
     def pointed(self, name: str) -> Path | None:
         """The folder that 'latest' or 'best' points to, or None if there is none (or it points to nothing)."""
         try:
-            target = self.folder / (self.folder / name).read_text(encoding="utf-8").strip()
+            target = self.folder / Path((self.folder / name).read_text(encoding="utf-8").strip()).name
         except (OSError, UnicodeDecodeError):
             return None
         return target if target.name.startswith(_STEP) and (target / "manifest.json").is_file() else None
 
-    def newest_intact(self, warn: Callable[[str], None], holding: str | None = None) -> Path | None:
+    def newest_intact(self, warn: Callable[[str], None], holding: str | None = None, world: World | None = None) -> Path | None:
         """The latest checkpoint, or the one before it where that is damaged (warned about); None if there is none.
 
-        Raises CheckpointError if there are checkpoints and every one is damaged.
+        holding: as for `verify`. world: the processes that call this and share the work; alone if it is not given. Raises
+        CheckpointError if there are checkpoints and every one is damaged, UnknownFormat and UnlistedFile at the first.
         """
-        candidates, latest = self.all()[::-1], self.pointed("latest")
-        if latest in candidates:
-            candidates.remove(latest)
-            candidates.insert(0, latest)
-        elif candidates:
-            warn(f"{self.folder / 'latest'} does not point to a checkpoint; using the newest, {candidates[0].name}.")
+        world = world or World()
+        names, note = world.from_main(self._candidates)
+        if note:
+            warn(note)
         reasons = []
-        for candidate in candidates:
+        for candidate in [self.folder / name for name in names]:
             try:
-                verify(candidate, holding)
+                verify(candidate, holding, world)
                 return candidate
-            except UnknownFormat:  # it is not damaged: it must neither be passed over nor moved out of the way
+            except (UnknownFormat, UnlistedFile):  # not damaged: it is neither passed over nor moved out of the way
                 raise
             except CheckpointError as error:
                 reasons.append(str(error))
@@ -134,6 +175,16 @@ class CheckpointStore:
         if reasons:
             raise CheckpointError(f"No checkpoint in {self.folder} is intact. {reasons[0]}")
         return None
+
+    def _candidates(self) -> tuple[list[str], str | None]:
+        """The names of all checkpoints, in the order in which they are tried, and what is to be said about that."""
+        candidates, latest, note = self.all()[::-1], self.pointed("latest"), None
+        if latest in candidates:
+            candidates.remove(latest)
+            candidates.insert(0, latest)
+        elif candidates:
+            note = f"{self.folder / 'latest'} does not point to a checkpoint; using the newest, {candidates[0].name}."
+        return [candidate.name for candidate in candidates], note
 
     def set_aside(self) -> Path | None:
         """Move a former run's checkpoints to checkpoints.previous (or .previous_2 …, nothing is overwritten)."""
@@ -175,34 +226,39 @@ class CheckpointStore:
 
         `tensors`: flat names → tensors (sharded ones are written by the ranks that hold them), or (name, tensor) pairs
         that are written as they come, without ever being in memory together. `state`: JSON-ready.
-        Raises CheckpointError, in every process, if it cannot be written; the former checkpoints are then as before.
+        Raises CheckpointError, in every process, if it cannot be written, and NonFiniteWeights if a tensor of the model that
+        was given by name is not finite; the former checkpoints are then as before.
         """
         name, world = f"{_STEP}{step:09d}", self.world
         temporary = self.folder / f"{_TEMPORARY}{name}"
+        doing = f"writing the checkpoint of step {step}"
 
         def begin() -> None:
+            self.check_still_there()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
-        def describe() -> None:
-            _write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, "step": step, **state})
-            for file in tokenizer_files(tokenizer_folder) if tokenizer_folder is not None else ():
-                shutil.copyfile(file, temporary / file.name)
+        def write() -> tuple[dict[str, Entry], tuple[str, ...]]:
+            """This process's tensor files as the manifest lists them; weights that are not finite."""
+            entries, not_finite = {}, []
 
-        def own_files() -> dict[str, dict[str, Any]]:
-            """What the manifest says of the files that this process wrote, when they are on the disk for good."""
-            own = sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*"))
-            if world.is_main:
-                own += [path for path in sorted(temporary.iterdir()) if not path.name.startswith("shard-")]
-            for path in own:
-                fsync(path)
-            return {path.name: _entry(path) for path in own}
+            def note(path: Path, names: list[str], written: Written) -> None:
+                entries[path.name] = tensor_entry(written, names)
+                not_finite.extend(written.not_finite)
+
+            if plan is None:
+                write_streamed(temporary, tensors, _STREAM_BYTES, written=note)
+            else:
+                write_shards(temporary, tensors, world.rank, plan, lambda name: kind_of(name) == "model", note, world.moved)
+            return entries, tuple(not_finite)
 
         def publish() -> None:
-            listed = {name: entry for part in parts for name, entry in part.items()}
-            _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": dict(sorted(listed.items()))})
-            fsync(temporary / "manifest.json")
-            fsync(temporary)
+            listed = {name: entry for entries, _ in parts for name, entry in entries.items()}
+            document = {"format_version": FORMAT_VERSION, "step": step, **state}
+            listed["state.json"] = write_bytes(temporary / "state.json", as_json(document))
+            for file in tokenizer_files(tokenizer_folder) if tokenizer_folder is not None else ():
+                listed[file.name] = write_bytes(temporary / file.name, file.read_bytes())
+            write_manifest(temporary, listed, 1 + max(map(_number, self.all()), default=0))
             for damaged in [folder for folder in self.damaged if folder.exists()]:
                 damaged.rename(self.folder / f"damaged_{damaged.name}")
             self.damaged.clear()
@@ -213,21 +269,24 @@ class CheckpointStore:
             self._prune(keep_last)
 
         try:
-            world.from_main(begin)
-            if isinstance(tensors, dict):
-                _write_tensors(temporary, tensors, world)
-            else:
-                write_streamed(temporary, tensors, _STREAM_BYTES)
-            world.from_main(describe)
-            parts = world.everywhere(own_files)
-            world.from_main(publish)
+            world.from_main(begin, doing)
+            plan = share_out(world.everywhere(lambda: held(tensors))) if isinstance(tensors, dict) else None
+            parts = world.everywhere(write, doing)
+            if wrong := sorted({name for _, names in parts for name in names}):
+                raise NonFiniteWeights(
+                    f"The model has weights that are not finite at step {step} ({wrong[0]}"
+                    + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+                    + f"), so it is not saved. {self._remaining('go on from it with a lower --learning_rate')}"
+                )
+            world.from_main(publish, doing)
         except BaseException as error:
             if world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) or type(error) is Failure:  # here, or in another process
                 reason = error.strerror or error if isinstance(error, OSError) else error
                 raise CheckpointError(
-                    f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. {self._remaining()}"
+                    f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. "
+                    f"{self._remaining('free some space and resume with --init_from=resume')}"
                 ) from error
             raise
         return self.folder / name
@@ -258,41 +317,70 @@ class CheckpointStore:
             old.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
-    def _remaining(self) -> str:
+    def _remaining(self, advice: str) -> str:
         latest = self.pointed("latest")
         return (
-            f"The last good checkpoint, {latest}, is untouched; free some space and resume with --init_from=resume."
+            f"The last good checkpoint, {latest}, is untouched; {advice}."
             if latest
-            else "There is no earlier checkpoint; choose another --out_dir or free some space."
+            else "There is no earlier checkpoint; see to the reason, or choose another --out_dir."
         )
+
+
+def _order(checkpoint: Path) -> tuple[int, int, str]:
+    """Checkpoints in the order of their saves, whatever the clock said: by their numbers.
+
+    The first versions gave them none; those are older, and in the order of their times.
+    """
+    number = _number(checkpoint)
+    return number, 0 if number else (checkpoint / "manifest.json").stat().st_mtime_ns, checkpoint.name
+
+
+def _number(checkpoint: Path) -> int:
+    """The number of this save among those of its run, counted from 1; 0 where the manifest has none."""
+    status = (checkpoint / "manifest.json").stat()
+    return _number_in(checkpoint / "manifest.json", status.st_ino, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _number_in(manifest: Path, *version: int) -> int:
+    try:
+        number = json.loads(manifest.read_text(encoding="utf-8")).get("number", 0)
+    except (OSError, ValueError, AttributeError):  # damaged: whoever wants to use it will say so
+        return 0
+    return number if isinstance(number, int) else 0
 
 
 # ------------------------------------------------------------------------------------------- reading
 
 
 def find_checkpoint(
-    path: str | Path, warn: Callable[[str], None] | None = None, which: str = "latest", holding: str | None = None
+    path: str | Path,
+    warn: Callable[[str], None] | None = None,
+    which: str = "latest",
+    holding: str | None = None,
+    world: World | None = None,
 ) -> Path:
     """A checkpoint folder, or an out_dir (its latest intact one, or its best) → a verified checkpoint.
 
-    holding: verify only what this kind of tensors ('model') needs. Raises CheckpointError.
+    holding, world: as for `verify`. Raises CheckpointError.
     """
     path = Path(os.path.abspath(Path(path).expanduser()))
     if (path / "manifest.json").is_file():
         if which == "best":
             raise CheckpointError(f"{path} is one checkpoint; the best one can only be asked of an out_dir.")
-        verify(path, holding)
+        verify(path, holding, world)
         return path
     store = CheckpointStore(path.parent if path.name == "checkpoints" else path)
     if which == "best" and store.all():
-        best = store.pointed("best")
-        if best is None:
+        name = (world or World()).from_main(lambda: (store.pointed("best") or Path()).name)
+        best = store.folder / name
+        if not name:
             raise CheckpointError(
                 f"{store.folder} has no best checkpoint, as none was saved right after an evaluation; use the latest one."
             )
-        verify(best, holding)
+        verify(best, holding, world)
         return best
-    found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)), holding)
+    found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)), holding, world)
     if found is None:
         what = "has no checkpoint in it" if path.exists() else "does not exist"
         raise CheckpointError(
@@ -301,88 +389,52 @@ def find_checkpoint(
     return found
 
 
-def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError if it is unreadable, of a later format, or lacks what is needed."""
-    state = _read_versioned(checkpoint / "state.json")
-    missing = [key for key in needs if not isinstance(state.get(key), dict)]
-    if missing:
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its state.json has no {', '.join(missing)}.")
-    return state
+def stored_tensors(checkpoint: Path, kinds: Collection[str] | None = None) -> StoredTensors:
+    """What the listed tensor files hold; only those with tensors of these kinds, if they are given. Raises CheckpointError."""
+    entries = {name: entry for name, entry in listed_files(checkpoint).items() if name.lower().endswith(SUFFIX)}
+    if kinds is not None:
+        entries = {name: entry for name, entry in entries.items() if not kinds.isdisjoint(entry.get("holds", kinds))}
+    try:
+        stored = StoredTensors(checkpoint / name for name in entries)
+        for name, parts in stored.parts.items():
+            for part in parts:
+                if kind_of(name) not in entries[part.path.name].get("holds", [kind_of(name)]):
+                    raise ValueError(f"{part.path.name} holds {name}, which the manifest does not say of it")
+        return stored
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {error}.") from error
 
 
-def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's files: name → {bytes, sha256, holds}. Raises CheckpointError, UnknownFormat of another version."""
-    files = _read_versioned(checkpoint / "manifest.json").get("files")
-    if (
-        not isinstance(files, dict)
-        or not files
-        or not all(isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values())
-    ):
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
-    return files
-
-
-def verify(checkpoint: Path, holding: str | None = None) -> None:
-    """Check every file of a checkpoint against its manifest. Raises CheckpointError at the first that differs.
-
-    holding: only the tensor files with this kind of tensors ('model'), and what is not a tensor file.
-    """
-    files = listed_files(checkpoint)
-    wanted = {name: entry for name, entry in files.items() if holding is None or holding in entry.get("holds", [holding])}
-
-    def check(name: str) -> str | None:
-        path, expected = checkpoint / name, wanted[name]
-        if not path.is_file():
-            return f"{name} is missing."
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}."
-        return None if sha256(path) == expected["sha256"] else f"the checksum of {name} does not match."
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for problem in pool.map(check, wanted):
-            if problem:
-                raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {problem}")
-
-
-def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
+def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str, ...] = (), world: World | None = None) -> None:
     """Fill these tensors in place from the tensors of the same names, however they were or are sharded.
 
-    Those whose names begin with one of `optional` stay as they are where the checkpoint lacks them. Raises
-    CheckpointError when another name is missing or a shape differs.
+    Those whose names begin with one of `optional` stay as they are where the checkpoint lacks them. world: the processes
+    that call this, each for its own part: if one fails, all do. Raises CheckpointError when another name is missing or a
+    shape differs.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
+    world = world or World()
 
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
-    into = {name: tensor for name, tensor in into.items() if name in stored or not name.startswith(optional)}
-    for name, tensor in into.items():
-        if name not in stored:
-            raise CheckpointError(f"Checkpoint {checkpoint} has no tensor {name!r}.")
-        if tuple(stored[name].size) != tuple(tensor.shape):
-            raise CheckpointError(
-                f"Checkpoint {checkpoint}: {name} has shape {tuple(stored[name].size)}, the model needs {tuple(tensor.shape)}."
-            )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(into, storage_reader=reader, no_dist=not dist.is_initialized())
-    except CheckpointException as error:  # derives from BaseException
-        raise CheckpointError(f"Checkpoint {checkpoint} cannot be read: {error}.") from error
+    def load() -> None:
+        stored = stored_tensors(checkpoint, frozenset(map(kind_of, into)))
+        wanted = {name: tensor for name, tensor in into.items() if name in stored.parts or not name.startswith(optional)}
+        for name, tensor in wanted.items():
+            if name not in stored.parts:
+                raise CheckpointError(f"Checkpoint {checkpoint} has no tensor {name!r}.")
+            if stored.shape(name) != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"Checkpoint {checkpoint}: {name} has shape {stored.shape(name)}, the model needs {tuple(tensor.shape)}."
+                )
+        try:
+            stored.load(wanted, world.moved)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"Checkpoint {checkpoint} cannot be read: {error}.") from error
+
+    world.everywhere(load, f"reading {checkpoint}")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under their names in a checkpoint, tied ones once."""
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that make up its tokenizer, ours or Hugging Face's, its chat template included."""
-    return sorted(
-        path for pattern in ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja") for path in folder.glob(pattern)
-    )
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -394,12 +446,12 @@ def is_checkpoint(path: str | Path) -> bool:
 def load_model(path: str | Path, device: torch.device | str = "cpu", which: str = "latest") -> tuple[nn.Module, Any]:
     """A checkpoint folder, an out_dir or a Hugging Face folder → (model in eval mode, its tokenizer or None).
 
-    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError, or ConversionError.
+    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError, or huggingface.ConversionError.
     """
     from data.tokenization import load_tokenizer
     from model_builder import build_model
     from model_config import ModelConfig
-    from training import huggingface_files as huggingface
+    from training import huggingface
 
     if huggingface.is_folder(path):
         if which == "best":
@@ -431,107 +483,6 @@ def set_random_state(state: dict[str, Tensor], device: torch.device, rank: int =
     torch.set_rng_state(state[f"rng.{rank:05d}.cpu"])
     if device.type == "cuda" and f"rng.{rank:05d}.cuda" in state:
         torch.cuda.set_rng_state(state[f"rng.{rank:05d}.cuda"], device)
-
-
-# ------------------------------------------------------------------------------------------- files
-
-
-def _write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Every process writes its part of the tensors, and those that it alone has, through torch.distributed.checkpoint."""
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    sizes: dict[str, int] = {}  # of all processes' tensors: the file numbers are given out by one of them
-    for part in world.everywhere(lambda: {name: local(t).numel() * t.element_size() for name, t in tensors.items()}):
-        sizes = {**part, **sizes}
-    file_of, number, filled, before = {}, 1, 0, None
-    for name, size in sizes.items():
-        if filled and (filled + size > _FILE_BYTES or kind_of(name) != before):
-            number, filled = number + 1, 0
-        file_of[name], before = number, kind_of(name)
-        filled += size
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            save(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=not world.grouped)
-    except CheckpointException as error:  # derives from BaseException; carries each rank's exception
-        causes = [cause[0] for cause in error.failures.values()]
-        raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
-
-
-def kind_of(name: str) -> str:
-    """What kind of tensor this is by its name: 'model', 'optimizer', or 'other' (loss scale, random states)."""
-    kind = name.split(".")[0]
-    return kind if kind in ("model", "optimizer") else "other"
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    """A file as the manifest lists it."""
-    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            entry["holds"] = sorted({kind_of(name) for name in file.keys()})
-    return entry
-
-
-def write_streamed(
-    folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int, metadata: dict[str, str] | None = None
-) -> tuple[list[tuple[Path, list[str]]], int]:
-    """(name, tensor) pairs → safetensors files of about file_bytes; no more than one file's worth is in memory.
-
-    Returns the files with the names in each, and the bytes of all tensors.
-    """
-    from safetensors.torch import save_file
-
-    files, waiting, filled, total = [], {}, 0, 0
-
-    def write() -> None:
-        path = folder / f"part-{len(files) + 1:05d}.safetensors"
-        save_file(waiting, path, metadata=metadata)
-        files.append((path, list(waiting)))
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if waiting and filled + size > file_bytes:
-            write()
-            waiting, filled = {}, 0
-        waiting[name] = tensor.contiguous()
-        filled, total = filled + size, total + size
-    if waiting:
-        write()
-    return files, total
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict):
-            raise ValueError("not a JSON object")
-        return document
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
-
-
-def _read_versioned(path: Path) -> dict[str, Any]:
-    """state.json or manifest.json. Raises UnknownFormat if it is of another version, CheckpointError if it names none."""
-    content = _read_json(path)
-    version = content.get("format_version")
-    if version is None:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: its {path.name} does not name a format version.")
-    if version != FORMAT_VERSION:
-        raise UnknownFormat(
-            f"{path.parent} has checkpoint format {version!r}, and this version of kitbash reads {FORMAT_VERSION}. "
-            "Use the version of kitbash that wrote it, or a later one."
-        )
-    return content
 
 
 if __name__ == "__main__":

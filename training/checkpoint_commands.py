@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 
 import torch
 
 from command_line import Parser, UsageError, guarded, labelled, text_table
-from training.checkpoint import (
+from training.checkpoint import CheckpointStore, find_checkpoint, stored_tensors
+from training.manifest import (
     FORMAT_VERSION,
     CheckpointError,
-    CheckpointStore,
-    _entry,
-    _write_json,
-    find_checkpoint,
-    kind_of,
+    as_json,
     listed_files,
-    load_tensors,
     read_state,
+    tensor_entry,
     tokenizer_files,
     verify,
+    write_bytes,
+    write_manifest,
 )
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors says
+from training.shards import kind_of
+from training.tensor_files import NAMES, write_tensors
 
 
 def main(argv: list[str]) -> int:
@@ -65,10 +62,10 @@ def inspect(path: str, list_tensors: bool = False) -> int:
         damage = None
     except CheckpointError as error:
         damage = str(error)
-    tensors = read_headers(folder) if damage is None else {}
+    tensors = stored_tensors(folder) if damage is None else None
     kinds: dict[str, list[int]] = {}
-    for name, (_, _, parts) in tensors.items():
-        kinds.setdefault(kind_of(name), []).append(sum(parts))
+    for name, parts in tensors.parts.items() if tensors else ():
+        kinds.setdefault(kind_of(name), []).append(sum(part.bytes for part in parts))
     config, model, progress = state.get("config", {}), state["model"], state.get("progress") or {}
     rows = [
         ("checkpoint", folder),
@@ -95,37 +92,13 @@ def inspect(path: str, list_tensors: bool = False) -> int:
     ]
     rows += [(kind, f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB") for kind, sizes in kinds.items()]
     print(labelled(rows))
-    if list_tensors:
+    if list_tensors and tensors:
         listed = [
-            (name, dtype, "×".join(map(str, shape)) or "scalar", len(parts))
-            for name, (dtype, shape, parts) in sorted(tensors.items())
+            (name, NAMES[tensors.dtype(name)], "×".join(map(str, tensors.shape(name))) or "scalar", len(parts))
+            for name, parts in sorted(tensors.parts.items())
         ]
         print("\n" + text_table(("tensor", "dtype", "shape", "parts"), listed, "lllr"))
     return 1 if damage else 0
-
-
-def read_headers(folder: Path) -> dict[str, tuple[str, list[int], list[int]]]:
-    """name → (dtype, whole shape, bytes of each part) of every tensor, from the headers of the safetensors files."""
-    found: dict[str, tuple[str, list[int], list[int]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        header = _header(path)
-        sharding = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
-        for name, entry in header.items():
-            offsets = sharding.get(name, {}).get("saved_offsets", [0] * len(entry["shape"]))
-            reach = [start + length for start, length in zip(offsets, entry["shape"])]
-            dtype, shape, parts = found.get(name, (entry["dtype"], reach, []))
-            begin, end = entry["data_offsets"]
-            found[name] = (dtype, [max(pair) for pair in zip(shape, reach)], parts + [end - begin])
-    return found
-
-
-def _header(path: Path) -> dict:
-    """The JSON header of a safetensors file. Raises CheckpointError."""
-    try:
-        with open(path, "rb") as file:
-            return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
 
 
 def consolidate(path: str, out: str) -> Path:
@@ -137,36 +110,29 @@ def consolidate(path: str, out: str) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already; name a new folder.")
     state = read_state(source)
+    stored = stored_tensors(source, {"model"})
     shapes = {
-        name: (dtype, shape) for name, (dtype, shape, _) in sorted(read_headers(source).items()) if kind_of(name) == "model"
+        name: torch.empty(stored.shape(name), dtype=stored.dtype(name), device="meta")
+        for name in stored.parts
+        if kind_of(name) == "model"
     }
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, (dtype, shape) in shapes.items():
-        size = _DTYPES[dtype].itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+
+    def fetch(name: str) -> torch.Tensor:
+        tensor = torch.empty_like(shapes[name], device="cpu")
+        stored.load({name: tensor})
+        return tensor
+
     target.mkdir(parents=True, exist_ok=True)
-    with open(target / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, (dtype, shape) in shapes.items():
-            tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-            load_tensors(source, {name: tensor})
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    _write_json(
-        target / "state.json",
-        {
-            "format_version": FORMAT_VERSION,
-            **{
-                key: state[key]
-                for key in ("step", "model", "config", "origins", "dataset", "versions", "run", "source", "dtype")
-                if key in state
-            },
-        },
-    )
-    for file in tokenizer_files(source):
-        (target / file.name).write_bytes(file.read_bytes())
-    files = {path.name: _entry(path) for path in sorted(target.iterdir())}
-    _write_json(target / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
+    try:
+        written = write_tensors(target / "model.safetensors", shapes, metadata={"format": "pt"}, fetch=fetch)
+    except ValueError as error:
+        raise CheckpointError(f"Checkpoint {source} cannot be read: {error}.") from error
+    about = ("step", "model", "config", "origins", "dataset", "versions", "run", "source", "dtype")
+    document = {"format_version": FORMAT_VERSION, **{key: state[key] for key in about if key in state}}
+    files = {
+        "model.safetensors": tensor_entry(written, shapes),
+        "state.json": write_bytes(target / "state.json", as_json(document)),
+        **{file.name: write_bytes(target / file.name, file.read_bytes()) for file in tokenizer_files(source)},
+    }
+    write_manifest(target, files, number=1)
     return target

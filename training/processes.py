@@ -10,13 +10,14 @@ import datetime
 import functools
 import hashlib
 import os
+import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,28 +25,22 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from command_line import Failure, UsageError, is_expected
+from training import watch as watching
+from training.watch import LostContact, Watch, is_of_contact
 
 T = TypeVar("T")
 DATA = "data"  # the dimension of the mesh along which the global batch is split
-LOOK_INTERVAL = 0.5  # seconds between two looks at the others
 MEETING = 300  # seconds that processes wait for each other at the start
-OWN_WORDS = 2.0  # seconds that a process may go on after another one has failed
-GRACE = 5.0  # seconds that a process which lost contact waits for the reason to become known
-_CONTACT_LOST = (
-    "Connection closed by peer",
-    "Connection reset",
-    "Broken pipe",
-    "Timed out",
-    "timed out",
-    "NCCL",
-    "Gloo",
-    "Socket",
-    "gloo",
-)
+IMPATIENCE = 30  # seconds of them after which it is said who waits for whom
 
 
-class LostContact(Failure):
-    """Another process of the run is gone, or does not answer."""
+class Launch(NamedTuple):
+    """Who this process is, as torchrun tells it."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    local_size: int = 1
 
 
 def launched() -> bool:
@@ -53,9 +48,41 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launch() -> Launch:
+    """Who this process is; alone where nothing was launched. Raises UsageError where the variables cannot be true."""
+
+    def number(name: str, default: str) -> int:
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise UsageError(
+                f"{name}={text!r} in the environment is not a whole number from 0 on. torchrun sets it: start several "
+                "processes with torchrun, and one alone with RANK and WORLD_SIZE unset."
+            )
+        return int(text)
+
+    me, size = (number("RANK", ""), number("WORLD_SIZE", "")) if launched() else (0, 1)
+    found = Launch(me, size, number("LOCAL_RANK", "0"), number("LOCAL_WORLD_SIZE", "1"))
+    for prefix, me, size in (("", found.rank, found.size), ("LOCAL_", found.local_rank, found.local_size)):
+        if me >= size:
+            raise UsageError(
+                f"{prefix}RANK={me} in the environment must be below {prefix}WORLD_SIZE={size}: processes are numbered from 0. "
+                "Start them with torchrun, which numbers them."
+            )
+    return found
+
+
 def rank() -> int:
-    """This process's rank, before any group exists; 0 for a process alone."""
-    return int(os.environ.get("RANK", 0))
+    """This process's rank, before any group exists; 0 for a process alone, or where RANK is no number."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _has_others() -> bool:
+    """Whether there are other processes in this one's group, as far as the environment can be believed."""
+    try:
+        return launch().size > 1
+    except UsageError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------- the world
@@ -83,6 +110,7 @@ class World:
         self.timeout = timeout  # of a collective; None: as the default group's backend has it
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.group, self.mesh, self._watch = group, mesh, watch
+        self._moved = time.monotonic()
 
     @property
     def is_main(self) -> bool:
@@ -126,15 +154,17 @@ class World:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
         return tuple(vote > 0 for vote in votes.tolist())
 
-    def everywhere(self, function: Callable[[], T]) -> list[T]:
-        """Run the function in every process; the results by rank. If one fails, all fail with its message."""
+    def everywhere(self, function: Callable[[], T], doing: str | None = None) -> list[T]:
+        """Run the function in every process; the results by rank. If one fails, all fail with its message.
+
+        doing: what it does, for a function that may take long or unequally long ("writing …"). It then runs in a thread,
+        while the processes tell each other that they are there: so no collective waits for a slow disk, a dead process is
+        noticed at once, a frozen one after `collective_timeout`, and one that does not get on (see `moved`) after
+        `watch.STILL` seconds. Such a function calls no collective.
+        """
         if self.size == 1:
             return [function()]
-        value, error = None, None
-        try:
-            value = function()
-        except Exception as raised:
-            error = raised
+        value, error = _attempt(function) if doing is None else self._in_a_thread(function, doing)
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, (value, _sendable(error)), group=self.group)
         if error is not None:
@@ -144,9 +174,39 @@ class World:
                 raise _received(failure, number)
         return [value for value, _ in outcomes]
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        """Run the function in rank 0 alone; its result, or its failure, in every process."""
-        return self.everywhere(lambda: function() if self.is_main else None)[0]
+    def from_main(self, function: Callable[[], T], doing: str | None = None) -> T:
+        """Run the function in rank 0 alone; its result, or its failure, in every process. doing: as for `everywhere`."""
+        return self.everywhere(lambda: function() if self.is_main else None, doing)[0]
+
+    def moved(self) -> None:
+        """Called while a function of `everywhere` writes or reads: it gets on."""
+        self._moved = time.monotonic()
+
+    def _in_a_thread(self, function: Callable[[], T], doing: str) -> tuple[T | None, Exception | None]:
+        """The function's result or error, when all processes have theirs; until then they vote, again and again, on that."""
+        outcome: list[tuple[T | None, Exception | None]] = []
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+        def job() -> None:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)  # a thread begins on GPU 0, whosever that is
+            outcome.append(_attempt(function))
+
+        watch, started = self._watch, time.monotonic()
+        thread = threading.Thread(target=job, name="job", daemon=True)
+        self.moved()
+        thread.start()
+        with nullcontext() if watch is None else watch.doing_in(thread, doing):
+            while True:
+                thread.join(min(watching.LOOK_INTERVAL, 0.002 + (time.monotonic() - started) / 10))
+                (not_all_have,) = self.any(thread.is_alive())
+                if watch is not None:
+                    watch.alive()
+                if not not_all_have:
+                    return outcome[0]
+                still = time.monotonic() - self._moved
+                if watch is not None and thread.is_alive() and still > watching.STILL:
+                    watch.stands_still(thread, doing, still)
 
     def check_same(self, what: str, facts: dict[str, Any]) -> None:
         """Raise UsageError in every process unless all of them have the same facts; it names the first that differs."""
@@ -163,25 +223,20 @@ class World:
     def beside(self) -> World:
         """The same processes with a gloo group of their own, for another thread to talk over."""
         group = dist.new_group(backend="gloo", timeout=self.timeout) if self.size > 1 else self.group
-        return World(self.rank, self.size, self.local_rank, self.local_size, group=group)
+        return World(self.rank, self.size, self.local_rank, self.local_size, group=group, watch=self._watch, timeout=self.timeout)
 
     def at(self, step: int, doing: str) -> None:
         """Note where this process is, for the message if it gets no further; restarts the clock of its silence."""
         if self._watch is not None:
             self._watch.at(step, doing)
 
-    @contextmanager
-    def taking_its_time(self) -> Iterator[None]:
-        """Silence inside is not a hang: disks may be slow."""
-        if self._watch is None:
-            yield
-            return
-        self._watch.patient = True
-        try:
-            yield
-        finally:
-            self._watch.patient = False
-            self._watch.at(self._watch.step, self._watch.doing)
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The function's result, or what it raises."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
 
 
 def _sendable(error: Exception | None) -> tuple[str, str] | None:
@@ -221,16 +276,16 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    me, size = (rank(), int(os.environ["WORLD_SIZE"])) if launched() else (0, 1)
+    me, size, _, _ = launch()
     store = _store() if launched() else dist.HashStore()
     watch = Watch(store, me, size, timeout) if size > 1 else None  # one that fails before it meets us is noticed too
     patience = datetime.timedelta(seconds=timeout + 60)  # the watch speaks first
-    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=patience)
     try:
+        dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=patience)
         yield _world(device, watch, patience)
     except RuntimeError as error:
-        if watch is not None and any(sign in str(error) for sign in _CONTACT_LOST):
-            raise watch.explain(error) from error
+        if watch is not None and is_of_contact(error):
+            raise watch.contact_lost(error) from error
         raise
     else:
         votes = torch.zeros(1)
@@ -243,20 +298,17 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
 def _world(device: torch.device, watch: Watch | None, timeout: datetime.timedelta | None) -> World:
     """The World of the default process group, whose mesh has one dimension: each process has a share of the batch."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(DATA,))
+    here = launch()
     return World(
         dist.get_rank(),
         dist.get_world_size(),
-        _local("RANK"),
-        _local("WORLD_SIZE", 1),
+        here.local_rank,
+        here.local_size,
         group=dist.group.WORLD,
         mesh=mesh,
         watch=watch,
         timeout=timeout,
     )
-
-
-def _local(name: str, default: int = 0) -> int:
-    return int(os.environ.get(f"LOCAL_{name}", default))
 
 
 def _store() -> dist.Store:
@@ -269,31 +321,79 @@ def _store() -> dist.Store:
 
 @functools.cache
 def _meeting() -> dist.Store | LostContact:
-    """The part of torchrun's store that is these processes' own; or why there is none, found out once."""
+    """The part of torchrun's store that is these processes' own; or why there is none, found out once, within MEETING s."""
+    deadline = time.monotonic() + MEETING
+    here = launch()
     try:
-        store, me, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING)))
-        return dist.PrefixStore(_name_of_meeting(store, me, size), store)
+        store = _connect(here, deadline)
+        return dist.PrefixStore(_name_of_meeting(store, here.rank, here.size, deadline), store)
     except LostContact as error:
         return error
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).split(". ")[0]
-        return LostContact(f"rank {rank()} cannot reach the store of its group at {where} ({reason}).")
+        reason = str(error).split("\n")[0].split(". ")[0]
+        return LostContact(f"rank {here.rank} cannot use the store of its group at {where} ({reason}).")
 
 
-def _name_of_meeting(store: dist.Store, me: int, size: int) -> str:
+def _connect(here: Launch, deadline: float) -> dist.Store:
+    """The key-value store at MASTER_ADDR:MASTER_PORT. Raises UsageError, LostContact, or what PyTorch raises."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise UsageError(
+            f"MASTER_ADDR={host!r} and MASTER_PORT={port!r} in the environment do not say where the processes meet; start them "
+            "with torchrun, which sets both."
+        )
+    serves = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun holds the store
+    if not serves:
+        _wait_for_listener(host, int(port), here.rank, deadline)
+    patience = datetime.timedelta(seconds=MEETING)
+    return dist.TCPStore(host, int(port), is_master=serves, multi_tenant=serves, wait_for_workers=False, timeout=patience)
+
+
+def _wait_for_listener(host: str, port: int, me: int, deadline: float) -> None:
+    """Return once somebody listens there. Raises LostContact at the deadline (PyTorch would say it in 40 lines, and late)."""
+    said = False
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, min(5.0, left))).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if left <= 0:
+            raise LostContact(
+                f"rank {me} has tried for {MEETING} s to reach the store of its group at {host}:{port} ({reason}). Is there a "
+                "rank 0, are MASTER_ADDR and MASTER_PORT right, and can this machine reach that one?"
+            )
+        if left < MEETING - IMPATIENCE and not said:
+            said = True
+            print(f"train.py: rank {me} waits for {host}:{port} ({reason}), up to {MEETING} s.", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def _name_of_meeting(store: dist.Store, me: int, size: int, deadline: float | None = None) -> str:
     """A name that these processes, and none before them, have for their part of the store.
 
     torchrun's store outlives the processes that it restarts, with the addresses that they left there; nor are its counts of
     restarts the same on all machines (pytorch issue 135712). So each says hello with a word of its own, rank 0 writes all
     words down, and the list stands when every process has found its own word in it.
     """
-    mine, words, seen, deadline = uuid.uuid4().hex, [], set(), time.monotonic() + MEETING
+    deadline = deadline or time.monotonic() + MEETING
+    mine, words, seen, said = uuid.uuid4().hex, [], set(), False
     store.set(f"hello/{me}", mine)
-    while time.monotonic() < deadline:
+
+    def missing() -> list[int]:
+        return [other for other in range(size) if not store.check([f"hello/{other}"])]
+
+    def absent() -> str:
+        if missing():
+            return f"rank {', '.join(map(str, missing()))} of {size} is not here"
+        theirs = store.get(f"hello/{me}").decode()
+        return "another process is here with the same RANK" if theirs != mine else "some of them do not answer"
+
+    while (left := deadline - time.monotonic()) > 0:
         if me == 0:
-            here = [other for other in range(size) if store.check([f"hello/{other}"])]
-            words = [store.get(f"hello/{other}").decode() for other in here] if len(here) == size else []
+            words = [] if missing() else [store.get(f"hello/{other}").decode() for other in range(size)]
             store.set("words", " ".join(words))
         elif store.check(["words"]):
             words = store.get("words").decode().split()
@@ -302,138 +402,32 @@ def _name_of_meeting(store: dist.Store, me: int, size: int) -> str:
             if store.add(f"{name}/seen", name not in seen) == size:
                 return name
             seen.add(name)
+        if left < MEETING - IMPATIENCE and not said:
+            said = True
+            if set(range(me)) <= set(missing()):  # the first of those who are here says it
+                print(f"train.py: rank {me} waits for the others, up to {MEETING} s: {absent()}.", file=sys.stderr, flush=True)
         time.sleep(0.01 + size / 1000)
-    absent = [other for other in range(size) if not store.check([f"hello/{other}"])]
-    raise LostContact(
-        f"rank {me} has waited {MEETING} s for the other {size - 1} processes"
-        + (f"; not here: rank {', '.join(map(str, absent))}." if absent else ", some of which did not answer.")
-    )
+    raise LostContact(f"rank {me} has waited {MEETING} s for the other processes of its group: {absent()}.")
 
 
 def first_to_say(text: str) -> bool:
     """Whether no process of this group has said this yet: what concerns all of them is printed once."""
-    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not _has_others():
         return True
     try:
         return _store().add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1) == 1
-    except (RuntimeError, LostContact):  # nobody there to ask
+    except (RuntimeError, LostContact, UsageError):  # nobody there to ask
         return True
 
 
 def leave(code: int) -> int:
     """The exit code, after telling the others that this process fails, if it does. A failed one of a group ends here."""
-    if code == 0 or not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if code == 0 or not _has_others():
         return code
     try:
         _store().compare_set("failed", "", f"{rank()} failed")
-    except (RuntimeError, LostContact):
+    except (RuntimeError, LostContact, UsageError):
         pass
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a group that is torn cannot be taken down in order
-
-
-# ------------------------------------------------------------------------------------------- watching
-
-
-class Watch(threading.Thread):
-    """Ends this process when another one has failed, or when nothing moves any more: with a message, whatever hangs.
-
-    A collective that waits for a dead or stuck process cannot be interrupted from Python; this thread can still speak.
-    Each process publishes where it is, so that the message can tell.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float):
-        super().__init__(name="watch", daemon=True)
-        self.store = store.clone() if hasattr(store, "clone") else store
-        self.rank, self.size, self.timeout = rank, size, timeout
-        self.step, self.doing, self.since, self.patient = 0, "starting", time.monotonic(), True  # until the first step
-        self._closed = threading.Event()
-        self.start()
-
-    def at(self, step: int, doing: str) -> None:
-        """This process is alive and here."""
-        self.step, self.doing, self.since, self.patient = step, doing, time.monotonic(), False
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._closed.set()
-        self.join()
-
-    def run(self) -> None:
-        """Look, until closed."""
-        failed_since = None
-        while not self._closed.wait(LOOK_INTERVAL):
-            silent = time.monotonic() - self.since
-            try:
-                self.store.set(f"at/{self.rank}", f"{self.step}\t{self.doing}\t{_place()}\t{time.time()}")
-                failed = self._failed()
-                if failed is None and not self.patient and silent > self.timeout:
-                    first = self.store.compare_set("failed", "", f"{self.rank} gave up waiting").decode()
-                    if first.startswith(f"{self.rank} "):
-                        self._end(self.stuck(silent))
-            except RuntimeError:  # the store went down with its host: the collectives will say so
-                return
-            if failed is not None and not failed.startswith(f"{self.rank} "):
-                failed_since = failed_since or time.monotonic()
-                if time.monotonic() - failed_since < OWN_WORDS:
-                    continue  # it may be about to fail for the same reason, with the exit code that belongs to it
-                self._end(f"rank {self.rank} stops at step {self.step}, because rank {failed}.")
-
-    def _failed(self) -> str | None:
-        """'1 failed' or '1 gave up waiting', or None while all is well."""
-        return self.store.get("failed").decode() if self.store.check(["failed"]) else None
-
-    def stuck(self, silent: float) -> str:
-        """What to say after so many seconds without progress: where everybody is, the odd ones out first."""
-        ranks_at: dict[str, list[int]] = {}
-        for other in range(self.size):
-            where = "not known"
-            if self.store.check([f"at/{other}"]):
-                step, doing, place, when = self.store.get(f"at/{other}").decode().split("\t")
-                age = time.time() - float(when)
-                where = f"step {step}, {doing}, in {place}" + (f", last heard of {age:.0f} s ago" if age > GRACE else "")
-            ranks_at.setdefault(where, []).append(other)
-        places = "; ".join(
-            f"rank {', '.join(map(str, ranks))}: {where}"
-            for where, ranks in sorted(ranks_at.items(), key=lambda item: len(item[1]))
-        )
-        return (
-            f"rank {self.rank} has waited {silent:.0f} s for the other processes at step {self.step} ({self.doing}). "
-            f"One of them hangs: {places}. Look there (py-spy dump --pid …); if it only needs longer, raise "
-            "--collective_timeout."
-        )
-
-    def explain(self, error: RuntimeError) -> Failure:
-        """Why a collective failed, once the others have had time to say."""
-        deadline = time.monotonic() + GRACE
-        while time.monotonic() < deadline:
-            try:
-                failed = self._failed()
-            except RuntimeError:
-                break
-            if failed is not None and not failed.startswith(f"{self.rank} "):
-                return LostContact(f"rank {self.rank} stops at step {self.step}, because rank {failed}.")
-            time.sleep(0.1)
-        reason = str(error).strip().split("\n")[0].split(". ")[0]  # the first sentence
-        return LostContact(
-            f"rank {self.rank} lost contact with another process at step {self.step} ({self.doing}): it was "
-            f"killed, or its machine is gone ({reason}). Start again with --init_from=auto; torchrun "
-            "--max-restarts=3 does so by itself."
-        )
-
-    def _end(self, text: str) -> None:
-        print(f"train.py: {text}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def _place() -> str:
-    """Where this process's main thread is: the innermost line outside PyTorch, and the function inside it."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
-    innermost = frame
-    while frame is not None and "/torch/" in frame.f_code.co_filename.replace(os.sep, "/"):
-        frame = frame.f_back
-    if frame is None:
-        return "PyTorch"
-    called = "" if frame is innermost else f" > {innermost.f_code.co_name}"
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}{called}"

@@ -62,12 +62,9 @@ class BackgroundSaver(Saver):
         self.wait()
         started = time.perf_counter()
         copies = self._copy(tensors)
-        gpu = torch.cuda.current_device() if any(_part(tensor).is_cuda for tensor in tensors.values()) else None
 
         def job() -> None:
             try:
-                if gpu is not None:
-                    torch.cuda.set_device(gpu)  # a thread begins on GPU 0, whosever that is
                 self._path = self.store.save(step, copies, state, **options)
                 self._seconds = time.perf_counter() - started
             except BaseException as error:
@@ -97,12 +94,16 @@ class BackgroundSaver(Saver):
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in host memory, sharded as they are; a sharded one's copy is a DTensor of the same placement."""
+        gpus = set()
         for name, tensor in tensors.items():
             if name not in self.copies or self.copies[name].shape != tensor.shape:
                 self.copies[name] = _empty_copy(tensor)
-            _part(self.copies[name]).copy_(_part(tensor), non_blocking=True)
-        if any(_part(tensor).is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
+            part = _part(tensor)
+            _part(self.copies[name]).copy_(part, non_blocking=True)
+            if part.is_cuda:
+                gpus.add(part.device)
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
         return {name: self.copies[name] for name in tensors}
 
 
@@ -202,7 +203,7 @@ class Checkpoints:
         The first one of a run that did not start in its own out_dir moves what another run left there aside.
         """
         world = self.machine.world
-        with self.report.meter.excluded(), world.taking_its_time():
+        with self.report.meter.excluded():
             if not self.started_here and (aside := world.from_main(self.saver.store.set_aside)):
                 self.report.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
             self.started_here = True
@@ -227,5 +228,4 @@ class Checkpoints:
         """Save the last step if it is not saved, and wait for what is under way. Raises CheckpointError if it failed."""
         if self.interval >= 0 and progress.saved_step != progress.step > self.first_step:
             self.save(progress)
-        with self.machine.world.taking_its_time():
-            self.saver.wait()
+        self.saver.wait()

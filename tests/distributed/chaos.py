@@ -85,7 +85,7 @@ def by_hand(
     launcher: Launcher, arguments: tuple, out_dir: Path, kills: int, chance: random.Random, patience: float, say
 ) -> Counter:
     """Start, kill, see the others end, start again; at last let it finish."""
-    impatient, done = f"import training.processes; training.processes.GRACE = {patience}", Counter()
+    impatient, done = f"import training.watch; training.watch.GRACE = {patience}", Counter()
     for number in range(1, kills + 1):
         group = launcher.start(*arguments, inject=impatient)
         victims, moment = plan(chance)

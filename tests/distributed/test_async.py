@@ -15,7 +15,7 @@ import train
 from tests.distributed.launching import SMALL, shared_launcher, wait_for
 from training.checkpoint import CheckpointStore, verify
 
-SLOW_DISK = "import time, training.checkpoint; training.checkpoint.fsync = lambda path: time.sleep(0.1)"
+SLOW_DISK = "import os, time; os.fsync = lambda handle: time.sleep(0.1)"
 
 
 @pytest.fixture
@@ -129,12 +129,12 @@ def test_a_stop_waits_for_the_save_under_way_and_saves_its_own_step(start, tmp_p
 @pytest.mark.parametrize("rank", (0, 1))
 def test_a_failed_background_save_ends_all_processes_with_one_sentence(start, tmp_path, rank):
     fails = f"""
-import training.checkpoint
-original = training.checkpoint._entry
-def entry(path):
+import training.shards
+original = training.shards.write_tensors
+def write_tensors(path, *arguments, **options):
     if RANK == {rank} and "10" in path.parent.name: raise OSError(28, "No space left on device")
-    return original(path)
-training.checkpoint._entry = entry"""
+    return original(path, *arguments, **options)
+training.shards.write_tensors = write_tensors"""
     group = start("out", "--async_checkpoint=True", "--max_iters=100000", inject=fails)
     assert group.wait(60) == [1, 1]
     assert len(group.complaints) == 1 and re.search("step 10 .*No space left on device.*step_000000005", group.complaints[0])

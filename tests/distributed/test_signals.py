@@ -130,7 +130,7 @@ def test_a_rank_that_throws_brings_the_group_down_with_its_own_traceback_first(s
 
 @pytest.mark.parametrize("rank", (0, 1))
 def test_a_killed_rank_takes_the_other_one_along_in_seconds_and_one_line(start, tmp_path, rank):
-    group = start("--max_iters=100000", inject="" if rank else "import training.processes; training.processes.GRACE = 1")
+    group = start("--max_iters=100000", inject="" if rank else "import training.watch; training.watch.GRACE = 1")
     group.wait_for_line("step 7/")
     group.send(signal.SIGKILL, rank)
     codes = group.wait(SECONDS)
@@ -157,7 +157,7 @@ def test_a_frozen_process_is_named_with_when_it_was_last_heard_of(start):
         "--max_iters=100000",
         "--save_interval=0",
         "--collective_timeout=3",  # a save may take its time
-        inject="import training.processes; training.processes.GRACE = 1",
+        inject="import training.watch; training.watch.GRACE = 1",
     )
     group.wait_for_line("step 7/")
     group.send(signal.SIGSTOP, 1)

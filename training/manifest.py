@@ -1,0 +1,192 @@
+"""What makes a folder a checkpoint: its manifest, which lists every file with size and checksum.
+
+What is read of a checkpoint is what its manifest lists. A file beside that which somebody would read (a tensor file, a
+tokenizer) is an error, as it would change the model without anybody being told.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from command_line import Failure
+from data.files import fsync, sha256
+from training.processes import World
+from training.shards import kind_of, threads
+from training.tensor_files import HashedStream, Written
+
+FORMAT_VERSION = 1
+_TENSOR_FILES = frozenset(  # what may hold tensors, for us or for others who read a folder
+    (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".distcp", ".metadata")
+    + (".gguf", ".ggml", ".h5", ".hdf5", ".msgpack", ".onnx")
+)
+_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
+Entry = dict[str, Any]  # of the manifest: bytes, sha256, and what kinds of tensors a tensor file holds
+
+
+class CheckpointError(Failure):
+    """A checkpoint cannot be written, found or read; the message says which, why and what to do."""
+
+
+class UnknownFormat(CheckpointError):
+    """A checkpoint of another format version: it is whole, but this code does not know how to read it."""
+
+
+class UnlistedFile(CheckpointError):
+    """A checkpoint's folder holds a file that its manifest does not list, and that would be read by somebody."""
+
+
+def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError if it is unreadable, of a later format, or lacks what is needed."""
+    state = _read_versioned(checkpoint / "state.json")
+    missing = [key for key in needs if not isinstance(state.get(key), dict)]
+    if missing:
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its state.json has no {', '.join(missing)}.")
+    return state
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def listed_files(checkpoint: Path) -> dict[str, Entry]:
+    """The manifest's files: name → {bytes, sha256, holds}.
+
+    Raises CheckpointError where the manifest is not one, or names what is not a file of this folder; UnknownFormat where it
+    is of another version; UnlistedFile where there are tensors or a tokenizer beside what it lists.
+    """
+    files = _read_versioned(checkpoint / "manifest.json").get("files")
+    if not isinstance(files, dict) or "state.json" not in files or not all(map(_is_entry, files.values())):
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
+    for name in files:
+        plain = name == os.path.basename(name) and not set("\\\0") & set(name)
+        if not plain or (checkpoint / name).resolve().parent != checkpoint.resolve():
+            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists {name!r}, which is not a file in it.")
+    for unlisted in _unlisted(checkpoint, files):
+        raise UnlistedFile(
+            f"{unlisted} is not of this checkpoint: its manifest does not list it. Nothing but what is listed is loaded; move it "
+            "elsewhere."
+        )
+    return files
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+
+
+def _unlisted(checkpoint: Path, files: dict[str, Entry]) -> Iterator[Path]:
+    """Files with tensors or a tokenizer, and links to other folders, that the manifest does not list."""
+    for folder, folders, names in os.walk(checkpoint):
+        here = Path(folder)
+        yield from (here / name for name in folders if (here / name).is_symlink())
+        for name in names:
+            tensors = os.path.splitext("_" + name.lower())[1] in _TENSOR_FILES
+            tokenizer = any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _TOKENIZER_FILES)
+            if (tensors or tokenizer) and (here != checkpoint or name not in files):
+                yield here / name
+
+
+def verify(checkpoint: Path, holding: str | None = None, world: World | None = None) -> None:
+    """Check every file of a checkpoint against its manifest. Raises CheckpointError at the first that differs.
+
+    holding: only the tensor files with this kind of tensors ('model'), and what is not a tensor file. world: the processes
+    that call this; each checks a part of the files, alike in bytes, and all learn of what any of them finds.
+    """
+    world = world or World()
+
+    def check() -> tuple[type[CheckpointError], str] | None:
+        try:
+            return (CheckpointError, problem) if (problem := _damage(checkpoint, holding, world)) else None
+        except CheckpointError as error:
+            return type(error), str(error)
+
+    for problem in filter(None, world.everywhere(check, f"checking {checkpoint}")):
+        kind, text = problem
+        raise kind(text)
+
+
+def _damage(checkpoint: Path, holding: str | None, world: World) -> str | None:
+    """What is wrong with this process's share of the files, or None."""
+    files = listed_files(checkpoint)
+    wanted = {name: entry for name, entry in sorted(files.items()) if holding in (None, *entry.get("holds", [holding]))}
+    total, before, mine = sum(entry["bytes"] for entry in wanted.values()), 0, []
+    for name, entry in wanted.items():  # a process that reads what it wrote checks its own files: they are in order of rank
+        if (before + entry["bytes"] // 2) * world.size // max(total, 1) == world.rank:
+            mine.append(name)
+        before += entry["bytes"]
+
+    def check(name: str) -> str | None:
+        path, expected = checkpoint / name, wanted[name]
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            return None if sha256(path, moved=world.moved) == expected["sha256"] else f"the checksum of {name} does not match"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+
+    with ThreadPoolExecutor(threads()) as pool:
+        problem = next(filter(None, pool.map(check, mine)), None)
+    return f"Checkpoint {checkpoint} is damaged: {problem}." if problem else None
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make up its tokenizer, ours or Hugging Face's, its chat template included."""
+    return sorted(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern))
+
+
+def _read_versioned(path: Path) -> dict[str, Any]:
+    """state.json or manifest.json. Raises UnknownFormat if it is of another version, CheckpointError if it names none."""
+    content = _read_json(path)
+    version = content.get("format_version")
+    if version is None:
+        raise CheckpointError(f"Checkpoint {path.parent} is damaged: its {path.name} does not name a format version.")
+    if version != FORMAT_VERSION:
+        raise UnknownFormat(
+            f"{path.parent} has checkpoint format {version!r}, and this version of kitbash reads {FORMAT_VERSION}. "
+            "Use the version of kitbash that wrote it, or a later one."
+        )
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("not a JSON object")
+        return document
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def tensor_entry(written: Written, names: Iterable[str]) -> Entry:
+    """A tensor file as the manifest lists it."""
+    return {"bytes": written.bytes, "sha256": written.sha256, "holds": sorted(set(map(kind_of, names)))}
+
+
+def write_bytes(path: Path, data: bytes) -> Entry:
+    """Write a small file for good; as the manifest lists it."""
+    with HashedStream(path) as stream:
+        stream.write(data)
+    return {"bytes": stream.size, "sha256": stream.sha256}
+
+
+def write_manifest(folder: Path, files: dict[str, Entry], number: int) -> None:
+    """Write what makes a folder a checkpoint: its files, and the how many-th save of its run it is."""
+    document = {"format_version": FORMAT_VERSION, "number": number, "files": dict(sorted(files.items()))}
+    write_bytes(folder / "manifest.json", as_json(document))
+    fsync(folder)
+
+
+def as_json(document: dict[str, Any]) -> bytes:
+    """A JSON document as it is written to a file; numbers that are not finite are refused with a ValueError."""
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
