@@ -15,7 +15,7 @@ from tests.distributed.launching import ROOT, SMALL, Group, children, shared_lau
 from training.checkpoint import CheckpointStore, verify
 
 RUN = (*SMALL, "--parallelism=zero1", "--save_interval=5", "--eval_interval=0")
-SECONDS = 20  # in which a group is down whatever happened: it takes 5 to 7, on a machine that does nothing else
+SECONDS = 60  # in which a group is down whatever happened: it takes 5 to 7, on a machine that does nothing else
 
 # What each process does in its 4th step: 2 micro-batches a step over 2 processes are one in each.
 IN_STEP_4 = """
