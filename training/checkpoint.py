@@ -151,6 +151,10 @@ class CheckpointStore:
             return None
         return target if target.name.startswith(_STEP) and (target / "manifest.json").is_file() else None
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether this is one of the store's own checkpoints."""
+        return checkpoint.resolve().is_relative_to(self.folder.resolve())
+
     def newest_intact(self, warn: Callable[[str], None], holding: str | None = None, world: World | None = None) -> Path | None:
         """The latest checkpoint, or the one before it where that is damaged (warned about); None if there is none.
 
@@ -446,12 +450,12 @@ def is_checkpoint(path: str | Path) -> bool:
 def load_model(path: str | Path, device: torch.device | str = "cpu", which: str = "latest") -> tuple[nn.Module, Any]:
     """A checkpoint folder, an out_dir or a Hugging Face folder → (model in eval mode, its tokenizer or None).
 
-    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError, or huggingface.ConversionError.
+    which: the 'latest' or the 'best' checkpoint of an out_dir. Raises CheckpointError, or ConversionError.
     """
     from data.tokenization import load_tokenizer
     from model_builder import build_model
     from model_config import ModelConfig
-    from training import huggingface
+    from training import huggingface_files as huggingface
 
     if huggingface.is_folder(path):
         if which == "best":
