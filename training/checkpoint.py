@@ -151,10 +151,6 @@ class CheckpointStore:
             return None
         return target if target.name.startswith(_STEP) and (target / "manifest.json").is_file() else None
 
-    def holds(self, checkpoint: Path) -> bool:
-        """Whether this is one of the store's own checkpoints."""
-        return checkpoint.resolve().is_relative_to(self.folder.resolve())
-
     def newest_intact(self, warn: Callable[[str], None], holding: str | None = None, world: World | None = None) -> Path | None:
         """The latest checkpoint, or the one before it where that is damaged (warned about); None if there is none.
 
