@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -31,7 +32,7 @@ from training.objectives import OBJECTIVES, Objective, Tally
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
 from training.parallelism import choose, parallelize
 from training.precision import LossScale, SkipCounter, set_compute_dtype
-from training.processes import World, first_to_say, join, launch, launched, leave, rank
+from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
 from training.progress import Diverged, Progress, stop_if_diverged
 from training.report import Display, Report, closing_lines, open_report
 from training.saving import BackgroundSaver, Checkpoints, Saver, describe, restore
@@ -49,7 +50,7 @@ def find_start(configuration: Configuration, world: World, display: Display) -> 
     world.check_same("command and config file", dataclasses.asdict(configuration.train))
     notes = [configuration.train.notice] if configuration.train.notice else []
     store = CheckpointStore(configuration.train.out_dir)
-    origin = world.from_main(lambda: find_origin(configuration.train, store, lambda message: display.line(f"warning: {message}")))
+    origin = find_origin(configuration.train, store, lambda message: display.line(f"warning: {message}"), world)
     saved, progress = {}, Progress()
     if origin:
         saved = (
@@ -63,7 +64,8 @@ def find_start(configuration: Configuration, world: World, display: Display) -> 
             progress = Progress.restored(saved.get("progress"), origin.path)
     elif problems := configuration.train.problems():  # init_from=auto that found nothing
         raise ConfigError("\n".join(problems))
-    store = CheckpointStore(configuration.train.out_dir)
+    if store.folder.parent != Path(configuration.train.out_dir):
+        store = CheckpointStore(configuration.train.out_dir)
     if not origin or not store.holds(origin.path):
         progress.saved_step = None
     elif origin.weights_only:
@@ -264,7 +266,7 @@ def train(
 def run(configuration: Configuration, to_go_on: str) -> int:
     """Set up, train (or only evaluate), close the log whatever happens; `to_go_on` is the command that continues. Exit code."""
     asked = configuration.train
-    here = launch()
+    here = launched_as()
     device = choose_device(asked.device, here.local_rank, here.local_size)
     alone = asked.parallelism not in ("auto", "none")
     with ExitStack() as resources:

@@ -48,7 +48,7 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch() -> Launch:
+def launched_as() -> Launch:
     """Who this process is; alone where nothing was launched. Raises UsageError where the variables cannot be true."""
 
     def number(name: str, default: str) -> int:
@@ -80,7 +80,7 @@ def rank() -> int:
 def _has_others() -> bool:
     """Whether there are other processes in this one's group, as far as the environment can be believed."""
     try:
-        return launch().size > 1
+        return launched_as().size > 1
     except UsageError:
         return False
 
@@ -276,7 +276,7 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    me, size, _, _ = launch()
+    me, size, _, _ = launched_as()
     store = _store() if launched() else dist.HashStore()
     watch = Watch(store, me, size, timeout) if size > 1 else None  # one that fails before it meets us is noticed too
     patience = datetime.timedelta(seconds=timeout + 60)  # the watch speaks first
@@ -298,7 +298,7 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
 def _world(device: torch.device, watch: Watch | None, timeout: datetime.timedelta | None) -> World:
     """The World of the default process group, whose mesh has one dimension: each process has a share of the batch."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(DATA,))
-    here = launch()
+    here = launched_as()
     return World(
         dist.get_rank(),
         dist.get_world_size(),
@@ -323,7 +323,7 @@ def _store() -> dist.Store:
 def _meeting() -> dist.Store | LostContact:
     """The part of torchrun's store that is these processes' own; or why there is none, found out once, within MEETING s."""
     deadline = time.monotonic() + MEETING
-    here = launch()
+    here = launched_as()
     try:
         store = _connect(here, deadline)
         return dist.PrefixStore(_name_of_meeting(store, here.rank, here.size, deadline), store)

@@ -136,17 +136,18 @@ def run_tensors(machine: Machine, learner: Learner) -> dict[str, Tensor]:
 
 
 def restore(start: Start, machine: Machine, learner: Learner) -> None:
-    """Load what the run starts from: everything of a run that goes on, only the weights for a new one."""
+    """Load what the run starts from: everything of a run that goes on, only the weights for a new one or an evaluation."""
     origin = start.origin
-    if start.resumes:
+    if start.resumes and not start.config.eval_only:
         tensors = run_tensors(machine, learner)
-        load_tensors(origin.path, tensors, optional=("rng.",))
+        load_tensors(origin.path, tensors, ("rng.",), machine.world)
         learner.loss_scale.load({name: tensors[f"loss_scale.{name}"] for name in learner.loss_scale.state()})
         set_random_state(tensors, machine.device, machine.world.rank)
     elif origin and origin.huggingface:
         load_weights(learner.model, origin.path, learner.parallel.put)
     elif origin:
-        load_tensors(origin.path, model_tensors(learner.model), optional=("model.objective.",))
+        of_its_own = () if start.resumes else ("model.objective.",)
+        load_tensors(origin.path, model_tensors(learner.model), of_its_own, machine.world)
 
 
 def describe(start: Start, machine: Machine, data: Data, learner: Learner) -> dict[str, Any]:

@@ -31,12 +31,16 @@ class Origin:
     huggingface: bool = False
 
 
-def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str], None]) -> Origin | None:
-    """What init_from means: None for a start from scratch. Raises CheckpointError if it is not there or damaged."""
+def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str], None], world: World) -> Origin | None:
+    """What init_from means: None for a start from scratch. Raises CheckpointError if it is not there or damaged.
+
+    All processes of `world` call this, and share the checking of a checkpoint's files.
+    """
+    needed = "model" if config.eval_only else None
     if config.init_from == "scratch":
         return None
     if config.init_from in ("resume", "auto"):
-        found = store.newest_intact(warn)
+        found = store.newest_intact(warn, needed, world)
         if found is None and config.init_from == "resume":
             raise CheckpointError(
                 f"Nothing to resume: {store.folder} holds no checkpoint. Check --out_dir, or start "
@@ -44,9 +48,11 @@ def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str
             )
         return Origin(found) if found else None
     if config.init_from.startswith("hf:"):
-        return Origin(find_folder(config.init_from.removeprefix("hf:")), weights_only=True, huggingface=True)
+        folder = world.from_main(lambda: find_folder(config.init_from.removeprefix("hf:")), "fetching a Hugging Face model")
+        return Origin(folder, weights_only=True, huggingface=True)
     path = config.init_from.removeprefix("weights:")
-    return Origin(find_checkpoint(path, warn), weights_only=path != config.init_from)
+    weights_only = path != config.init_from
+    return Origin(find_checkpoint(path, warn, holding="model" if weights_only else needed, world=world), weights_only)
 
 
 def imported_state(folder: Path) -> dict[str, Any]:
