@@ -289,6 +289,8 @@ def _without_aliases(given: dict[str, Any], where: Callable[[str], str], problem
 
 def describe_type(key: str) -> str:
     """A key's type in words: 'a whole number', "'cosine' or 'linear'"; for a component, what there is."""
+    import model_components  # noqa: F401  registers what a model can be made of
+
     return type_in_words(Literal[tuple(components(key))] if key in COMPONENT_KINDS else type_of(key))
 
 

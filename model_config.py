@@ -2,7 +2,7 @@
 
 `resolve(preset, **overrides)` is the way to make a `ModelConfig`. The tables live here, empty; `model_components.py`
 fills them with its decorators, so that this module can check and name a component without knowing any of them. So whoever
-resolves a model imports `model_components` too, as model_builder, training.train_config and flops_parameter_counting do.
+resolves a model imports `model_components` too, as model_builder, training.train_config and the cost command do.
 
     python -c "from model_components import list_presets; list_presets()"
 """

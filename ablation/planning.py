@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import model_components  # noqa: F401  registers what a model can be made of
 from ablation.sizes import MEASURES, SAYS, TOLERANCE, deviation, matched
 from ablation.variants import Variant, make_variant
 from command_line import UsageError

@@ -200,6 +200,8 @@ _SIZES = (
 
 
 def _resolve(preset: str, overrides: dict) -> ModelConfig:
+    import model_components  # noqa: F401  registers what a model can be made of
+
     try:
         return resolve(preset, **overrides)
     except ValueError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import model_components  # noqa: F401  registers the components, which say what they cost
 from model_config import ModelConfig, Part, component
 
 

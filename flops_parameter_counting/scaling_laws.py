@@ -222,6 +222,8 @@ def candidates(
     on of 128) unless `keys` give head_dim. `keys` are ModelConfig's (vocab_size, block_size …). Raises ValueError when
     none can be built.
     """
+    import model_components  # noqa: F401  registers what a model can be made of
+
     wanted = best_plan(law, compute, unique, max_epochs).parameters
     vocab_size, head_dim = resolve(preset, **keys).vocab_size, keys.get("head_dim") and int(keys["head_dim"])
     found, problem = {}, None
@@ -334,6 +336,8 @@ def read_question(path) -> Question:
             problems.append(f"No dense peak of {gpu.name} in {dtype} is known; name another gear.gpu or gear.dtype.")
     except ValueError as error:
         problems.append(f"gear.gpu: {error}")
+    import model_components  # noqa: F401  registers what a model can be made of
+
     model = dict(sections["model"])
     preset = model.pop("preset", "llama")
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import configurator
+import model_components  # noqa: F401  registers the components, which are listed here
 from configurator import (
     ConfigError,
     Configuration,

@@ -75,15 +75,10 @@ def nearest(name: str, known: dict[str, Path]) -> str | None:
     return name or None
 
 
-def imported_names(path: Path, module: str, at_once: bool = False) -> Iterator[tuple[str, int]]:
-    """(absolute dotted name, line) of what a file imports; of `from x import y` it is 'x.y'.
-
-    at_once: only by statements that stand at the left margin, so are carried out when the module is imported.
-    """
+def imported_names(path: Path, module: str) -> Iterator[tuple[str, int]]:
+    """(absolute dotted name, line) of what a file imports; of `from x import y` it is 'x.y'."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if at_once and getattr(node, "col_offset", 0):
-            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -172,19 +167,19 @@ def test_no_modules_import_each_other_in_a_circle(edges):
     assert circle(edges) is None
 
 
-def test_whoever_resolves_a_model_registers_the_components_first():
-    """model_config.py does not import the components, so that every module which needs them full has to."""
-    files = modules(ROOT)
-    at_once = {
-        module: {nearest(name, files) for name, _ in imported_names(path, module, at_once=True)} for module, path in files.items()
-    }
-    filling, size = {"model_components"}, 0
-    while size < len(filling):
-        size = len(filling)
-        filling |= {module for module, targets in at_once.items() if targets & filling}
-    needs = {"model_config.resolve", "model_config.component", "model_config.components"}
-    needing = {module for module, path in files.items() if needs & {name for name, _ in imported_names(path, module)}}
-    assert len(needing) >= 5 and needing <= filling, needing - filling
+def test_whoever_resolves_a_model_registers_the_components(edges):
+    """model_config.py does not import the components, so every module that makes models or lists components has to."""
+    names = {module: {name for name, _ in imported_names(path, module)} for module, path in modules(ROOT).items()}
+    makers = {module for module, found in names.items() if found & {"model_config.resolve", "model_config.components"}}
+    registering = {module for module, target, _ in edges if target in ("model_components", "model_builder")}
+    assert len(makers) >= 5 and makers <= registering, makers - registering
+
+
+def test_nothing_heavy_is_imported_before_a_program_knows_what_it_is_asked(run_python):
+    programs = [program for program in PROGRAMS if "*" not in program and program != "train"]
+    programs.append("flops_parameter_counting.detailed_cost_analysis")
+    code = f"import sys, {', '.join(programs)}; print(*{{'torch', 'numpy', 'scipy', 'transformers'}} & set(sys.modules))"
+    assert run_python("-c", code, cwd=ROOT).stdout == "\n"
 
 
 # ------------------------------------------------------------------------------------------- does it bite?

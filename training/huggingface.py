@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-import model_components  # noqa: F401  registers what a model is made of
+import model_components  # noqa: F401  registers what a model can be made of
 from model_config import ModelConfig, resolve
 from training.huggingface_families import FAMILIES, ROPE_KEYS, ConversionError, Family, Rule, dropout
 

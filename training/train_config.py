@@ -11,7 +11,6 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import model_components  # noqa: F401  registers what a configuration can choose
 from model_config import ARCHITECTURE_KEYS, OFF_AT_ZERO, PRESETS, ModelConfig, resolve
 from training.registry import OBJECTIVES, OPTIMIZERS, STRATEGIES, Registry
 
@@ -146,6 +145,8 @@ class TrainConfig(_ModelKeys):
 
     def model_config(self, dataset_vocab_size: int | None = None) -> ModelConfig:
         """The model of this run. `vocab_size`: as configured, else the dataset's, else the preset's."""
+        import model_components  # noqa: F401  registers what a model can be made of
+
         keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
         if keys["vocab_size"] is None:
             keys["vocab_size"] = dataset_vocab_size
