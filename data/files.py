@@ -1,4 +1,4 @@
-"""Files that have to be whole: their checksums, and writing that survives a power cut."""
+"""Files that have to be whole: their checksums, writing that survives a power cut, and the error where they are not."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CHUNK_BYTES = 2**20  # read at a time
+from command_line import Failure
+
+READ_BYTES = 2**20  # read at a time
 SAMPLES = 64  # chunks that stand for a file which would take too long to read whole
 
 
+class DatasetError(Failure):
+    """A dataset cannot be used as asked; the message says what, why, and what to do."""
+
+
 def chunks(path: Path, full: bool = True) -> Iterator[bytes]:
-    """The bytes of a file, CHUNK_BYTES at a time: all of them, or SAMPLES chunks spread evenly from its start to its end."""
+    """The bytes of a file, READ_BYTES at a time: all of them, or SAMPLES chunks spread evenly from its start to its end."""
     size = path.stat().st_size
-    offsets = range(0, size, CHUNK_BYTES)
+    offsets = range(0, size, READ_BYTES)
     if not full and len(offsets) > SAMPLES:
         offsets = [offsets[i * (len(offsets) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
     with open(path, "rb") as file:
         for offset in offsets:
             file.seek(offset)
-            yield file.read(CHUNK_BYTES)
+            yield file.read(READ_BYTES)
 
 
 def sha256(path: Path, full: bool = True, moved: Callable[[], None] = lambda: None) -> str:

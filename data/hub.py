@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data.token_dataset import DatasetError
+from data.files import DatasetError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 

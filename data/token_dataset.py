@@ -26,8 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from command_line import Failure
-from data.files import CHUNK_BYTES, chunks, sha256
+from data.files import READ_BYTES, DatasetError, chunks, sha256
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -39,10 +38,6 @@ DECODED_TOKENS = 256  # to see that a tokenizer works
 
 DATA_DIR = Path(__file__).resolve().parent
 PUBLISHING = ".publishing"  # exists while finished files are moved into place: the folder is not consistent
-
-
-class DatasetError(Failure):
-    """A dataset cannot be used as asked; the message says what, why, and what to do."""
 
 
 def resolve_dataset(name_or_path: str | os.PathLike) -> Path:
@@ -175,7 +170,7 @@ class TokenDataset:
             if path.exists():
                 _check_size(path, path.stat().st_size, DTYPES["uint16"])
                 splits[name] = split = TokenSplit(name, [path], DTYPES["uint16"])
-                head = split.read(0, min(len(split), CHUNK_BYTES))
+                head = split.read(0, min(len(split), READ_BYTES))
                 if len(head) >= 64 and head[::2].any() and not head[1::2].any():
                     raise DatasetError(
                         f"{path} has a zero at every second place, so it seems to hold uint32 ids, and "

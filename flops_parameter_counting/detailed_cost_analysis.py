@@ -520,7 +520,7 @@ def _finite(value):
 
 
 def main(argv: list[str]) -> int:
-    """Parse before anything heavy is imported; returns the exit code."""
+    """Answer one question; returns the exit code."""
     return guarded("detailed_cost_analysis.py", argv, lambda: run(parse(argv)))
 
 
