@@ -10,11 +10,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+PROJECT = Path(__file__).resolve().parent  # the folder of the programs, config/ and data/
 OUT_OF_MEMORY = (
     "Out of memory. Halve --batch_size and double --gradient_accumulation_steps (the result stays the "
     "same), or use --activation_checkpointing=full."

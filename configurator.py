@@ -21,7 +21,7 @@ from typing import Any, Literal
 import training.objectives  # these three fill the registries that keys choose from
 import training.optimizers
 import training.parallelism  # noqa: F401
-from command_line import UsageError
+from command_line import PROJECT, UsageError
 from model_config import (
     COMPONENT_KINDS,
     NO,
@@ -31,9 +31,9 @@ from model_config import (
     components,
     did_you_mean,
     expand_pattern,
+    type_in_words,
     usual_d_ff,
 )
-from model_config import describe_type as type_in_words
 from training.train_config import (
     ALIASES,
     EXCLUSIVE,
@@ -47,7 +47,6 @@ from training.train_config import (
 )
 from training_logger import SCHEMA_VERSION
 
-REPOSITORY = Path(__file__).resolve().parent
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that is resumed
 OF_THE_MACHINE = ("parallelism", "hsdp_shard_size", "collective_timeout")  # a resumed run, elsewhere perhaps, is told these anew
 SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
@@ -174,17 +173,17 @@ def _execute(file: Path) -> tuple[str, dict[str, Any]]:
 
 def find_config_file(path: str | Path) -> Path:
     """The file a user means: relative to the working directory, else to the repository. Raises ConfigError."""
-    for candidate in (Path(path).expanduser(), REPOSITORY / path):
+    for candidate in (Path(path).expanduser(), PROJECT / path):
         if candidate.is_file():
             return candidate.resolve()
-    known = {p.name: f"config/{p.name}" for p in sorted((REPOSITORY / "config").glob("*.py"))}
+    known = {p.name: f"config/{p.name}" for p in sorted((PROJECT / "config").glob("*.py"))}
     near = did_you_mean(Path(path).name, known).replace("(did you mean '", "(did you mean 'config/")
     raise ConfigError(f"config file {str(path)!r} does not exist{near}. There is: {', '.join(known.values())}.")
 
 
 def shown(path: Path) -> str:
     """A path as a message shows it: relative to the repository or the working directory where it lies inside."""
-    for root in (REPOSITORY, Path.cwd()):
+    for root in (PROJECT, Path.cwd()):
         if path.is_relative_to(root):
             return str(path.relative_to(root))
     return str(path)

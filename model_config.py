@@ -185,7 +185,7 @@ def is_truth_value(text: str) -> bool:
     return text.lower() in ("true", "false", "0", "1")
 
 
-def describe_type(kind: Any) -> str:
+def type_in_words(kind: Any) -> str:
     """A type in words: 'a whole number', "'cosine' or 'linear'", 'True or False'; that it may be None is not said."""
     words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     pieces = []
@@ -742,7 +742,7 @@ def _converted(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             else:
                 problems.append(f"layer_pattern={value!r} is not a text or a list of block names.")
         elif (as_declared := as_type(kinds[key], value)) is NO:
-            problems.append(f"{key}={value!r} is not {describe_type(kinds[key])}.")
+            problems.append(f"{key}={value!r} is not {type_in_words(kinds[key])}.")
         elif as_declared is not None:
             converted[key] = as_declared
     return converted, problems

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ablation.planning import Plan
+from ablation.planning import StudyPlan
 from ablation.variants import readable
 from comparison.groups import METRICS, Difference
-from comparison.inference import Verdict, adjust, difference
+from comparison.inference import Verdict, adjust, compare_means
 from comparison.report import p_text, percent, sentence
 
 Values = Mapping[tuple, float]  # seeds → a figure
@@ -31,7 +31,7 @@ class Factor:
         return f"{self.key}={readable(self.other)}"
 
 
-def effects_in_words(plan: Plan, values: Mapping[str, Values], metric: str) -> list[str]:
+def effects_in_words(plan: StudyPlan, values: Mapping[str, Values], metric: str) -> list[str]:
     """Sentences: each factor's effect; of each two, which does more; and whether one's effect depends on the other.
 
     `values`: of each variant by name. The effect of a value is the difference of two means over the rest of the grid,
@@ -67,9 +67,9 @@ def effects_in_words(plan: Plan, values: Mapping[str, Values], metric: str) -> l
     pairs = [(one, two) for one, two in itertools.combinations(factors, 2) if one.key != two.key]
     inside = [(effect(one, **{two.key: two.first}), effect(one, **{two.key: two.other})) for one, two in pairs]
     tests = adjust(
-        [difference(zero, effect(factor)) for factor in factors]
-        + [difference(effect(one), effect(two)) for one, two in pairs]
-        + [difference(*sides) for sides in inside]
+        [compare_means(zero, effect(factor)) for factor in factors]
+        + [compare_means(effect(one), effect(two)) for one, two in pairs]
+        + [compare_means(*sides) for sides in inside]
     )
     alone, between, depending = (tests[: len(factors)], tests[len(factors) : -len(pairs)], tests[-len(pairs) :])
     size = {factor: f"{test.difference:+.4f}" for factor, test in zip(factors, alone)}

@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ablation.planning import Plan, Seeds
+from ablation.planning import Seeds, StudyPlan
 from ablation.variants import Variant
-from command_line import Failure, UsageError, duration
+from command_line import PROJECT, Failure, UsageError, duration
 from comparison.runs import RunSummary, load_runs
 from training.checkpoint import CheckpointError, CheckpointStore
 from training.report import Display
 from training.train_config import TrainConfig
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 OUTPUT = "output.txt"  # what train.py prints, in the run's folder
 LOOK = 0.2  # seconds between two looks at the running processes
 LAST_LINES = 5  # of the output of a run that failed
@@ -85,7 +84,7 @@ class Job:
 class Study:
     """Runs the jobs of a plan. `stopped`: how often somebody asked it to stop."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: StudyPlan):
         """Looks at what is there already. Raises UsageError where a folder holds something else."""
         self.plan, self.display, self.stopped = plan, Display(), 0
         varied = list(plan.levels)
@@ -175,7 +174,7 @@ class Study:
         job.started = time.monotonic()
         with open(job.folder / OUTPUT, "ab") as output:
             job.process = subprocess.Popen(
-                [sys.executable, str(TRAIN), *job.arguments],
+                [sys.executable, str(PROJECT / "train.py"), *job.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""A command line → a Plan: every run of a study, checked before the first one starts."""
+"""A command line → a StudyPlan: every run of a study, checked before the first one starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Seeds = tuple[int, int]  # (seed, data_seed)
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class StudyPlan:
     """All that a study will run. `levels`: the values of each varied key, the config's own first where it is one."""
 
     config_file: str | None
@@ -63,7 +63,7 @@ class Plan:
         return [*([self.config_file] if self.config_file else []), *(f"--{key}={text}" for key, text in given.items())]
 
 
-def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> Plan:
+def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
     """The study that a command line asks for: ablate.py's own options, and what goes to train.py.
 
     Raises UsageError with all problems there are.
@@ -94,12 +94,12 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> Plan:
     if options.match != "none":
         variants = [_or_problem(variant, base, options.match, config_file, problems) for variant in variants]
     if not options.force:
-        problems += not_comparable(variants, base)
+        problems += comparison_problems(variants, base)
     if problems:
         raise UsageError("\n".join(dict.fromkeys(problems)))
     levels = {key: sorted(values.values(), key=lambda value: value != base.choice[key]) for key, values in asked.items()}
     seeds = tuple((base.train.seed + i, base.train.data_seed + i) for i in range(options.seeds))
-    return Plan(
+    return StudyPlan(
         config_file,
         levels,
         tuple(variants),
@@ -203,7 +203,7 @@ def _or_problem(variant: Variant, base: Variant, match: str, config_file: str | 
         return variant
 
 
-def not_comparable(variants: Sequence[Variant], base: Variant) -> list[str]:
+def comparison_problems(variants: Sequence[Variant], base: Variant) -> list[str]:
     """Why losses of these variants would say nothing about each other, as far as it is known before training."""
     found = []
     for variant in variants:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from command_line import Failure, UsageError
-from comparison.inference import Estimate, Verdict, adjust, difference, estimate
+from comparison.inference import Estimate, Verdict, adjust, compare_means, estimate
 from comparison.runs import RunSummary
 from model_config import ModelConfig, did_you_mean
 from training.train_config import KEYS
@@ -342,7 +342,7 @@ def compare(
     ordered = sorted(groups, key=lambda group: (group.mean(metric) is None, group.mean(metric)))
     pairs = [(base, group) for group in ordered if group is not base] if base else itertools.combinations(ordered, 2)
     pairs = [(a, b) for a, b in pairs if values[a.name] and values[b.name]]
-    tests = adjust([difference(values[a.name], values[b.name]) for a, b in pairs])
+    tests = adjust([compare_means(values[a.name], values[b.name]) for a, b in pairs])
     sentences = {run.name: [p.sentence for p in problems if p.run == run.name] for run in runs}
     differences = tuple(
         Difference(a.name, b.name, test, tuple(s for group in (a, b) for run in group.runs for s in sentences[run.name]))

@@ -65,7 +65,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(len(values), mean, sd, mean - half, mean + half)
 
 
-def difference(a: Mapping, b: Mapping) -> Verdict:
+def compare_means(a: Mapping, b: Mapping) -> Verdict:
     """mean(b) − mean(a) of figures by seed, tested; Holm's adjustment is for `adjust` to make.
 
     Paired where every seed of the smaller side (two at least) is one of the other's too: then the scatter that a seed

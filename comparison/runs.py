@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_line import Failure
+from command_line import PROJECT, Failure
 from training_logger import read_run
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FINISHED = ("finished", "out of patience")  # outcomes of a run that ended by its own rule
 LAST_PART = 0.1  # train_loss is the mean over this last part of the run
 POSITION = ("step", "tokens", "seconds")  # where a point of a curve lies
@@ -156,7 +155,7 @@ class _Logs:
         if not _continues(self.documents[key]):
             return []
         recorded = _stem(Path(self.documents[key]["resumed_from"]["run"]))
-        places = key.parent / recorded.name, recorded, REPOSITORY / recorded
+        places = key.parent / recorded.name, recorded, PROJECT / recorded
         return [place for place in places if place.resolve() != key]
 
     def parent(self, key: Path) -> Path | None:

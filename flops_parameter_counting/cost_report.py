@@ -6,7 +6,7 @@ import argparse
 import math
 
 from command_line import Failure, duration, short, text_table
-from flops_parameter_counting.scaling_laws import LAWS, ScalingLaw, best_plan, isoflop
+from flops_parameter_counting.scaling_laws import LAWS, ScalingLaw, best_allocation, isoflop
 
 # ------------------------------------------------------------------------------------------- tables
 
@@ -257,14 +257,14 @@ def plot(path: str, law: ScalingLaw, compute: float, unique: float = math.inf, p
     for one in {**LAWS, law.name: law}.values():
         left.plot(
             budgets,
-            [best_plan(one, budget).loss for budget in budgets],
+            [best_allocation(one, budget).loss for budget in budgets],
             label=one.name,
             linewidth=2.2 if one.name == law.name else 1.2,
         )
     if unique < math.inf:
         left.plot(
             budgets,
-            [best_plan(law, budget, unique).loss for budget in budgets],
+            [best_allocation(law, budget, unique).loss for budget in budgets],
             "--",
             color="black",
             linewidth=1.2,
@@ -283,7 +283,7 @@ def plot(path: str, law: ScalingLaw, compute: float, unique: float = math.inf, p
         curve = isoflop(law, compute * factor, unique=unique)
         colour = pyplot.get_cmap("viridis")(0.85 - 0.25 * i)
         right.plot([n for n, _, _ in curve], [loss for _, _, loss in curve], color=colour, label=f"{compute * factor:.2g} FLOPs")
-        plan = best_plan(law, compute * factor, unique)
+        plan = best_allocation(law, compute * factor, unique)
         optima.append((plan.parameters, plan.loss))
     right.plot(*zip(*optima), "o--", color="black", markersize=5, linewidth=0.8, label="best N")
     if point:

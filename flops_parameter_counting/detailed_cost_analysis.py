@@ -20,11 +20,10 @@ import math
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # run as a script, this folder comes first on the path, and flops.py would hide the package
-    sys.path[0] = str(PROJECT)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from command_line import Parser, UsageError, guarded
+from command_line import PROJECT, Parser, UsageError, guarded
 from flops_parameter_counting.cost_report import plot, show_backward, show_cost, show_grid, show_validation
 from flops_parameter_counting.flops import breakdown, elementwise, flops_per_token
 from flops_parameter_counting.hardware import GPUS, find_gpu
@@ -34,7 +33,7 @@ from flops_parameter_counting.scaling_laws import (
     Candidate,
     Question,
     ScalingLaw,
-    best_plan,
+    best_allocation,
     candidates,
     embedding_parameters,
     positive,
@@ -422,7 +421,7 @@ def grid_search(options: argparse.Namespace) -> dict:
 
 
 def _plan(law: ScalingLaw, compute: float, unique: float = math.inf, max_epochs: float = math.inf) -> dict:
-    plan = best_plan(law, compute, unique, max_epochs)
+    plan = best_allocation(law, compute, unique, max_epochs)
     return dict(
         parameters=plan.parameters,
         tokens=plan.tokens,

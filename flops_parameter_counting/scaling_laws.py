@@ -134,7 +134,7 @@ LAWS: dict[str, ScalingLaw] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Allocation:
     """A model size and a number of tokens for a budget: parameters, tokens, FLOPs spent (6·N·D) and predicted loss."""
 
     parameters: float
@@ -143,7 +143,7 @@ class Plan:
     loss: float
 
 
-def best_plan(law: ScalingLaw, compute: float, unique: float = math.inf, max_epochs: float = math.inf) -> Plan:
+def best_allocation(law: ScalingLaw, compute: float, unique: float = math.inf, max_epochs: float = math.inf) -> Allocation:
     """The lowest loss for at most `compute` FLOPs (6·N·D) with `unique` tokens seen at most `max_epochs` times.
 
     The closed form where the data are enough; else searched, as repeated tokens count for less. A budget that the data
@@ -154,7 +154,7 @@ def best_plan(law: ScalingLaw, compute: float, unique: float = math.inf, max_epo
     n, d = law.optimum(compute)
     most = unique * max_epochs
     if d <= min(unique, most):
-        return Plan(n, d, compute, law.loss(n, d))
+        return Allocation(n, d, compute, law.loss(n, d))
 
     def tokens(n: float) -> float:
         return min(compute / (6 * n), most)  # of those that n parameters may see, the most: they never hurt
@@ -166,7 +166,7 @@ def best_plan(law: ScalingLaw, compute: float, unique: float = math.inf, max_epo
     grid = [low + (high - low) * i / 400 for i in range(401)]
     nearest = min(range(401), key=lambda i: loss(grid[i]))
     n = math.exp(golden_section(loss, grid[max(0, nearest - 1)], grid[min(400, nearest + 1)]))
-    return Plan(n, tokens(n), 6 * n * tokens(n), loss(math.log(n)))
+    return Allocation(n, tokens(n), 6 * n * tokens(n), loss(math.log(n)))
 
 
 def golden_section(function, low: float, high: float, tolerance: float = 1e-10) -> float:
@@ -224,7 +224,7 @@ def candidates(
     """
     import model_components  # noqa: F401  registers what a model can be made of
 
-    wanted = best_plan(law, compute, unique, max_epochs).parameters
+    wanted = best_allocation(law, compute, unique, max_epochs).parameters
     vocab_size, head_dim = resolve(preset, **keys).vocab_size, keys.get("head_dim") and int(keys["head_dim"])
     found, problem = {}, None
     for width in _WIDTHS:

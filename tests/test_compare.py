@@ -23,7 +23,7 @@ import compare_architectures
 import training_logger
 from command_line import Failure, UsageError
 from comparison import NotComparable, compare, group_runs, load_runs, table
-from comparison.inference import ALPHA, POWER, Verdict, adjust, detectable, difference, estimate
+from comparison.inference import ALPHA, POWER, Verdict, adjust, compare_means, detectable, estimate
 from comparison.report import sentence
 from configurator import configure
 from model_config import resolve
@@ -150,7 +150,7 @@ SLEEP_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 
 
 def test_students_sleep_data_gives_the_published_paired_test():
-    [test] = adjust([difference(dict(enumerate(SLEEP_2)), dict(enumerate(SLEEP_1)))])
+    [test] = adjust([compare_means(dict(enumerate(SLEEP_2)), dict(enumerate(SLEEP_1)))])
     assert test.method == "paired t" and test.freedom == 9 and test.n == (10, 10)
     assert test.difference / test.error == pytest.approx(-4.0621, abs=5e-5)
     assert test.p == test.p_holm == pytest.approx(0.002833, abs=5e-7)
@@ -159,7 +159,7 @@ def test_students_sleep_data_gives_the_published_paired_test():
 
 
 def test_students_sleep_data_gives_the_published_welch_test():
-    [test] = adjust([difference(dict(enumerate(SLEEP_2)), {100 + i: value for i, value in enumerate(SLEEP_1)})])
+    [test] = adjust([compare_means(dict(enumerate(SLEEP_2)), {100 + i: value for i, value in enumerate(SLEEP_1)})])
     assert test.method == "Welch t" and test.freedom == pytest.approx(17.776, abs=5e-4)
     assert test.p == pytest.approx(0.07939, abs=5e-6)
     assert (test.low, test.high) == pytest.approx((-3.3654832, 0.2054832), abs=5e-8)
@@ -170,12 +170,12 @@ def test_students_sleep_data_gives_the_published_welch_test():
 def test_tests_and_intervals_are_scipys(a, b):
     random = numpy.random.default_rng(a * 100 + b)
     left, right = random.normal(3, 0.1, a), random.normal(3.1, 0.3, b)
-    [test] = adjust([difference({("a", i): x for i, x in enumerate(left)}, {("b", i): x for i, x in enumerate(right)})])
+    [test] = adjust([compare_means({("a", i): x for i, x in enumerate(left)}, {("b", i): x for i, x in enumerate(right)})])
     expected = scipy.stats.ttest_ind(right, left, equal_var=False)
     assert test.p == pytest.approx(expected.pvalue, rel=1e-9)
     assert (test.low, test.high) == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
     if a == b:
-        [test] = adjust([difference(dict(enumerate(left)), dict(enumerate(right)))])
+        [test] = adjust([compare_means(dict(enumerate(left)), dict(enumerate(right)))])
         expected = scipy.stats.ttest_rel(right, left)
         assert test.p == pytest.approx(expected.pvalue, rel=1e-9)
         assert (test.low, test.high) == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
@@ -187,10 +187,10 @@ def test_tests_and_intervals_are_scipys(a, b):
 
 def test_pairing_needs_every_seed_of_the_smaller_side():
     three = {1: 1.0, 2: 1.2, 3: 1.1}
-    assert difference(three, {1: 2.0, 2: 2.3, 3: 2.1}).method == "paired t"
-    assert difference(three, {1: 2.0, 2: 2.3}).method == "paired t"
-    assert difference(three, {1: 2.0, 2: 2.3, 7: 2.1}).method == "Welch t"
-    single = difference(three, {1: 2.0})
+    assert compare_means(three, {1: 2.0, 2: 2.3, 3: 2.1}).method == "paired t"
+    assert compare_means(three, {1: 2.0, 2: 2.3}).method == "paired t"
+    assert compare_means(three, {1: 2.0, 2: 2.3, 7: 2.1}).method == "Welch t"
+    single = compare_means(three, {1: 2.0})
     assert single.method is None and single.p is None and single.shown is None
     assert single.difference == pytest.approx(0.9) and single.n == (3, 1)
 
@@ -207,7 +207,7 @@ def test_an_interval_holds_zero_exactly_where_no_difference_is_shown():
     random, seen = numpy.random.default_rng(1), set()
     for _ in range(60):
         groups = [dict(enumerate(random.normal(mean, 0.1, 4))) for mean in random.choice([3.0, 3.1, 3.3], 4)]
-        for test in adjust([difference(groups[0], other) for other in groups[1:]]):
+        for test in adjust([compare_means(groups[0], other) for other in groups[1:]]):
             assert test.shown == (not test.low <= 0 <= test.high)
             seen.add(test.shown)
     assert seen == {True, False}
@@ -218,7 +218,7 @@ def test_groups_of_one_distribution_are_told_apart_no_oftener_than_promised():
     false = 0
     for _ in range(families):
         groups = [dict(enumerate(random.normal(3, 0.1, 3))) for _ in range(3)]
-        tests = adjust([difference(groups[a], groups[b]) for a, b in ((0, 1), (0, 2), (1, 2))])
+        tests = adjust([compare_means(groups[a], groups[b]) for a, b in ((0, 1), (0, 2), (1, 2))])
         false += any(test.shown for test in tests)
     assert false <= families * ALPHA + 4 * math.sqrt(families * ALPHA * (1 - ALPHA))
 
@@ -235,7 +235,7 @@ def test_the_detectable_difference_is_detected_with_the_power_it_is_named_for(fr
 
 def test_repetitions_without_scatter_agree_or_differ():
     same, other = {1: 2.0, 2: 2.0}, {1: 3.0, 2: 3.0}
-    tests = adjust([difference(same, dict(same)), difference(same, other)])
+    tests = adjust([compare_means(same, dict(same)), compare_means(same, other)])
     assert [(t.p_holm, t.shown, t.low, t.high) for t in tests] == [(1.0, False, 0.0, 0.0), (0.0, True, 1.0, 1.0)]
 
 

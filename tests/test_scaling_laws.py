@@ -15,7 +15,7 @@ from flops_parameter_counting.parameters import count_parameters
 from flops_parameter_counting.scaling_laws import (
     LAWS,
     ScalingLaw,
-    best_plan,
+    best_allocation,
     candidates,
     effective,
     embedding_parameters,
@@ -123,10 +123,10 @@ def test_a_limited_dataset_is_charged_for_repeats_and_for_excess_parameters():
 
 @pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: law.name)
 def test_enough_data_change_nothing_and_fewer_cost_loss(law):
-    free = best_plan(law, 1e21)
+    free = best_allocation(law, 1e21)
     assert (free.parameters, free.tokens) == law.optimum(1e21)
-    assert best_plan(law, 1e21, unique=free.tokens * 1.01) == free
-    losses = [best_plan(law, 1e21, unique=free.tokens * share).loss for share in (1.0, 0.5, 0.1, 0.02)]
+    assert best_allocation(law, 1e21, unique=free.tokens * 1.01) == free
+    losses = [best_allocation(law, 1e21, unique=free.tokens * share).loss for share in (1.0, 0.5, 0.1, 0.02)]
     assert losses[0] == pytest.approx(free.loss, rel=1e-9) and all(a < b for a, b in zip(losses, losses[1:]))
     for n, d in ((free.parameters, free.tokens), (free.parameters / 3, free.tokens)):
         assert law.loss_with_repeats(n, d, free.tokens) == pytest.approx(law.loss(n, d), rel=1e-9)
@@ -137,7 +137,7 @@ def test_enough_data_change_nothing_and_fewer_cost_loss(law):
 @pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: law.name)
 def test_no_plan_within_the_limits_is_better_than_the_best_plan(law, max_epochs):
     compute, unique = 1e21, law.optimum(1e21)[1] / 20
-    plan = best_plan(law, compute, unique, max_epochs)
+    plan = best_allocation(law, compute, unique, max_epochs)
     assert plan.compute == pytest.approx(6 * plan.parameters * plan.tokens) and plan.compute <= compute * (1 + 1e-9)
     assert plan.tokens <= unique * max_epochs * (1 + 1e-9)
     rng = numpy.random.default_rng(0)
@@ -150,7 +150,7 @@ def test_no_plan_within_the_limits_is_better_than_the_best_plan(law, max_epochs)
 @pytest.mark.parametrize("limits", [dict(unique=0), dict(unique=-1e9), dict(unique=1e9, max_epochs=0)], ids=str)
 def test_limits_that_leave_no_data_are_refused(limits):
     with pytest.raises(ValueError, match="must be positive"):
-        best_plan(LAWS["hoffmann"], 1e20, **limits)
+        best_allocation(LAWS["hoffmann"], 1e20, **limits)
 
 
 # ------------------------------------------------------------------------------------------- models one can build
@@ -175,7 +175,7 @@ def test_candidates_can_be_built_cost_what_they_say_and_lie_near_the_best(law, p
         assert embedding_parameters(one.config) == sum(table.numel() for table in tables)
         n = one.parameters - (0 if law.embeddings else embedding_parameters(one.config))
         assert one.loss == pytest.approx(law.loss(n, one.tokens))
-    assert found[0].loss == pytest.approx(best_plan(law, compute).loss, rel=0.03)  # FLOPs a token are not quite 6·N
+    assert found[0].loss == pytest.approx(best_allocation(law, compute).loss, rel=0.03)  # FLOPs a token are not quite 6·N
 
 
 def test_candidates_stay_within_the_data():

@@ -39,7 +39,7 @@ from data.files import fsync
 from training.manifest import (
     FORMAT_VERSION,
     CheckpointError,
-    Entry,
+    FileEntry,
     UnknownFormat,
     UnlistedFile,
     as_json,
@@ -238,7 +238,7 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
-        def write() -> tuple[dict[str, Entry], tuple[str, ...]]:
+        def write() -> tuple[dict[str, FileEntry], tuple[str, ...]]:
             """This process's tensor files as the manifest lists them; weights that are not finite."""
             entries, not_finite = {}, []
 

@@ -45,7 +45,7 @@ def check_export(checkpoint: Path, folder: Path) -> str:
     return found["said"]
 
 
-def compare(checkpoint: Path, folder: Path) -> dict[str, Any]:
+def compare_logits(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """`problem`: a sentence, or None where the folder is the checkpoint's model; `said`: what was compared."""
     try:
         import transformers
@@ -127,12 +127,12 @@ def _shape_problem(folder: Path, checkpoint: Path) -> str | None:
 
     from model_config import ModelConfig
     from training.checkpoint import read_state
-    from training.huggingface_files import read_config, stored_tensors
+    from training.huggingface_files import read_config, tensors_on_disk
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # tied ones once
-    found = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
+    found = {name: tensor.shape for name, tensor in tensors_on_disk(folder).items()}
     astray = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if astray:
         name = astray[0]
@@ -148,11 +148,11 @@ def _shape_problem(folder: Path, checkpoint: Path) -> str | None:
 
 def _bytes_of(folder: Path) -> int:
     """Memory that one fp32 model and its logits take."""
-    from training.huggingface_files import read_config, stored_tensors
+    from training.huggingface_files import read_config, tensors_on_disk
 
     config = read_config(folder)
-    numbers = sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
-    largest = max(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors_on_disk(folder).values())
+    largest = max(math.prod(tensor.shape) for tensor in tensors_on_disk(folder).values())
     return 4 * (numbers + 2 * largest + 4 * ROWS * TOKENS * config.vocab_size)
 
 
@@ -175,8 +175,8 @@ def _free_bytes() -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Print what `compare` finds as JSON."""
-    print(json.dumps(compare(Path(argv[0]), Path(argv[1]))))
+    """Print what `compare_logits` finds as JSON."""
+    print(json.dumps(compare_logits(Path(argv[0]), Path(argv[1]))))
     return 0
 
 

@@ -26,7 +26,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _PIECE_BYTES = 64 << 20  # of what is compared at a time
 
 
-class Stored(NamedTuple):
+class TensorOnDisk(NamedTuple):
     """Where a tensor lies, its dtype as safetensors names it, and its shape."""
 
     file: Path
@@ -177,11 +177,11 @@ def load_weights(
         put(parameter, tensor.to(parameter.dtype))
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def tensors_on_disk(folder: Path) -> dict[str, TensorOnDisk]:
     """Every tensor that from_pretrained would find in a folder, from the files' headers. Raises ConversionError."""
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorOnDisk] = {}
     for path in _tensor_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -189,7 +189,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                     if name in found:
                         raise ConversionError(f"{name} is in {found[name].file} and in {path}; which of the two counts?")
                     piece = file.get_slice(name)
-                    found[name] = Stored(path, piece.get_dtype(), tuple(piece.get_shape()))
+                    found[name] = TensorOnDisk(path, piece.get_dtype(), tuple(piece.get_shape()))
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{path} cannot be read: it is damaged or not whole ({error}); fetch it again.") from error
     return found
@@ -227,13 +227,13 @@ def _tensor_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _places(folder: Path, config: ModelConfig) -> list[tuple[Rule, str, Stored]]:
+def _places(folder: Path, config: ModelConfig) -> list[tuple[Rule, str, TensorOnDisk]]:
     """For each tensor of the model: its rule, the name under which it is stored, and where.
 
     Raises ConversionError where they do not fit: all that is missing or left over is named.
     """
     model_type = _read_json(folder / "config.json")["model_type"]
-    family, stored, shapes = FAMILIES[model_type], stored_tensors(folder), _shapes(config)
+    family, stored, shapes = FAMILIES[model_type], tensors_on_disk(folder), _shapes(config)
     places, missing = [], []
     for rule in tensor_rules(config, model_type):
         # A base model, without its head, is stored without the prefix; of tied tables either one may be there.
@@ -298,7 +298,7 @@ def _tensor(path: Path, name: str, rows: slice = slice(None)) -> Tensor:
 
 def _has_another_head(folder: Path, config: ModelConfig) -> bool:
     """Whether the files hold a head besides the embedding's table, with other values."""
-    stored, model_type = stored_tensors(folder), _read_json(folder / "config.json")["model_type"]
+    stored, model_type = tensors_on_disk(folder), _read_json(folder / "config.json")["model_type"]
     table = next(rule.theirs for rule in tensor_rules(config, model_type) if rule.ours == ("embedding.weight",))
     table = table if table in stored else table.removeprefix(FAMILIES[model_type].prefix)
     if table not in stored or _HEAD not in stored:

@@ -26,7 +26,7 @@ _TENSOR_FILES = frozenset(  # what may hold tensors, for us or for others who re
     + (".gguf", ".ggml", ".h5", ".hdf5", ".msgpack", ".onnx")
 )
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
-Entry = dict[str, Any]  # of the manifest: bytes, sha256, and what kinds of tensors a tensor file holds
+FileEntry = dict[str, Any]  # of the manifest: bytes, sha256, and what kinds of tensors a tensor file holds
 
 
 class CheckpointError(Failure):
@@ -53,7 +53,7 @@ def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[st
 # ------------------------------------------------------------------------------------------- reading
 
 
-def listed_files(checkpoint: Path) -> dict[str, Entry]:
+def listed_files(checkpoint: Path) -> dict[str, FileEntry]:
     """The manifest's files: name → {bytes, sha256, holds}.
 
     Raises CheckpointError where the manifest is not one, or names what is not a file of this folder; UnknownFormat where it
@@ -78,7 +78,7 @@ def _is_entry(entry: object) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
-def _unlisted(checkpoint: Path, files: dict[str, Entry]) -> Iterator[Path]:
+def _unlisted(checkpoint: Path, files: dict[str, FileEntry]) -> Iterator[Path]:
     """Files with tensors or a tokenizer, and links to other folders, that the manifest does not list."""
     for folder, folders, names in os.walk(checkpoint):
         here = Path(folder)
@@ -168,19 +168,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- writing
 
 
-def tensor_entry(written: Written, names: Iterable[str]) -> Entry:
+def tensor_entry(written: Written, names: Iterable[str]) -> FileEntry:
     """A tensor file as the manifest lists it."""
     return {"bytes": written.bytes, "sha256": written.sha256, "holds": sorted(set(map(kind_of, names)))}
 
 
-def write_bytes(path: Path, data: bytes) -> Entry:
+def write_bytes(path: Path, data: bytes) -> FileEntry:
     """Write a small file for good; as the manifest lists it."""
     with HashedStream(path) as stream:
         stream.write(data)
     return {"bytes": stream.size, "sha256": stream.sha256}
 
 
-def write_manifest(folder: Path, files: dict[str, Entry], number: int) -> None:
+def write_manifest(folder: Path, files: dict[str, FileEntry], number: int) -> None:
     """Write what makes a folder a checkpoint: its files, and the how many-th save of its run it is."""
     document = {"format_version": FORMAT_VERSION, "number": number, "files": dict(sorted(files.items()))}
     write_bytes(folder / "manifest.json", as_json(document))
