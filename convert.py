@@ -94,6 +94,7 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     from model_config import ModelConfig
     from training.checkpoint import find_checkpoint, load_tensors, read_state, tokenizer_files
     from training.huggingface import config_to_hf, tensor_rules
+    from training.huggingface_families import ConversionError
 
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty; choose a new folder.")
@@ -113,7 +114,10 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
             whole = rule.to_theirs(
                 {name.removeprefix("model."): t[: config.vocab_size] if table else t for name, t in ours.items()}
             )
-            yield rule.theirs, whole.to(getattr(torch, others.get(rule.theirs, usual)))
+            rounded = whole.to(getattr(torch, others.get(rule.theirs, usual)))
+            if whole.isfinite().all() and not rounded.isfinite().all():
+                raise ConversionError(f"{rule.theirs} has numbers beyond the range of {rounded.dtype}; use --dtype=bfloat16.")
+            yield rule.theirs, rounded
 
     target.mkdir(parents=True, exist_ok=True)
     write_sharded(target, tensors())
@@ -234,8 +238,8 @@ def main(argv: list[str]) -> int:
                 + (f"; uploaded to {options.push}" if options.push else "")
             )
             return 0
-        if options.dtype or options.push:
-            raise UsageError("--dtype and --push are for an export, but the source is not a kitbash checkpoint.")
+        if options.dtype or options.push or not options.check:
+            raise UsageError("--dtype, --no_check and --push are for an export, but the source is not a kitbash checkpoint.")
         checkpoint = import_model(options.source, target)
         print(f"{checkpoint}: sample it with python sample.py {target}, train on from it with --init_from=weights:{target}")
         return 0

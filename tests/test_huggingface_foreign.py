@@ -23,7 +23,7 @@ from huggingface_models import (
     saved_folder,
     transformers,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import convert
 from training.checkpoint import load_model
@@ -118,6 +118,7 @@ FILES = [
     ("gemma2", dict(sliding_window=3, layer_types=[FULL, FULL]), None),
     ("gemma2", dict(sliding_window=None), "?"),
     ("gemma2", dict(sliding_window=None, layer_types=[FULL, FULL]), "?"),
+    ("llama", dict(use_bidirectional_attention=False, layer_types=None), None),
     ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
     ("gpt2", dict(), None),
     ("gpt2", dict(resid_pdrop=0.0, embd_pdrop=0.1, attn_pdrop=0.2, reorder_and_upcast_attn=True), None),
@@ -178,7 +179,7 @@ def test_without_transformers_a_file_means_the_same_or_is_refused(monkeypatch):
 
 def same_as_from_pretrained(folder: Path) -> bool:
     tokens = torch.arange(2 * T).view(2, T) * 7 % 61
-    expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     return bool((load_model(folder)[0](tokens) - expected).abs().max() < 1e-5)
 
 
@@ -225,6 +226,16 @@ def test_masks_and_frequencies_that_old_files_keep_are_no_weights(tmp_path):
         tmp_path / "llama", lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     )
     assert same_as_from_pretrained(tmp_path / "gpt2") and same_as_from_pretrained(tmp_path / "llama")
+
+
+def test_a_base_model_without_its_head_is_read_where_the_head_is_the_embedding(tmp_path):
+    for tied in (True, False):
+        model = saved_folder(tmp_path / str(tied), "qwen3", tie_word_embeddings=tied)
+        model.model.save_pretrained(tmp_path / str(tied))
+        names = load_file(tmp_path / str(tied) / "model.safetensors").keys()
+        assert "norm.weight" in names and "lm_head.weight" not in names
+    assert same_as_from_pretrained(tmp_path / "True")
+    assert "lm_head.weight" in refusal(tmp_path / "False")  # transformers would draw one at random
 
 
 def test_a_head_of_its_own_counts_though_the_file_says_tied(tmp_path):

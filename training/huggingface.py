@@ -38,6 +38,7 @@ _INERT = frozenset(_INERT_KEYS.split())
 # Keys that the code of every family heeds, whether its class names them or not → what they must be.
 _NEUTRAL = {
     "is_causal": True,
+    "use_bidirectional_attention": False,
     "pruned_heads": {},
     "add_cross_attention": False,
     "per_layer_config": None,
@@ -96,7 +97,7 @@ def _ask_class(family: Family, hf: dict[str, Any]) -> tuple[dict[str, Any], dict
         return None
     with _quiet():
         try:
-            config = kind.from_dict(copy.deepcopy(hf))
+            config = kind.from_dict({key: value for key, value in copy.deepcopy(hf).items() if value != {}})
             if hasattr(config, "standardize_rope_params"):
                 config.standardize_rope_params()  # as building the model does, with the attributes set by now
         except Exception as error:  # each version and each key has errors of its own kind

@@ -100,10 +100,8 @@ def source_of(folder: Path, name: str) -> dict[str, Any]:
     hf = _read_json(folder / "config.json")
     stored = {rule.theirs: _DTYPES[tensor.dtype] for rule, _, tensor in _places(folder, read_config(folder))}
     usual = Counter(stored.values()).most_common(1)[0][0]
-    try:
-        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        generation = None
+    said = folder / "generation_config.json"
+    generation = _read_json(said) if said.is_file() else None
     return dict(
         huggingface=name,
         config=hf,
