@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 # Before PyTorch is imported, and for every process that a test starts. Tests run side by side, so each has one thread; a
@@ -41,6 +42,28 @@ TINY_RUN = (  # a run of train.py that takes a second
     "--dtype=float32",
     "--threads=1",
 )
+
+
+@functools.cache
+def pytorchs_flops(config) -> tuple[int, int]:
+    """FLOPs of a forward and of a backward pass over 2 × block_size tokens, by PyTorch's own counter.
+
+    Attention is made to run as its two written-out products: fused kernels are counted otherwise. On the meta device the
+    counts are the same, but each operation takes five times as long there, in Python.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from model_builder import build_model
+
+    model, tokens = build_model(config), torch.zeros(2, config.block_size, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            logits = model(tokens)
+        with FlopCounterMode(display=False) as backward:
+            logits.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
 
 
 @pytest.fixture(autouse=True)
