@@ -184,7 +184,8 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # reshape keeps the stride of a dimension of one
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def is_finite(tensor: Tensor) -> bool:
