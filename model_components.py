@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from model_config import ModelConfig, Part, component, linear_part, list_components, list_presets, register  # noqa: F401
 
@@ -148,7 +149,7 @@ def auxiliary_losses(weight: Tensor) -> Iterator[AuxiliaryLosses]:
         _active.reset(token)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # as torch.compiler.disable, which would import the whole compiler here and now
 def attach_auxiliary_loss(x: Tensor, name: str, loss: Tensor) -> Tensor:
     """x (…, D), unchanged, with a loss attached to it: the way for a component to add to the loss of training.
 

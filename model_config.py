@@ -249,13 +249,19 @@ class ModelConfig:
     norm_eps: float = _key("added to the variance before the square root")
     activation: str = _key("non-linearity of the feed-forward")
     ffn_type: str = _key("kind of feed-forward")
-    position_encoding: str = _key("how positions enter")
+    position_encoding: str = _key("how the positions of tokens enter the model")
     rope_theta: float | None = _key("base of the RoPE frequencies (RoPE only)", default=None)
     rope_scaling: str | None = _key("stretches RoPE beyond the context it was trained for (RoPE only) [none]", default=None)
     rope_factor: float | None = _key("by how much rope_scaling stretches [8]", default=None)
-    rope_low_freq_factor: float | None = _key("llama3 scaling: wavelengths above original / this are stretched [1]", default=None)
-    rope_high_freq_factor: float | None = _key("llama3 scaling: wavelengths below original / this stay [4]", default=None)
-    rope_original_context: int | None = _key("llama3 scaling: context of the original training [8192]", default=None)
+    rope_low_freq_factor: float | None = _key(
+        "rope_scaling=llama3 stretches wavelengths above rope_original_context / this [1]", default=None
+    )
+    rope_high_freq_factor: float | None = _key(
+        "rope_scaling=llama3 keeps wavelengths below rope_original_context / this [4]", default=None
+    )
+    rope_original_context: int | None = _key(
+        "context that rope_scaling=llama3 takes for the one trained with [8192]", default=None
+    )
     norm_position: str = _key("where the norm sits in a residual branch")
     layer_pattern: tuple[str, ...] = _key(
         "block of each layer, comma-separated, repeated to n_layer; name*k stands for k of them"

@@ -177,8 +177,9 @@ def test_whoever_resolves_a_model_registers_the_components(edges):
 
 def test_nothing_heavy_is_imported_before_a_program_knows_what_it_is_asked(run_python):
     programs = [program for program in PROGRAMS if "*" not in program and program != "train"]
-    code = f"import sys, {', '.join(programs)}; print(*{{'torch', 'numpy', 'scipy', 'transformers'}} & set(sys.modules))"
-    assert run_python("-c", code, cwd=ROOT).stdout == "\n"
+    code = f"import sys, {', '.join(programs)}; print({{'torch', 'numpy', 'scipy', 'transformers'}} & set(sys.modules))\n"
+    code += "import train; print({'torch._dynamo', 'sympy', 'transformers', 'datasets', 'scipy'} & set(sys.modules))"
+    assert run_python("-c", code, cwd=ROOT).stdout == "set()\nset()\n"
 
 
 # ------------------------------------------------------------------------------------------- does it bite?

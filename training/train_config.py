@@ -63,20 +63,24 @@ class TrainConfig(_ModelKeys):
     )
     eval_only: bool = _key(False, "evaluate once and stop; writes no checkpoint", "run")
     notice: str = _key("", "one line to print at the start", "run")
-    seed: int = _key(1337, "of the initial weights and of dropout", "run", resume="fixed")
+    seed: int = _key(1337, "random seed of the initial weights and of dropout", "run", resume="fixed")
 
     dataset: str = _key("pydocs", "a folder below data/, or a path to one (a resumed run: with the same content)", "data")
-    data_seed: int = _key(1337, "of the order in which the data is read", "data", resume="fixed")
+    data_seed: int = _key(1337, "random seed of the order in which the data is read", "data", resume="fixed")
     batch_size: int = _key(12, "sequences in a micro-batch, at most", "data")
-    gradient_accumulation_steps: int = _key(1, "the global batch is batch_size × this, whatever the machine", "data")
-    total_batch_tokens: int | None = _key(None, "size of the global batch in tokens, instead of the line above", "data")
+    gradient_accumulation_steps: int = _key(
+        1, "micro-batches a step: the global batch is batch_size × this many sequences on any machine", "data"
+    )
+    total_batch_tokens: int | None = _key(
+        None, "size of the global batch in tokens, instead of batch_size × gradient_accumulation_steps", "data"
+    )
 
     objective: str = _key("next_token", "what is minimised", "optimizer", resume="fixed", registry=OBJECTIVES)
     optimizer: str = _key(
         "adamw", "muon: for the 2-D weights of blocks, AdamW for the rest", "optimizer", resume="fixed", registry=OPTIMIZERS
     )
     learning_rate: float = _key(6e-4, "peak learning rate", "optimizer", resume="fixed")
-    weight_decay: float = _key(0.1, "decoupled, on matrices only", "optimizer", resume="fixed")
+    weight_decay: float = _key(0.1, "decoupled weight decay, on matrices only", "optimizer", resume="fixed")
     beta1: float = _key(0.9, "AdamW's decay of the first moment", "optimizer", resume="fixed")
     beta2: float = _key(0.95, "AdamW's decay of the second moment", "optimizer", resume="fixed")
     adam_eps: float = _key(1e-8, "AdamW's epsilon", "optimizer", resume="fixed")
@@ -84,15 +88,18 @@ class TrainConfig(_ModelKeys):
     grad_clip: float = _key(1.0, "largest norm of the gradient; 0: no clipping", "optimizer", resume="fixed")
 
     lr_schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = _key(
-        "cosine", "after the warm-up; wsd: constant, then linear down over the last lr_decay_fraction", "schedule", resume="fixed"
+        "cosine",
+        "learning rate after the warm-up; wsd: constant, then linear down over the last lr_decay_fraction",
+        "schedule",
+        resume="fixed",
     )
-    warmup_iters: int = _key(0, "iterations of linear warm-up", "schedule", resume="fixed")
-    min_lr: float | None = _key(None, "where the schedule ends [learning_rate / 10]", "schedule", resume="fixed")
-    lr_decay_iters: int | None = _key(None, "iteration at which the schedule ends [the run's length]", "schedule")
-    lr_decay_fraction: float = _key(0.2, "share of lr_decay_iters that wsd decays over", "schedule", resume="fixed")
+    warmup_iters: int = _key(0, "iterations over which the learning rate rises linearly to its peak", "schedule", resume="fixed")
+    min_lr: float | None = _key(None, "learning rate at the end of the schedule [learning_rate / 10]", "schedule", resume="fixed")
+    lr_decay_iters: int | None = _key(None, "iteration at which the learning rate reaches min_lr [the run's length]", "schedule")
+    lr_decay_fraction: float = _key(0.2, "share of lr_decay_iters over which lr_schedule=wsd decays", "schedule", resume="fixed")
     max_iters: int | None = _key(None, "length of the run in iterations", "schedule")
-    max_tokens: int | None = _key(None, "length in tokens, instead of max_iters", "schedule")
-    epochs: float | None = _key(None, "length in passes over the training data, instead of max_iters", "schedule")
+    max_tokens: int | None = _key(None, "length of the run in tokens, instead of max_iters", "schedule")
+    epochs: float | None = _key(None, "length of the run in passes over the training data, instead of max_iters", "schedule")
 
     eval_interval: int = _key(250, "iterations between evaluations, and one at the end; 0: only at the end", "watching")
     eval_iters: int = _key(20, "size of the fixed validation set in global batches; 0: all of it", "watching")
@@ -108,10 +115,10 @@ class TrainConfig(_ModelKeys):
 
     tensorboard: bool = _key(False, "also write event files to out_dir/tensorboard", "watching")
     wandb_log: bool = _key(False, "also log to Weights & Biases", "watching")
-    wandb_project: str = _key("kitbash", "the project there", "watching")
-    wandb_run_name: str | None = _key(None, "the run's name there [the run log's]", "watching")
+    wandb_project: str = _key("kitbash", "project at Weights & Biases", "watching")
+    wandb_run_name: str | None = _key(None, "name of the run at Weights & Biases [the run log's]", "watching")
     wandb_mode: Literal["online", "offline"] | None = _key(
-        None, "offline: kept in out_dir/wandb until 'wandb sync' [wandb's own setting, WANDB_MODE]", "watching"
+        None, "Weights & Biases offline: kept in out_dir/wandb until 'wandb sync' [wandb's own setting, WANDB_MODE]", "watching"
     )
     profile: bool = _key(False, "write a PyTorch trace of a few steps to out_dir and print the top of it", "watching")
     price_per_gpu_hour: float | None = _key(
@@ -135,7 +142,7 @@ class TrainConfig(_ModelKeys):
         besides=("auto", "none"),
     )
     hsdp_shard_size: int | None = _key(
-        None, "processes that share one copy under hsdp [those of a node; half on one node]", "execution"
+        None, "processes that share one copy of the model under parallelism=hsdp [those of a node; half on one node]", "execution"
     )
     async_checkpoint: bool = _key(False, "write checkpoints in the background; training waits only for the copy", "execution")
     collective_timeout: int = _key(
