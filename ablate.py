@@ -64,9 +64,9 @@ def make_parser() -> Parser:
         default="none",
         help="give variants the baseline's N or FLOPs per token, within 1 %%, by other d_ff or depth",
     )
-    what.add_argument("--force", action="store_true", help="train and compare what is not comparable, with a flag")
+    what.add_argument("--force", action="store_true", help="train and compare also variants that do not compare, and mark them")
     how = parser.add_argument_group("how")
-    how.add_argument("--out_dir", metavar="DIR", help="of the whole study [out/ablate_<config>]")
+    how.add_argument("--out_dir", metavar="DIR", help="folder of the whole study [out/ablate_<config>]")
     how.add_argument("--jobs", type=int, default=1, metavar="K", help="runs at a time [1]; of several GPUs each gets its own")
     how.add_argument("--dry_run", action="store_true", help="print what would run, and train nothing")
     return parser

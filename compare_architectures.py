@@ -57,9 +57,9 @@ def make_parser() -> Parser:
     )
     which = parser.add_argument_group("which runs")
     which.add_argument("paths", nargs="*", metavar="PATH", help="run_*.json, run_*.jsonl, or folders (default: out)")
-    which.add_argument("--out_dir", metavar="DIR", help="a folder of runs, by another name")
-    which.add_argument("--latest", metavar="N", help="only the N runs that started last")
-    which.add_argument("--force", action="store_true", help="compare what is not comparable, with a flag")
+    which.add_argument("--out_dir", metavar="DIR", help="a folder of runs, given by name as for train.py")
+    which.add_argument("--latest", metavar="N", help="compare only the N runs that started last")
+    which.add_argument("--force", action="store_true", help="compare also runs that do not compare, and mark them")
     how = parser.add_argument_group("how")
     how.add_argument(
         "--baseline",

@@ -24,9 +24,15 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from command_line import Failure, Parser, UsageError, choose_device, guarded
 from model_config import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.tokenization import StreamDecoder, Tokenizer
 
 SEPARATOR = "---------------"  # nanoGPT's
 
@@ -54,33 +60,39 @@ def make_parser() -> Parser:
     )
     where = parser.add_argument_group("the model")
     where.add_argument("checkpoint", nargs="?", help="an out_dir or a checkpoint folder (default: out)")
-    where.add_argument("--out_dir", metavar="DIR", help="the same by another name")
+    where.add_argument("--out_dir", metavar="DIR", help="the out_dir, given by name as for train.py")
     where.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models on the same prompts, side by side")
     where.add_argument("--best", action="store_true", help="the best checkpoint of the out_dir, not the latest")
     where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     where.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     prompt = parser.add_argument_group("the prompt (default: what is piped in, else the end-of-text token)")
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
-    prompt.add_argument("--start", metavar="TEXT", help="the same; FILE:prompt.txt reads it from a file")
+    prompt.add_argument(
+        "--start", metavar="TEXT", help="text to continue, as nanoGPT takes it; FILE:prompt.txt reads it from a file"
+    )
     prompt.add_argument("--prompt_file", metavar="FILE", help="file with the text to continue")
     prompt.add_argument("--prompts_file", metavar="FILE", help="file with a prompt a line, continued in one batch")
     prompt.add_argument("--prompt_ids", metavar="1,2,3", help="token ids to continue (where there is no tokenizer)")
     how = parser.add_argument_group("sampling")
-    how.add_argument("--num_samples", metavar="N", default="1", help="(default: 1)")
-    how.add_argument("--max_new_tokens", metavar="N", default="200", help="(default: 200)")
+    how.add_argument("--num_samples", metavar="N", default="1", help="continuations of each prompt (default: 1)")
+    how.add_argument("--max_new_tokens", metavar="N", default="200", help="tokens to add at most (default: 200)")
     how.add_argument("--temperature", metavar="X", default="0.8", help="0 is greedy (default: 0.8)")
-    how.add_argument("--top_k", metavar="K", default="200", help="only the K likeliest, or none for all (default: 200)")
-    how.add_argument("--top_p", metavar="P", default="1", help="only the likeliest that make up P (default: 1)")
+    how.add_argument("--top_k", metavar="K", default="200", help="only the K likeliest tokens; none: all of them (default: 200)")
+    how.add_argument(
+        "--top_p", metavar="P", default="1", help="only the likeliest tokens whose probabilities add up to P (default: 1)"
+    )
     how.add_argument(
         "--repetition_penalty", metavar="X", default="1", help="above 1, tokens seen before get less likely (default: 1)"
     )
     how.add_argument("--seed", metavar="N", default="1337", help="sample i uses seed + i (default: 1337)")
     end = how.add_mutually_exclusive_group()
     end.add_argument("--stop_at_eos", action="store_true", default=True, help="end at the end-of-text token (default)")
-    end.add_argument("--ignore_eos", dest="stop_at_eos", action="store_false", help="go on after it")
+    end.add_argument("--ignore_eos", dest="stop_at_eos", action="store_false", help="go on after the end-of-text token")
     how.add_argument("--no_stream", dest="stream", action="store_false", help="print a sample when it is complete")
-    how.add_argument("--no_cache", dest="cache", action="store_false", help="compute all keys and values anew")
-    how.add_argument("--speed", action="store_true", help="tell the speed on stderr (a terminal is told anyway)")
+    how.add_argument(
+        "--no_cache", dest="cache", action="store_false", help="compute keys and values of all tokens again for each new token"
+    )
+    how.add_argument("--speed", action="store_true", help="print the speed on stderr (on a terminal it is printed anyway)")
     how.add_argument("--debug", action="store_true", help="errors with their traceback")
     return parser
 
@@ -156,7 +168,7 @@ def read_prompt(options: argparse.Namespace) -> str | None:
             source = "stdin"
             with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stdin:
                 return stdin.read().removesuffix("\n")
-        text.encode()  # what no one can read from the command line arrives as lone surrogates
+        text.encode()  # raises UnicodeError where the command line is not UTF-8: such bytes arrive as lone surrogates
         return text
     except UnicodeError:
         where = {"file": f"file {text!r}", "stdin": "text on stdin"}.get(source, "text on the command line")
@@ -249,14 +261,14 @@ class Sampler:
             )
         return ids
 
-    def generator(self, number: int):
-        """The random numbers of sample `number`, whatever else is sampled."""
+    def generator(self, number: int) -> torch.Generator:
+        """The random numbers of sample `number`; they do not depend on what else is sampled."""
         import torch
 
         return torch.Generator(self.device).manual_seed(self.options.seed + number)
 
-    def decoder(self):
-        """Makes text of tokens, or writes the ids where there is no tokenizer."""
+    def decoder(self) -> StreamDecoder | IdWriter:
+        """What turns tokens into text, or, where there is no tokenizer, writes their ids."""
         from data.tokenization import StreamDecoder
 
         return IdWriter() if self.tokenizer is None else StreamDecoder(self.tokenizer)
@@ -324,7 +336,7 @@ def show(text: str) -> None:
 
 
 class IdWriter:
-    """Takes StreamDecoder's place where there is no tokenizer: the ids themselves, separated by commas."""
+    """Used in place of a StreamDecoder where there is no tokenizer: writes the ids themselves, separated by commas."""
 
     def __init__(self):
         self._separator = ""
@@ -337,7 +349,7 @@ class IdWriter:
         return ""
 
 
-def prompt_ids(options: argparse.Namespace, prompt: str | None, tokenizer, vocab_size: int) -> list[int]:
+def prompt_ids(options: argparse.Namespace, prompt: str | None, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
     """The token ids to continue, at least one. Raises Failure if the model cannot continue this prompt."""
     if prompt is None:
         ids = options.ids

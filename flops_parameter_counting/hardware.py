@@ -11,7 +11,12 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class _Device:
     """One row: `name` is a regular expression for the whole device name; peaks are dense TFLOP/s, None if not published.
 
     Vendors print tensor-core figures with 2:4 sparsity, which training cannot use: twice what stands here.
-    fp16 and fp8 are with fp32 accumulation, as PyTorch uses them (GeForce cards are slower so). `compared`: what the
-    row was held against; one that says "not verified" there wants its datasheet looked up.
+    fp16 and fp8 are with fp32 accumulation, as PyTorch uses them (on GeForce cards that is slower). `compared`: what the
+    figures were checked against; "not verified" means that nobody has compared this row with its datasheet yet.
     """
 
     name: str
@@ -49,7 +54,7 @@ class _Device:
 
     @property
     def cited(self) -> str:
-        """The source, with a warning where the row was never compared with it."""
+        """The source, with a warning where the row was never checked."""
         return self.source + (" (not verified)" if "not verified" in self.compared else "")
 
 
@@ -60,7 +65,7 @@ _H200_DATASHEET = "NVIDIA H200 Tensor Core GPU datasheet"
 _V100_DATASHEET = "NVIDIA V100 Tensor Core GPU datasheet"
 _BLACKWELL_DATASHEET = "NVIDIA Blackwell datasheet, individual GPU specifications"
 
-# Matched whole, so that a Laptop, Ti or "D" variant, a vGPU or a MIG slice is unknown rather than wrong.
+# The whole name must match, so that a Laptop, Ti or "D" variant, a vGPU or a MIG slice is unknown rather than wrong.
 # "NVIDIA", "Tesla" or "AMD" may precede every name: older drivers leave the brand out.
 _DEVICES = (
     _Device(r"GB200", _BLACKWELL_DATASHEET, bf16=2500, fp16=2500, tf32=1250, fp32=80, fp8=5000),
@@ -166,7 +171,7 @@ class Gpu:
         return peak_flops(self.reported, dtype_name)
 
 
-# Of several that fit a short name, the first is meant: what a data centre most likely has.
+# Where a short name fits several, the first one is meant; they are ordered by how common they are in data centres.
 GPUS = tuple(
     Gpu(*row)
     for row in (
@@ -245,7 +250,7 @@ def _words(name: str) -> set[str]:
 _measured: dict[tuple, Peak] = {}
 
 
-def measure_cpu_peak(dtype, again: bool = False) -> Peak:
+def measure_cpu_peak(dtype: str | torch.dtype, again: bool = False) -> Peak:
     """This CPU's matrix-product FLOP/s in `dtype` with the current number of threads: the best of several, in about 0.4 s.
 
     Measured once per dtype and number of threads, unless `again` asks for another try (the better one stays). On a busy
@@ -261,7 +266,7 @@ def measure_cpu_peak(dtype, again: bool = False) -> Peak:
     return _measured[key]
 
 
-def _measure_cpu_peak(dtype, threads: int, seconds: float = 0.4) -> Peak:
+def _measure_cpu_peak(dtype: torch.dtype, threads: int, seconds: float = 0.4) -> Peak:
     import torch
     from torch.nn.functional import linear
 
@@ -280,10 +285,10 @@ def _measure_cpu_peak(dtype, threads: int, seconds: float = 0.4) -> Peak:
     return Peak(best, f"measured: {name} matrix product, {threads} thread{'s' if threads > 1 else ''}", measured=True)
 
 
-def device_peak(device, dtype) -> Peak | None:
-    """The peak to hold a run on `device` in `dtype` against: measured for a CPU, published for a GPU, else None.
+def device_peak(device: str | torch.device, dtype: str | torch.dtype) -> Peak | None:
+    """The peak that a run on `device` in `dtype` is compared with: measured for a CPU, published for a GPU, else None.
 
-    float32 on a GPU that may use TF32 for matrix products is held against the TF32 peak.
+    float32 on a GPU that may use TF32 for matrix products is compared with the TF32 peak.
     """
     import torch
 
@@ -296,8 +301,8 @@ def device_peak(device, dtype) -> Peak | None:
     return peak_flops(torch.cuda.get_device_name(device), "tf32" if tf32 else str(dtype))
 
 
-def _torch_dtype(dtype):
-    """torch.dtype from itself or its name."""
+def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch.dtype, given as itself or by its name."""
     import torch
 
     return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
@@ -318,7 +323,7 @@ def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
     return frozenset(match.group(1).split()) if match else frozenset()
 
 
-def best_dtype(device, flags=None) -> str:
+def best_dtype(device: str | torch.device, flags: str | Collection[str] | None = None) -> str:
     """ "bfloat16" where the hardware computes in it, else "float32": what dtype='auto' means.
 
     GPUs: compute capability 8.0 and up (and AMD's, which report 9.0). CPUs: AVX512-BF16 or AMX-BF16. PyTorch runs

@@ -1,17 +1,20 @@
-"""Loss as a function of parameters N and tokens D, and what to make of a compute budget C.
+"""Loss as a function of parameters N and training tokens D, and the best use of a compute budget C.
 
 Every law here has one form, L(N, D) = E + (A·N^-α + B·D^-β)^γ: Hoffmann's and Besiroglu's with γ = 1, and Kaplan's
-[(N_c/N)^(α_N/α_D) + D_c/D]^α_D with α = α_N/α_D, β = 1, γ = α_D and E = 0. So all of them share one closed form for the
-best split of C = 6·N·D (Hoffmann et al. 2022, eq. 4), as an outer power moves no optimum:
+[(N_c/N)^(α_N/α_D) + D_c/D]^α_D with α = α_N/α_D, β = 1, γ = α_D and E = 0. All of them therefore share one closed form
+for the best split of C = 6·N·D (Hoffmann et al. 2022, eq. 4), because the power γ does not move the minimum:
 
     G = (αA / βB)^(1/(α+β)),   N* = G·(C/6)^(β/(α+β)),   D* = (C/6)^(α/(α+β)) / G
 
-Losses are in nats a token, of the law's own data and tokenizer: they rank plans, they do not predict another corpus.
+Losses are in nats per token, for the data and the tokenizer that a law was fitted to. They are for ranking plans under one
+law; they do not predict the loss on another corpus.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flops_parameter_counting.flops import flops_per_token
@@ -58,7 +61,7 @@ class ScalingLaw:
         return g * (compute / 6) ** (self.beta / both), (compute / 6) ** (self.alpha / both) / g
 
     def matching_parameters(self, d: float) -> float:
-        """The N for which d tokens are compute-optimal: αA·N^-α = βB·d^-β."""
+        """The N for which d tokens are compute-optimal, which solves αA·N^-α = βB·d^-β."""
         return (self.alpha * self.A / (self.beta * self.B) * d**self.beta) ** (1 / self.alpha)
 
     def loss_with_repeats(self, n: float, d: float, unique: float) -> float:
@@ -157,7 +160,7 @@ def best_allocation(law: ScalingLaw, compute: float, unique: float = math.inf, m
         return Allocation(n, d, compute, law.loss(n, d))
 
     def tokens(n: float) -> float:
-        return min(compute / (6 * n), most)  # of those that n parameters may see, the most: they never hurt
+        return min(compute / (6 * n), most)  # all that budget and data allow: more tokens never raise the predicted loss
 
     def loss(log_n: float) -> float:
         return law.loss_with_repeats(math.exp(log_n), tokens(math.exp(log_n)), unique)
@@ -169,8 +172,8 @@ def best_allocation(law: ScalingLaw, compute: float, unique: float = math.inf, m
     return Allocation(n, tokens(n), 6 * n * tokens(n), loss(math.log(n)))
 
 
-def golden_section(function, low: float, high: float, tolerance: float = 1e-10) -> float:
-    """Where a function of one number with a single valley in [low, high] is lowest."""
+def golden_section(function: Callable[[float], float], low: float, high: float, tolerance: float = 1e-10) -> float:
+    """The x in [low, high] at which a function with a single minimum there is smallest, to within `tolerance` (Kiefer 1953)."""
     ratio = (math.sqrt(5) - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     f_a, f_b = function(a), function(b)
@@ -189,7 +192,7 @@ def golden_section(function, low: float, high: float, tolerance: float = 1e-10) 
 def isoflop(
     law: ScalingLaw, compute: float, span: float = 30.0, points: int = 61, unique: float = math.inf
 ) -> list[tuple[float, float, float]]:
-    """(N, D, loss) along 6·N·D = compute, with N from 1/span to span times the optimum, evenly in its logarithm."""
+    """(N, D, loss) on the curve 6·N·D = compute; N goes from 1/span to span times the optimum in equal ratios."""
     best, _ = law.optimum(compute)
     sizes = [best * span ** (2 * i / (points - 1) - 1) for i in range(points)]
     return [(n, compute / (6 * n), law.loss_with_repeats(n, compute / (6 * n), unique)) for n in sizes]
@@ -200,7 +203,7 @@ def isoflop(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that can be built, and the tokens that the budget buys it: exact N and FLOPs a token, predicted loss."""
+    """A model that can be built: its exact N and FLOPs a token, the tokens the budget pays for, and the predicted loss."""
 
     config: ModelConfig
     parameters: int
@@ -252,7 +255,7 @@ def candidates(
 
 
 def embedding_parameters(config: ModelConfig) -> int:
-    """The part of N in tables by token or by position, and in the head: what Kaplan's N leaves out."""
+    """Parameters of the token and position embeddings and of the head, which Kaplan's N leaves out."""
     return sum(part.parameters for part in parts(config) if part.name in ("embedding", "position", "head"))
 
 
@@ -278,7 +281,7 @@ class Question:
 
     @property
     def compute(self) -> float:
-        """FLOPs that the gear does in its hours at this MFU (full attention counted, as MFU counts)."""
+        """FLOPs that these machines do in their hours at this MFU, which counts full attention."""
         return self.gpu.peak(self.dtype).flops * self.count * self.mfu * self.hours * 3600
 
 
@@ -287,9 +290,10 @@ _NEEDED = {"gear": ("gpu", "count", "hours", "mfu"), "data": ()}
 _OPTIONAL = {"gear": ("dtype", "price_per_gpu_hour"), "data": ("unique_tokens", "max_epochs")}
 
 
-def read_question(path) -> Question:
-    """A JSONC (JSON5) file → what it asks. Raises ValueError with everything that is wrong with it, one sentence a
-    line; OSError if it cannot be read.
+def read_question(path: str | os.PathLike) -> Question:
+    """A JSONC (JSON5) file → what it asks.
+
+    Raises ValueError with everything that is wrong with the file, one sentence a line; OSError if it cannot be read.
     """
     import json5
 
@@ -361,7 +365,7 @@ def read_question(path) -> Question:
     )
 
 
-def _law(asked, problems: list[str]) -> ScalingLaw | None:
+def _law(asked: object, problems: list[str]) -> ScalingLaw | None:
     """The law that a file names or spells out; what is wrong with it goes to `problems`."""
     if isinstance(asked, str) and asked in LAWS:
         return LAWS[asked]
@@ -396,7 +400,7 @@ def _law(asked, problems: list[str]) -> ScalingLaw | None:
         return None
 
 
-def positive(value) -> float:
+def positive(value: object) -> float:
     """A positive finite number from a number or text with a suffix: 6e9, '26.2B', '1.5T'. Raises ValueError: 'is …'."""
     text = str(value).strip()
     scale = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}.get(text[-1:].upper(), 1.0)
