@@ -7,6 +7,7 @@ compared: a process that is no longer heard of is one whose word has not changed
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -44,6 +45,7 @@ class Watch(threading.Thread):
         self.step, self.doing, self.since = 0, "starting", time.monotonic()
         self.starting = True  # until the first step: what is done once may take long
         self.worker: int | None = None  # the thread that does what the main thread waits for
+        self._words = itertools.count()  # that this process has published
         self._heard: dict[int, tuple[str, float]] = {}  # rank → its last word, and since when by our clock
         self._listened = 0.0
         self._closed = threading.Event()
@@ -64,6 +66,8 @@ class Watch(threading.Thread):
             yield
             return
         before, self.doing, self.worker = self.doing, doing, thread.ident
+        with suppress(RuntimeError):  # the store is gone
+            self._publish()
         try:
             yield
         finally:
@@ -76,12 +80,11 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look, until closed."""
-        failed_since, looks = None, 0
+        failed_since = None
         while not self._closed.wait(LOOK_INTERVAL):
-            looks += 1
             silent = time.monotonic() - self.since
             try:
-                self.store.set(f"at/{self.rank}", f"{self.step}\t{self.doing}\t{place(self.worker)}\t{looks}")
+                self._publish()
                 failed = self._failed()
                 if failed is None and silent > self.timeout / 4:
                     self._listen()
@@ -94,6 +97,10 @@ class Watch(threading.Thread):
                 if time.monotonic() - failed_since < OWN_WORDS:
                     continue  # it may be about to fail for the same reason, with the exit code that belongs to it
                 self._end(f"rank {self.rank} stops at step {self.step}, because rank {failed}.")
+
+    def _publish(self) -> None:
+        """Tell the others where this process is; each word differs from the one before, so that it is known to be new."""
+        self.store.set(f"at/{self.rank}", f"{self.step}\t{self.doing}\t{place(self.worker)}\t{next(self._words)}")
 
     def _failed(self) -> str | None:
         """'1 failed' or '1 gave up waiting', or None while all is well."""
@@ -122,7 +129,7 @@ class Watch(threading.Thread):
 
     def _gone(self) -> bool:
         """Whether another process does not even look any more: it is frozen, or gone."""
-        return any(self._silence(other) > self.timeout / 2 for other in range(self.size))
+        return any(self._silence(other) > max(self.timeout / 2, GRACE) for other in range(self.size))
 
     def stuck(self, silent: float) -> str:
         """What to say after so many seconds without progress: where everybody is, the odd ones out first."""
@@ -198,6 +205,8 @@ def is_of_contact(error: RuntimeError) -> bool:
 def place(thread: int | None = None) -> str:
     """Where a thread (its ident; None: the main one) is: the innermost line outside PyTorch, and the function inside it."""
     frame = sys._current_frames().get(thread or threading.main_thread().ident)
+    if frame is None:
+        return "nothing any more: it waits for the others"
     innermost = frame
     while frame is not None and "/torch/" in frame.f_code.co_filename.replace(os.sep, "/"):
         frame = frame.f_back

@@ -29,6 +29,17 @@ LONGEST = 300.0  # seconds after which a group is killed, whatever a test does
 
 SMALL = (*TINY_RUN, "--batch_size=2", "--gradient_accumulation_steps=2", "--dropout=0.1")
 
+# What each process does in its 4th step: 2 micro-batches a step over 2 processes are one in each.
+IN_STEP_4 = """
+import time, training.objectives
+original, calls = training.objectives.next_token_loss, []
+def next_token_loss(*arguments):
+    calls.append(1)
+    if len(calls) == 4:
+        {}
+    return original(*arguments)
+training.objectives.next_token_loss = next_token_loss"""
+
 
 class Group:
     """The processes of one run. What they print goes into one file each for stdout and stderr, as on a terminal."""

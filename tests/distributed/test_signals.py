@@ -11,22 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import ROOT, SMALL, Group, children, shared_launcher, torchrun, wait_for
+from tests.distributed.launching import IN_STEP_4, ROOT, SMALL, Group, children, shared_launcher, torchrun, wait_for
 from training.checkpoint import CheckpointStore, verify
 
 RUN = (*SMALL, "--parallelism=zero1", "--save_interval=5", "--eval_interval=0")
 SECONDS = 60  # in which a group is down whatever happened: it takes 5 to 7, on a machine that does nothing else
-
-# What each process does in its 4th step: 2 micro-batches a step over 2 processes are one in each.
-IN_STEP_4 = """
-import time, training.objectives
-original, calls = training.objectives.next_token_loss, []
-def next_token_loss(*arguments):
-    calls.append(1)
-    if len(calls) == 4:
-        {}
-    return original(*arguments)
-training.objectives.next_token_loss = next_token_loss"""
 
 SAYS_WHAT_IT_SAVES = """
 from training.saving import Checkpoints
@@ -111,15 +100,17 @@ def test_usr1_to_any_rank_saves_and_goes_on(start, tmp_path):
 # ------------------------------------------------------------------------------------------- failures
 
 
-@pytest.mark.parametrize("rank", (0, 1))
-def test_a_rank_that_throws_brings_the_group_down_with_its_own_traceback_first(start, tmp_path, rank):
-    group = start("--max_iters=100000", inject=IN_STEP_4.format(f"if RANK == {rank}: raise ZeroDivisionError('on purpose')"))
+@pytest.mark.parametrize(
+    "rank, error", ((0, "ZeroDivisionError: on purpose"), (1, "RuntimeError: NCCL, gloo and sockets timed out, says my own code"))
+)
+def test_a_rank_that_throws_brings_the_group_down_with_its_own_traceback_first(start, tmp_path, rank, error):
+    """Issue 10.14: an error that speaks of gloo or NCCL was taken for a lost contact, and had no traceback."""
+    kind, text = error.split(": ")
+    group = start("--max_iters=100000", inject=IN_STEP_4.format(f"if RANK == {rank}: raise {kind}({text!r})"))
     started = time.monotonic()
     assert group.wait() == [1, 1] and time.monotonic() - started < SECONDS
     lines = group.complaints
-    assert lines[0].startswith("Traceback") and lines[-2] == (
-        f"train.py: [rank {rank}] ZeroDivisionError: on purpose (--debug shows where)"
-    )
+    assert lines[0].startswith("Traceback") and lines[-2] == (f"train.py: [rank {rank}] {error} (--debug shows where)")
     assert re.fullmatch(
         rf"train.py: (\[rank {1 - rank}\] )?rank {1 - rank} stops at step \d, because rank {rank} failed\.", lines[-1]
     )
@@ -137,35 +128,6 @@ def test_a_killed_rank_takes_the_other_one_along_in_seconds_and_one_line(start, 
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
     assert len(group.complaints) == 1 and f"[rank {1 - rank}] rank {1 - rank} lost contact" in group.complaints[0]
     assert "--init_from=auto" in group.complaints[0] and saved_step(tmp_path) == 5
-
-
-def test_a_stuck_rank_ends_the_run_with_a_message_that_says_who_is_where(start):
-    group = start(
-        "--max_iters=100000", "--collective_timeout=3", inject=IN_STEP_4.format("if RANK == 1: time.sleep(1000)"), size=4
-    )
-    assert group.wait(SECONDS) == [1, 1, 1, 1]
-    message = next(line for line in group.complaints if "hangs" in line)
-    assert re.search(r"rank \d has waited [34] s for the other processes at step 3 ", message)
-    assert re.search(r"hangs: rank 1: step 3, [^;]*<injected>:\d+ next_token_loss; rank 0, 2, 3: step 3, ", message)
-    assert "--collective_timeout" in message
-    assert sum("hangs" in line for line in group.complaints) == 1
-    assert sum("gave up waiting" in line for line in group.complaints) == 3
-
-
-def test_a_frozen_process_is_named_with_when_it_was_last_heard_of(start):
-    group = start(
-        "--max_iters=100000",
-        "--save_interval=0",
-        "--collective_timeout=3",  # a save may take its time
-        inject="import training.watch; training.watch.GRACE = 1",
-    )
-    group.wait_for_line("step 7/")
-    group.send(signal.SIGSTOP, 1)
-    wait_for(lambda: 0 in group.codes, SECONDS, "rank 0 to give up")
-    group.send(signal.SIGKILL, 1)
-    assert group.wait() == [1, -signal.SIGKILL]
-    assert len(group.complaints) == 1
-    assert re.search(r"rank 1: step \d+, [^;]*, last heard of [2-9] s ago", group.complaints[0])
 
 
 # ------------------------------------------------------------------------------------------- the same decisions
