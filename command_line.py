@@ -97,7 +97,7 @@ def error_text(error: Exception, memory_advice: str) -> str:
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """'auto' → the GPU if there is one, else the CPU; else the device of that name. UsageError if it is not there.
 
-    Of several processes on one machine (local_size) each gets a GPU of its own.
+    Of several processes on one machine (local_size) each gets a GPU of its own. A GPU becomes the process's current one.
     """
     import torch
 
@@ -115,7 +115,10 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
             )
         name = f"cuda:{local_rank}"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":  # whatever is then said to "the current GPU" (events, synchronisation) is said to this one
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise UsageError(f"device={name!r} cannot be used here: {reason}. Use --device=cpu.") from error

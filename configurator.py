@@ -30,25 +30,21 @@ from model_config import (
     as_type,
     components,
     did_you_mean,
-    expand_pattern,
     type_in_words,
-    usual_d_ff,
 )
 from training.train_config import (
     ALIASES,
     EXCLUSIVE,
-    FIXED_ON_RESUME,
+    FROM_CHECKPOINT,
     GROUPS,
     KEYS,
-    MODEL_KEYS,
     Configuration,
     TrainConfig,
     type_of,
 )
 from training_logger import SCHEMA_VERSION
 
-FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that is resumed
-OF_THE_MACHINE = ("parallelism", "hsdp_shard_size", "collective_timeout")  # a resumed run, elsewhere perhaps, is told these anew
+RESUMING = {"resume": "yes", "auto": "auto"}  # spellings of init_from, the first nanoGPT's → values of resume
 SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
 
 
@@ -100,7 +96,7 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]
                 words.pop(0)
         elif equals:
             given[key] = text
-        elif key in ALIASES or bool in alternatives(type_of(key)):  # a bare flag is True; a value may follow all the same
+        elif key in ALIASES or may_be_bare(key):  # a bare flag is True; a value may follow all the same
             kind = bool if key in ALIASES else type_of(key)
             follows = bool(words) and not words[0].startswith("--") and as_type(kind, words[0]) is not NO
             given[key] = words.pop(0) if follows else True
@@ -133,7 +129,7 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
     names = {
         name: value for name, value in namespace.items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    for alias, (key, _) in ALIASES.items():
+    for alias, key in [*((alias, key) for alias, (key, _) in ALIASES.items()), ("init_from", "resume")]:
         if alias in lines:
             lines.setdefault(key, lines[alias])
     values, problems, own = {}, [], {}
@@ -169,6 +165,11 @@ def _execute(file: Path) -> tuple[str, dict[str, Any]]:
         line = (error.lineno or 1) if isinstance(error, SyntaxError) else _line_in(error, str(file))
         raise ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}") from error
     return source, namespace
+
+
+def may_be_bare(key: str) -> bool:
+    """Whether --key alone, without a value, means something: True, or the 'yes' of resume."""
+    return bool in alternatives(type_of(key)) or key == "resume"
 
 
 def find_config_file(path: str | Path) -> Path:
@@ -221,7 +222,7 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
             problems.append(f"{shown(file)}: {key!r} is not a key{did_you_mean(key, KEYS)}.")
         elif (
             value is not None
-            and key not in ("init_from", "eval_only", "notice")
+            and key not in ("init_from", "resume", "eval_only", "notice")
             and origin.split()[0] not in ("preset", "derived", "dataset", "default")
         ):
             try:
@@ -263,6 +264,8 @@ def convert(key: str, value: Any) -> Any:
     '1' → 1.0 and '3e8' → 300000000 are fine, 1.5 for an int is not. Raises ConfigError naming key, value and type.
     """
     text = ",".join(map(str, value)) if key == "layer_pattern" and isinstance(value, (list, tuple)) else value
+    if key == "resume" and as_type(bool, text) is not NO:  # a bare --resume, resume = True
+        text = "yes" if as_type(bool, text) else "no"
     converted = as_type(type_of(key), text)
     if converted is NO:
         raise ConfigError(f"{key}={value!r} is not {describe_type(key)}.")
@@ -270,7 +273,7 @@ def convert(key: str, value: Any) -> Any:
 
 
 def _without_aliases(given: dict[str, Any], where: Callable[[str], str], problems: list[str]) -> dict[str, Any]:
-    """use_zero1=True as parallelism='zero1', and so on; two that differ in one source are a problem."""
+    """use_zero1=True as parallelism='zero1', init_from='auto' as resume='auto'; two that differ are a problem."""
     plain = {key: value for key, value in given.items() if key not in ALIASES}
     for alias in [name for name in given if name in ALIASES]:
         key, value = ALIASES[alias]
@@ -283,6 +286,14 @@ def _without_aliases(given: dict[str, Any], where: Callable[[str], str], problem
             )
         elif meant:
             plain[key] = value
+    if (asked := RESUMING.get(str(plain.get("init_from")))) is not None:  # where to begin is then not said
+        spelling = plain.pop("init_from")
+        if str(plain.get("resume", asked)) not in (asked, "True" if asked == "yes" else asked):
+            problems.append(
+                f"{where('init_from')}init_from={spelling!r} means resume={asked!r}, but resume={plain['resume']!r} is given "
+                "too; give one of them."
+            )
+        plain["resume"] = asked
     return plain
 
 
@@ -311,7 +322,7 @@ def _overlay(weaker: dict, stronger: dict, where: str, problems: list[str]) -> d
 def configure(argv: list[str]) -> Configuration:
     """The command line, without switches, → a checked Configuration. Raises ConfigError with all problems.
 
-    A run that starts from a checkpoint gets its model from there, so that is checked later, by `continue_from`.
+    A run that starts from given weights gets its model from there, so that is checked later (training/continuing.py).
     """
     config_file, given, _, problems = _split(argv)
     values: dict[str, tuple[Any, str]] = {}
@@ -330,7 +341,7 @@ def configure(argv: list[str]) -> Configuration:
     unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]
     problems += [
         problem
-        for problem in train.problems(with_model=train.init_from == "scratch")
+        for problem in train.problems(with_model=train.init_from == "scratch" and train.resume == "no")
         if not any(re.search(rf"\b{key}=", problem) for key in unusable)
     ]  # nothing that follows from a mistake
     _raise(problems)
@@ -340,68 +351,6 @@ def configure(argv: list[str]) -> Configuration:
 def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
-def continue_from(
-    now: Configuration, saved: dict[str, Any], where: str, weights_only: bool = False, saved_origins: dict[str, str] | None = None
-) -> tuple[Configuration, list[str]]:
-    """The configuration of a run that continues the checkpoint whose resolved keys are `saved`.
-
-    Keys of the model, the data order and the optimizer come from the checkpoint; others too unless the user set them
-    now. A new run that takes only the weights takes only the keys of the model. Returns the configuration and a note
-    for each value of a config file that the checkpoint overrules. Raises ConfigError naming every key for which the
-    command line says otherwise.
-    """
-    values, origins, notes, problems = {}, dict(now.origins), [], []
-    exclusive = {key: group for group in EXCLUSIVE for key in group}
-    fixed = _fixed_with_weights(saved) if weights_only else FIXED_ON_RESUME
-    where_it_was = now.train.init_from in ("resume", "auto")  # out_dir is where the checkpoint was found, moved or not
-    for key in KEYS:
-        mine, theirs = getattr(now.train, key), saved.get(key)
-        differs = now.given(key) and mine is not None and mine != theirs
-        if differs and key == "layer_pattern":
-            differs = not _same_pattern(mine, theirs, saved["n_layer"])
-        if differs and key in ("ffn_expansion_ratio", "ffn_multiple"):
-            differs = saved["d_ff"] != usual_d_ff(
-                saved["ffn_type"], saved["n_embd"], now.train.ffn_expansion_ratio, now.train.ffn_multiple
-            )
-        if key in fixed:
-            if differs and now.origins[key] == "command line":
-                problems.append(
-                    f"--{key}={mine} differs from the checkpoint's {key}={theirs} ({where}); a resumed "
-                    f"run keeps it. Leave the flag out, or start afresh with --init_from=scratch."
-                )
-            elif differs:
-                notes.append(f"{key}={theirs} from the checkpoint ({now.origins[key]} says {mine})")
-            keep = True
-        else:
-            keep = (
-                not any(now.given(other) for other in exclusive.get(key, (key,)))
-                and (not weights_only or key in MODEL_KEYS)
-                and not (key == "out_dir" and where_it_was)
-                and (key not in OF_THE_MACHINE)
-            )
-        values[key] = theirs if keep and key in saved else mine
-        if keep and key in saved:
-            origins[key] = FROM_CHECKPOINT + str((saved_origins or {}).get(key, "given")).removeprefix(FROM_CHECKPOINT)
-    _raise(problems)
-    train = replace(now.train, **values)
-    _raise(train.problems())
-    return Configuration(train, origins), notes
-
-
-def _fixed_with_weights(saved: dict[str, Any]) -> tuple[str, ...]:
-    """The model keys that given weights decide: not dropout, nor the length of a sequence without a position table."""
-    free = {"dropout"} | (set() if saved["position_encoding"] == "learned_absolute" else {"block_size"})
-    return tuple(key for key in MODEL_KEYS if key not in free)
-
-
-def _same_pattern(one: str, other: str, n_layer: int) -> bool:
-    """Whether two ways to write a layer pattern mean the same blocks."""
-    try:
-        return expand_pattern(one, n_layer) == expand_pattern(other, n_layer)
-    except ValueError:
-        return False
 
 
 # ------------------------------------------------------------------------------------------- printing

@@ -2,7 +2,7 @@
 
 python train.py [config/x.py | run_….json] [--key=value | --key value | --flag …]
 python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
-python train.py config/quickstart.py --init_from=resume
+python train.py config/quickstart.py --resume
 python train.py --help | config/x.py --print_config
 torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from command_line import Failure, choose_device, guarded
-from configurator import ConfigError, Configuration, configure, continue_from, print_config, print_help, switches_in
+from configurator import ConfigError, Configuration, configure, print_config, print_help, switches_in
 from data.preparation import ensure_prepared
 from data.token_dataset import DATA_DIR, DatasetError, TokenDataset
 from flops_parameter_counting.flops import flops_per_token
@@ -26,14 +26,15 @@ from model_builder import build_model, initialize
 from model_components import auxiliary_losses
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.checkpoint import CheckpointError, CheckpointStore, read_state
+from training.continuing import go_on, take_model
 from training.data_loader import DataLoader, WindowOrder
 from training.evaluation import Evaluator
 from training.objectives import OBJECTIVES, Objective, Tally
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
 from training.parallelism import choose, parallelize
-from training.precision import LossScale, SkipCounter, set_compute_dtype
+from training.precision import LossScale, SkipCounter, dropout_seed, set_compute_dtype
 from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
-from training.progress import Diverged, Progress, stop_if_diverged
+from training.progress import Diverged, Progress, check_outcome, stop_if_diverged
 from training.report import Display, Report, closing_lines, open_report
 from training.saving import BackgroundSaver, Checkpoints, Saver, describe, restore
 from training.schedules import learning_rate, run_length
@@ -56,13 +57,13 @@ def find_start(configuration: Configuration, world: World, display: Display) -> 
         saved = (
             imported_state(origin.path) if origin.huggingface else read_state(origin.path, needs=("model", "config", "origins"))
         )
-        configuration, overruled = continue_from(
-            configuration, saved["config"], str(origin.path), origin.weights_only, saved["origins"]
-        )
-        notes += overruled
-        if not origin.weights_only:
+        if origin.weights_only:
+            configuration, overruled = take_model(configuration, saved["config"], str(origin.path))
+            notes += overruled
+        else:
+            configuration = go_on(configuration, saved, str(origin.path))
             progress = Progress.restored(saved.get("progress"), origin.path)
-    elif problems := configuration.train.problems():  # init_from=auto that found nothing
+    elif problems := configuration.train.problems():  # resume=auto that found nothing
         raise ConfigError("\n".join(problems))
     if store.folder.parent != Path(configuration.train.out_dir):
         store = CheckpointStore(configuration.train.out_dir)
@@ -78,7 +79,7 @@ def open_out_dir(start: Start, world: World, resources: ExitStack) -> Saver:
     config, store = start.config, start.store
     store.world = world.beside() if config.async_checkpoint else world
     saver = BackgroundSaver(store) if config.async_checkpoint else Saver(store)
-    prepare_out_dir(config.out_dir, world)
+    prepare_out_dir(config.out_dir, world, config.eval_only)
     if not config.eval_only:
         world.from_main(lambda: resources.enter_context(store.lock()))
         resources.callback(saver.leave)
@@ -87,10 +88,9 @@ def open_out_dir(start: Start, world: World, resources: ExitStack) -> Saver:
     return saver
 
 
-def prepare_machine(start: Start, world: World) -> Machine:
-    """Choose device, compute dtype and threads, seed the dropout, and find the peak that MFU is measured against."""
+def prepare_machine(start: Start, world: World, device: torch.device) -> Machine:
+    """Choose compute dtype and threads, seed the dropout, and find the peak that MFU is measured against."""
     config = start.config
-    device = choose_device(config.device, world.local_rank, world.local_size)
     if config.attention_backend == "flex" and device.type == "cpu":
         raise ConfigError(
             "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use "
@@ -98,9 +98,11 @@ def prepare_machine(start: Start, world: World) -> Machine:
         )
     dtype = world.from_main(lambda: best_dtype(device)) if config.dtype == "auto" else config.dtype
     as_before = start.resumes and start.saved["world_size"] == world.size
-    if threads := config.threads or (start.saved["threads"] if as_before else None):
-        torch.set_num_threads(threads)
-    torch.manual_seed(config.seed + world.rank)  # dropout; the weights have seeds of their own
+    if as_before and start.saved["threads"] <= (os.cpu_count() or 1):
+        torch.set_num_threads(start.saved["threads"])
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(dropout_seed(config.seed, world.data_rank))  # the weights have seeds of their own
     peaks = world.everywhere(lambda: device_peak(device, dtype))
     peak = None if None in peaks else dataclasses.replace(peaks[0], flops=sum(peak.flops for peak in peaks))
     return Machine(world, device, dtype, peak)
@@ -247,13 +249,14 @@ def train(
         last = progress.step == data.length
         if last or progress.step % config.log_interval == 0:
             report.step(progress, loss, lr, grad_norm, figures, learner.skips)
-            stop_if_diverged(progress, config.nonfinite_limit, start.store)
+        stop_if_diverged(progress, learner.skips, config.nonfinite_limit, start.store)
         if last or (config.eval_interval and progress.step % config.eval_interval == 0):
             with meter.excluded():
                 report.evaluation(progress, evaluate(progress.step))
         if checkpoints.due(progress) or (stop.save and progress.saved_step != progress.step):
             checkpoints.save(progress)
         checkpoints.poll()
+    check_outcome(progress, checkpoints.first_step, learner.skips, start.store)
     checkpoints.finish(progress)
     if progress.step >= data.length:
         return "finished"
@@ -275,14 +278,17 @@ def run(configuration: Configuration, to_go_on: str) -> int:
         start = find_start(configuration, world, display)
         config, progress = start.config, start.progress
         saver = open_out_dir(start, world, resources)
-        machine = prepare_machine(start, world)
+        machine = prepare_machine(start, world, device)
         data = open_data(start, machine, resources)
+        if start.resumes and progress.step >= data.length and not config.eval_only:
+            display.line(f"nothing to do: {progress.step} of {data.length} iterations are done; --max_iters says how many.")
+            return 0
         learner = make_learner(start, machine, data)
         report = open_report(start, machine, data, learner, describe(start, machine, data, learner), display)
         for warning in data.warnings:
             report.warn(warning)
         evaluate = Evaluator(start, machine, data, learner)
-        outcome, stop = "failed", StopRequest(world)
+        outcome, stop = "failed", StopRequest(world, can_save=(config.save_interval or 0) >= 0)
         try:
             if config.eval_only:
                 report.evaluation(progress, evaluate(progress.step))
@@ -297,6 +303,8 @@ def run(configuration: Configuration, to_go_on: str) -> int:
             raise
         finally:
             cost = report.end(outcome, progress, world.size, config.price_per_gpu_hour)
+        if lost := world.from_main(lambda: report.logger.unwritten):
+            raise Failure(lost)
         display.line(closing_lines(outcome, stop.name, progress, config, cost, report.logger.path, to_go_on))
     return 0
 

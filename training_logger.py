@@ -260,6 +260,8 @@ class TrainingLogger:
         self._pending: collections.deque[bytes] = collections.deque(maxlen=PENDING_LINES)
         self._may_fail = False  # true once the run has started
         self._warned = False
+        self._reason = ""  # why lines wait
+        self.unwritten: str | None = None  # after `end`: a sentence, if events were lost
         if enabled:
             self._create(Path(out_dir))
 
@@ -323,11 +325,35 @@ class TrainingLogger:
         self._record("run_end", outcome=outcome, **summary)
         self._write_document()
         if self._pending:
-            print(f"warning: the last {len(self._pending)} events of {self.path} are lost.", file=sys.stderr)
+            self.unwritten = (
+                f"The last {len(self._pending)} events of the run log {self.path} are lost: {self._reason}. What is there ends "
+                "before them; free some space and go on with --resume."
+            )
+        elif gone := self.lost():
+            self.unwritten = gone
         os.close(self._file)
         self._file = None
         for tracker in list(self.trackers):
             self._or_without(tracker, tracker.close)
+
+    def lost(self) -> str | None:
+        """A sentence if the log is no longer where it was made, as its folder was deleted or moved away; else None."""
+        if self._file is None:
+            return None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file)):
+                return None
+        return (
+            f"The run log {self.path} is gone: out_dir was deleted or moved while the run was writing to it, so the log and the "
+            "checkpoints that were in it are lost."
+        )
+
+    def write_copy(self, folder: str | os.PathLike) -> None:
+        """Write the run's document, as far as it has come, to another folder. Raises OSError."""
+        if self._file is not None:
+            path = Path(folder) / self.document_path.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self._document.as_dict(), allow_nan=False) + "\n", encoding="utf-8")
 
     # How it is written.
 
@@ -407,6 +433,7 @@ class TrainingLogger:
         """Before the run has started a log that cannot be written is an error, later a warning, given once."""
         if not self._may_fail:
             raise RunLogError(error, path) from error
+        self._reason = error.strerror or str(error)
         if not self._warned:
             self._warned = True
             print(f"warning: {RunLogError(error, path)} Training goes on; each event tries again.", file=sys.stderr)

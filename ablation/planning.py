@@ -24,6 +24,7 @@ NOT_VARIED = {
     "out_dir": "every run has a folder of its own",
     "eval_only": "a study trains",
     "init_from": "every run starts from its seed's own weights, and goes on where it stopped",
+    "resume": "every run goes on where it stopped",
 }
 Seeds = tuple[int, int]  # (seed, data_seed)
 
@@ -58,7 +59,7 @@ class StudyPlan:
             "seed": seeds[0],
             "data_seed": seeds[1],
             "out_dir": self.folder(variant, seeds),
-            "init_from": "auto",
+            "resume": "auto",
         }
         return [*([self.config_file] if self.config_file else []), *(f"--{key}={text}" for key, text in given.items())]
 
@@ -73,7 +74,7 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
     problems += [
         f"--{name}={getattr(options, name)} must be at least 1." for name in ("seeds", "jobs") if getattr(options, name) < 1
     ]
-    problems += [f"--{key} cannot be given: {NOT_VARIED[key]}." for key in ("init_from", "eval_only") if key in given]
+    problems += [f"--{key} cannot be given: {NOT_VARIED[key]}." for key in ("init_from", "resume", "eval_only") if key in given]
     asked = read_varied(options.vary, problems)
     try:
         base = make_variant(config_file, given)
@@ -81,7 +82,7 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
         raise UsageError("\n".join(dict.fromkeys([*problems, *str(error).split("\n")]))) from error
     problems += [
         f"{config_file} sets {key}={getattr(base.train, key)!r}: {NOT_VARIED[key]}. Leave it out."
-        for key, usual in (("init_from", "scratch"), ("eval_only", False))
+        for key, usual in (("init_from", "scratch"), ("resume", "no"), ("eval_only", False))
         if key not in given and getattr(base.train, key) != usual
     ]
     base = replace(

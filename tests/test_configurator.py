@@ -15,11 +15,11 @@ import pytest
 
 import configurator
 import model_components  # noqa: F401  registers the components, which are listed here
+from command_line import UsageError
 from configurator import (
     ConfigError,
     Configuration,
     configure,
-    continue_from,
     convert,
     describe_type,
     parse_command_line,
@@ -28,6 +28,7 @@ from configurator import (
     read_config_file,
 )
 from model_config import components
+from training.continuing import go_on, take_model
 from training.train_config import FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -544,12 +545,7 @@ def test_a_saved_run_with_an_unknown_or_impossible_key_is_refused_by_name(write)
 # ------------------------------------------------------------------------------------------- continuing
 
 
-def saved_values(*argv) -> dict:
-    got = configure([*TINY, *argv])
-    return json.loads(json.dumps(got.resolved(got.train.model_config())[0]))
-
-
-# For each fixed key a value other than the one in saved_values("--arch_preset=llama").
+# For each fixed key a value other than the one of a llama of the TINY shape.
 OTHER = dict(
     arch_preset="gpt2",
     n_layer=3,
@@ -615,28 +611,46 @@ BESIDE = dict(
 )
 
 
+def state_of(*words) -> dict:
+    """state.json, as far as it matters here, of a run started with this command line: a file's keys say the file."""
+    got = configure([*TINY, *words])
+    values, origins = got.resolved(got.train.model_config())
+    return json.loads(json.dumps({"config": values, "origins": origins, "dtype": "bfloat16"}))
+
+
+def refused_table(now, state) -> dict[str, list[str]]:
+    """key → [today's value, the checkpoint's] of the table with which going on is refused."""
+    with pytest.raises(UsageError) as error:
+        go_on(now, state, "out/step_1")
+    lines = str(error.value).split("\n")
+    assert "out/step_1" in lines[0] and lines[-1].startswith("Give what the checkpoint has")
+    return {cells[0]: cells[1:] for cells in (re.split(r"  +", line.strip()) for line in lines[3:-1])}
+
+
 @pytest.mark.parametrize("key", dict.fromkeys(FIXED_ON_RESUME))
 def test_a_fixed_key_on_the_command_line_of_a_resumed_run_is_refused_by_name(key):
-    saved = saved_values("--arch_preset=llama")
-    now = configure(["--arch_preset=llama", *([BESIDE[key]] if key in BESIDE else []), f"--{key}={OTHER[key]}"])
-    with pytest.raises(ConfigError) as error:
-        continue_from(now, saved, "out/step_1")
-    assert f"--{key}={OTHER[key]}" in str(error.value) and "out/step_1" in str(error.value)
-    same = configure(["--arch_preset=llama", *TINY, *([f"--{key}={saved[key]}"] if saved[key] is not None else [])])
-    train = continue_from(same, saved, "out/step_1")[0].train
-    assert getattr(train, key) == saved[key]
+    state = state_of("--arch_preset=llama")
+    now = configure(["--arch_preset=llama", "--resume", *([BESIDE[key]] if key in BESIDE else []), f"--{key}={OTHER[key]}"])
+    with pytest.raises(UsageError) as error:
+        go_on(now, state, "out/step_1")
+    named = "d_ff" if key in ("ffn_expansion_ratio", "ffn_multiple") else key  # in which a ratio is kept
+    assert re.search(rf"\b{named}\b", str(error.value)) and "out/step_1" in str(error.value)
+    given = [f"--{key}={state['config'][key]}"] if state["config"][key] is not None else []
+    same = configure(["--arch_preset=llama", "--resume", *TINY, *given])
+    assert getattr(go_on(same, state, "out/step_1").train, key) == getattr(same.train, key)
 
 
 @pytest.mark.parametrize("key", dict.fromkeys(MODEL_KEYS))
-def test_a_run_with_any_key_of_the_model_set_is_continued_as_it_was(key):
+def test_what_was_given_on_the_command_line_comes_back_silently(key):
+    """Issue 10.2: the model of the run, though the command that goes on says nothing of it."""
     flags = ["--arch_preset=llama", *([BESIDE[key]] if key in BESIDE else []), f"--{key}={OTHER[key]}"]
     if key == "arch_preset":
         flags = flags[1:]
-    saved = saved_values(*flags)
-    again = continue_from(configure(["--init_from=auto"]), saved, "out/step_1")[0].train
-    started = configure([*TINY, *flags]).train
-    assert again.model_config() == started.model_config()
-    assert continue_from(configure([*TINY, *flags, "--init_from=auto"]), saved, "out/step_1")[0].train == again
+    again = go_on(configure(["--resume=auto"]), state_of(*flags), "out/step_1").train
+    assert again.model_config() == configure([*TINY, *flags]).train.model_config()
+    assert (
+        go_on(configure([*TINY, *flags, "--init_from=auto"]), state_of(*flags), "x").train.model_config() == again.model_config()
+    )
 
 
 def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer():
@@ -675,10 +689,14 @@ def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer(
     assert not free & set(FIXED_ON_RESUME)
 
 
-def test_a_resumed_run_is_told_its_parallelism_anew():
-    saved = saved_values("--parallelism=hsdp", "--hsdp_shard_size=2")
-    train = continue_from(configure([]), saved, "here")[0].train
-    assert (train.parallelism, train.hsdp_shard_size) == ("auto", None)
+def test_what_belongs_to_the_machine_is_never_inherited_and_dtype_comes_back_as_it_was_used():
+    """Issue 10.2: a run saved on cuda:3 moves; one in bf16 goes on so where auto would choose something else."""
+    state = state_of("--parallelism=hsdp", "--hsdp_shard_size=2", "--device=cuda:3", "--threads=1000")
+    train = go_on(configure(["--resume"]), state, "here").train
+    assert (train.parallelism, train.hsdp_shard_size, train.device) == ("auto", None, "auto")
+    assert train.dtype == "bfloat16" and train.threads is None  # no machine has a thousand
+    train = go_on(configure(["--resume", "--dtype=float32", "--threads=2"]), state, "here").train
+    assert train.dtype == "float32" and train.threads == 2
 
 
 @pytest.mark.parametrize(
@@ -718,30 +736,38 @@ def test_aliases_that_contradict_are_refused(words, reason):
         configure(words)
 
 
-def test_all_fixed_keys_that_differ_are_refused_together():
-    now = configure(["--n_layer=3", "--seed=9", "--beta1=0.5"])
-    with pytest.raises(ConfigError) as error:
-        continue_from(now, saved_values(), "here")
-    assert all(f"--{key}=" in str(error.value) for key in ("n_layer", "seed", "beta1"))
+def test_all_fixed_keys_that_differ_are_refused_in_one_table():
+    now = configure(["--n_layer=3", "--seed=9", "--beta1=0.5", "--resume"])
+    table = refused_table(now, state_of())
+    assert table == {
+        "n_layer": ["3 (command line)", "2 (command line)"],
+        "seed": ["9 (command line)", "1337 (default)"],
+        "beta1": ["0.5 (command line)", "0.9 (default)"],
+    }
+
+
+def test_a_difference_is_refused_wherever_it_is_written(write):
+    """Issue 10.2: in a config file edited since, in another file, in a preset or a default."""
+    path = write("x.py", "learning_rate = 0.01\nn_layer = 2\n")
+    state = state_of(path)
+    assert go_on(configure([path, "--resume"]), state, "here").train.learning_rate == 0.01
+    edited = write("y.py", "learning_rate = 0.02\nn_layer = 2\n")
+    assert refused_table(configure([edited, "--resume"]), state)["learning_rate"] == [f"0.02 ({edited}:1)", f"0.01 ({path}:1)"]
+    assert refused_table(configure(["--resume"]), state)["learning_rate"] == ["0.0006 (default)", f"0.01 ({path}:1)"]
+    preset = write("z.py", 'arch_preset = "llama"\nlearning_rate = 0.01\nn_layer = 2\n')
+    assert {"arch_preset", "ffn_type", "normalization"} < refused_table(configure([preset, "--resume"]), state).keys()
 
 
 def test_free_keys_change_and_the_rest_comes_from_the_checkpoint():
-    saved = saved_values("--batch_size=7", "--max_iters=40", "--learning_rate=0.01", "--eval_interval=9")
-    now = configure(["--max_iters=80", "--eval_interval=5", "--device=cpu", "--out_dir=elsewhere", "--compile=False"])
-    got, notes = continue_from(now, saved, "here")
+    state = state_of("--batch_size=7", "--max_iters=40", "--learning_rate=0.01", "--eval_interval=9")
+    now = configure(["--max_iters=80", "--eval_interval=5", "--device=cpu", "--out_dir=elsewhere", "--compile=False", "--resume"])
+    got = go_on(now, state, "here")
     train = got.train
-    assert (train.max_iters, train.eval_interval, train.device, train.out_dir, train.compile) == (
-        80,
-        5,
-        "cpu",
-        "elsewhere",
-        False,
-    )
+    assert (train.max_iters, train.eval_interval, train.device) == (80, 5, "cpu")
+    assert (train.out_dir, train.compile, train.resume) == ("elsewhere", False, "yes")
     assert (train.batch_size, train.learning_rate, train.n_layer) == (7, 0.01, 2)
-    assert notes == []
-    assert (
-        got.origins["max_iters"] == "command line" and got.origins["batch_size"] == got.origins["n_layer"] == "checkpoint: given"
-    )
+    assert got.origins["max_iters"] == "command line"
+    assert got.origins["batch_size"] == got.origins["n_layer"] == "checkpoint: command line"
 
 
 @pytest.mark.parametrize(
@@ -749,60 +775,135 @@ def test_free_keys_change_and_the_rest_comes_from_the_checkpoint():
     [(["--max_tokens=100000"], (None, 100000, None)), (["--epochs=2"], (None, None, 2.0)), ([], (40, None, None))],
 )
 def test_another_measure_of_the_length_takes_the_place_of_the_saved_one(words, expected):
-    train = continue_from(configure(words), saved_values("--max_iters=40"), "here")[0].train
+    train = go_on(configure([*words, "--resume"]), state_of("--max_iters=40"), "here").train
     assert (train.max_iters, train.max_tokens, train.epochs) == expected
 
 
-def test_another_measure_of_the_batch_takes_the_place_of_the_saved_one():
-    saved = saved_values("--batch_size=2", "--gradient_accumulation_steps=3")
-    assert continue_from(configure(["--total_batch_tokens=1024"]), saved, "here")[0].train.sequences_per_iteration(16) == 64
-    saved = saved_values("--total_batch_tokens=160")
-    assert continue_from(configure([]), saved, "here")[0].train.sequences_per_iteration(16) == 10
-    train = continue_from(configure(["--gradient_accumulation_steps=2", "--batch_size=3"]), saved, "here")[0].train
-    assert train.sequences_per_iteration(16) == 6
+@pytest.mark.parametrize(
+    "then, now, runs",
+    [
+        (["--batch_size=2", "--gradient_accumulation_steps=3"], [], True),
+        (["--batch_size=2", "--gradient_accumulation_steps=3"], ["--batch_size=6", "--gradient_accumulation_steps=1"], True),
+        (["--batch_size=2", "--gradient_accumulation_steps=3"], ["--total_batch_tokens=96"], True),
+        (["--batch_size=2", "--gradient_accumulation_steps=3"], ["--batch_size=3"], False),  # × 1, the default
+        (["--batch_size=2", "--gradient_accumulation_steps=3"], ["--total_batch_tokens=112"], False),
+        (["--total_batch_tokens=160"], [], True),
+        (["--total_batch_tokens=160"], ["--batch_size=10"], True),
+        (["--total_batch_tokens=160"], ["--batch_size=5", "--gradient_accumulation_steps=3"], False),
+        ([], [], True),
+        ([], ["--batch_size=4"], False),
+        ([], ["--batch_size=4", "--gradient_accumulation_steps=3"], True),  # 12, the default
+    ],
+)
+def test_the_same_global_batch_split_otherwise_is_the_same_run(then, now, runs):
+    """Issue 10.2: a global batch of 1 became 4, as the batch came from the file and not from the checkpoint."""
+    state, today = state_of(*then), configure([*now, "--resume"])
+    if runs:
+        expected = configure([*TINY, *then]).train.sequences_per_iteration(16)
+        assert go_on(today, state, "here").train.sequences_per_iteration(16) == expected
+    else:
+        assert list(refused_table(today, state)) == ["global batch"]
 
 
-def test_a_config_files_differences_are_noted_and_overruled(write):
-    path = write("x.py", "n_layer = 3\nlearning_rate = 0.5\nmax_iters = 99\n")
-    got, notes = continue_from(configure([path]), saved_values("--learning_rate=0.01"), "here")
-    assert (got.train.n_layer, got.train.learning_rate, got.train.max_iters) == (2, 0.01, 99)
-    assert len(notes) == 2
-    assert any("n_layer=2" in n and f"{path}:1" in n and "3" in n for n in notes)
-    assert any("learning_rate=0.01" in n and f"{path}:2" in n for n in notes)
+def test_a_batch_from_a_file_that_was_edited_since_is_refused(write):
+    """Issue 10.2."""
+    state = state_of(write("x.py", "batch_size = 1\n"))
+    table = refused_table(configure([write("y.py", "batch_size = 4\n"), "--resume"]), state)
+    assert (
+        list(table) == ["global batch"]
+        and "4 sequences" in table["global batch"][0]
+        and "1 sequences" in table["global batch"][1]
+    )
 
 
-def test_a_run_from_weights_alone_takes_the_model_and_nothing_else():
-    saved = saved_values("--arch_preset=llama", "--learning_rate=0.01", "--batch_size=7", "--max_iters=40", "--seed=3")
-    got, _ = continue_from(configure(["--learning_rate=0.5", "--seed=8", "--dataset=mine"]), saved, "here", weights_only=True)
+def test_a_run_from_weights_alone_takes_the_model_and_nothing_else(write):
+    saved = state_of("--arch_preset=llama", "--learning_rate=0.01", "--batch_size=7", "--max_iters=40", "--seed=3")["config"]
+    got, _ = take_model(configure(["--learning_rate=0.5", "--seed=8", "--dataset=mine", "--init_from=weights:x"]), saved, "here")
     train = got.train
     assert (train.learning_rate, train.seed, train.dataset) == (0.5, 8, "mine")
     assert (train.batch_size, train.max_iters) == (KEYS["batch_size"].default, None)
     assert train.model_config() == configure([*TINY, "--arch_preset=llama"]).train.model_config()
-    with pytest.raises(ConfigError, match="--n_layer=3"):
-        continue_from(configure(["--n_layer=3"]), saved, "here", weights_only=True)
+    with pytest.raises(UsageError, match="--n_layer=3"):
+        take_model(configure(["--n_layer=3"]), saved, "here")
+    path = write("x.py", "n_layer = 3\nmax_iters = 99\n")
+    got, notes = take_model(configure([path]), saved, "here")
+    assert (got.train.n_layer, got.train.max_iters) == (2, 99)
+    assert len(notes) == 1 and "n_layer=2" in notes[0] and f"{path}:1" in notes[0] and "3" in notes[0]
 
 
 def test_a_resumed_run_is_checked_with_the_checkpoints_keys_and_not_the_presets():
     """Flags that suit the checkpoint need not suit the preset: 32 / 2 heads and 16 tokens a sequence come from there."""
-    now = configure(["--init_from=resume", "--n_embd=32", "--total_batch_tokens=160"])
-    assert continue_from(now, saved_values(), "here")[0].train.sequences_per_iteration(16) == 10
-    with pytest.raises(ConfigError, match="total_batch_tokens=1000"):
-        continue_from(configure(["--init_from=resume", "--total_batch_tokens=1000"]), saved_values(), "here")
+    now = configure(["--init_from=resume", "--n_embd=32", "--total_batch_tokens=192"])
+    assert go_on(now, state_of(), "here").train.sequences_per_iteration(16) == 12
+    with pytest.raises(UsageError, match="total_batch_tokens=1000"):
+        go_on(configure(["--init_from=resume", "--total_batch_tokens=1000"]), state_of(), "here")
 
 
 def test_one_pattern_written_in_two_ways_is_no_difference():
-    saved = saved_values("--layer_pattern=transformer,mlp")
-    assert continue_from(configure(["--layer_pattern=transformer*1,mlp*1"]), saved, "here")[1] == []
-    with pytest.raises(ConfigError, match="--layer_pattern"):
-        continue_from(configure(["--layer_pattern=transformer,mlp,transformer"]), saved, "here")
+    state = state_of("--layer_pattern=transformer,mlp")
+    assert go_on(configure(["--layer_pattern=transformer*1,mlp*1", "--resume"]), state, "here")
+    assert "layer_pattern" in refused_table(configure(["--layer_pattern=mlp,transformer", "--resume"]), state)
+    saved = state["config"]
+    assert take_model(configure(["--layer_pattern=transformer*1,mlp*1"]), saved, "here")[1] == []
+    with pytest.raises(UsageError, match="--layer_pattern"):
+        take_model(configure(["--layer_pattern=mlp,transformer"]), saved, "here")
 
 
 def test_continuing_a_continued_run_is_the_same_again():
-    saved = saved_values("--arch_preset=llama", "--max_iters=40")
-    first = continue_from(configure([]), saved, "here")[0]
-    values = json.loads(json.dumps(first.resolved(first.train.model_config())[0]))
-    assert values == saved
-    assert continue_from(configure([]), values, "here")[0] == first
+    state = state_of("--arch_preset=llama", "--max_iters=40")
+    first = go_on(configure(["--resume"]), state, "here")
+    values, origins = first.resolved(first.train.model_config())
+    again = json.loads(json.dumps({"config": values, "origins": origins, "dtype": "bfloat16"}))
+    assert {k: v for k, v in again["config"].items() if k not in ("resume", "dtype")} == {
+        k: v for k, v in state["config"].items() if k not in ("resume", "dtype")
+    }
+    assert go_on(configure(["--resume"]), again, "here") == first
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], ("scratch", "no")),
+        (["--resume"], ("scratch", "yes")),
+        (["--resume", "--seed=3"], ("scratch", "yes")),
+        (["--resume=auto"], ("scratch", "auto")),
+        (["--resume", "auto"], ("scratch", "auto")),
+        (["--resume=True"], ("scratch", "yes")),
+        (["--resume=False"], ("scratch", "no")),
+        (["--init_from=resume"], ("scratch", "yes")),
+        (["--init_from=auto"], ("scratch", "auto")),
+        (["--init_from=auto", "--resume=auto"], ("scratch", "auto")),
+        (["--init_from=weights:x", "--resume=auto"], ("weights:x", "auto")),
+    ],
+)
+def test_where_to_begin_and_whether_to_go_on_are_two_keys(words, expected):
+    """Issue 10.2, with nanoGPT's spelling and the one that --init_from had."""
+    train = configure(words).train
+    assert (train.init_from, train.resume) == expected
+
+
+def test_auto_at_the_end_of_a_command_keeps_the_weights_that_a_file_names(write):
+    """Issue 10.2: docs/slurm.sh appended --init_from=auto, which overrode weights:X and began with random weights."""
+    train = configure([write("x.py", 'init_from = "weights:x"\n'), "--init_from=auto"]).train
+    assert (train.init_from, train.resume) == ("weights:x", "auto")
+    assert configure([write("y.py", 'init_from = "auto"\n')]).origins["resume"].endswith("y.py:1")
+
+
+@pytest.mark.parametrize(
+    "words", [["--init_from=out/x"], ["--init_from=out/x/checkpoints/step_000000003"], ["--init_from=Resume"]]
+)
+def test_a_bare_path_is_refused_with_the_two_spellings_that_it_could_mean(words):
+    """Issue 10.2."""
+    with pytest.raises(ConfigError, match=r"--init_from=weights:.*--resume"):
+        configure(words)
+
+
+@pytest.mark.parametrize(
+    "words", [["--init_from=auto", "--resume=yes"], ["--init_from=resume", "--resume=no"], ["--resume=perhaps"]]
+)
+def test_contradicting_words_about_going_on_are_refused(words):
+    with pytest.raises(ConfigError, match="resume="):
+        configure(words)
 
 
 # ------------------------------------------------------------------------------------------- printing

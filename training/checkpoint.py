@@ -151,14 +151,21 @@ class CheckpointStore:
             return None
         return target if target.name.startswith(_STEP) and (target / "manifest.json").is_file() else None
 
-    def newest_intact(self, warn: Callable[[str], None], holding: str | None = None, world: World | None = None) -> Path | None:
+    def newest_intact(
+        self,
+        warn: Callable[[str], None],
+        holding: str | None = None,
+        world: World | None = None,
+        among: Callable[[Path], bool] = lambda checkpoint: True,
+    ) -> Path | None:
         """The latest checkpoint, or the one before it where that is damaged (warned about); None if there is none.
 
-        holding: as for `verify`. world: the processes that call this and share the work; alone if it is not given. Raises
+        holding: as for `verify`. world: the processes that call this and share the work; alone if it is not given. among:
+        which checkpoints count at all; rank 0 asks it. Raises
         CheckpointError if there are checkpoints and every one is damaged, UnknownFormat and UnlistedFile at the first.
         """
         world = world or World()
-        names, note = world.from_main(self._candidates)
+        names, note = world.from_main(lambda: self._candidates(among))
         if note:
             warn(note)
         reasons = []
@@ -176,13 +183,13 @@ class CheckpointStore:
             raise CheckpointError(f"No checkpoint in {self.folder} is intact. {reasons[0]}")
         return None
 
-    def _candidates(self) -> tuple[list[str], str | None]:
-        """The names of all checkpoints, in the order in which they are tried, and what is to be said about that."""
-        candidates, latest, note = self.all()[::-1], self.pointed("latest"), None
+    def _candidates(self, among: Callable[[Path], bool]) -> tuple[list[str], str | None]:
+        """The names of the checkpoints that count, in the order in which they are tried, and what is to be said about that."""
+        candidates, latest, note = [one for one in self.all()[::-1] if among(one)], self.pointed("latest"), None
         if latest in candidates:
             candidates.remove(latest)
             candidates.insert(0, latest)
-        elif candidates:
+        elif candidates and latest is None:
             note = f"{self.folder / 'latest'} does not point to a checkpoint; using the newest, {candidates[0].name}."
         return [candidate.name for candidate in candidates], note
 

@@ -5,6 +5,9 @@ Norm statistics, softmax, loss and reductions are fp32 whatever the compute dtyp
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Make the model's residual stream, and with it every matrix product, run in `dtype`."""
     model.compute_dtype = dtype
+
+
+def dropout_seed(seed: int, data_rank: int) -> int:
+    """The seed of a process's random stream: the run's own for the first, one that no other seed leads to for the others.
+
+    Neighbouring seeds are what repetitions of a study use, so a sum of seed and rank would give two runs the same streams.
+    """
+    if data_rank == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{data_rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class LossScale:
@@ -48,16 +62,36 @@ class LossScale:
 
 
 class SkipCounter:
-    """Counts skipped updates on the device: in all, and in a row. Reading it is a host sync."""
+    """Counts skipped updates on the device: in all, and in a row. Reading it is a host sync; `in_a_row` is none."""
+
+    LAG = 2  # steps that `in_a_row` is behind on a GPU, so that the host need not wait for the step at work
 
     def __init__(self, device: torch.device, total: int = 0, streak: int = 0):
         self.total = torch.tensor(float(total), device=device)
         self.streak = torch.tensor(float(streak), device=device)
+        self._on_gpu = device.type == "cuda"
+        self._copies: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def update(self, skipped: Tensor) -> None:
         """Account for one step; skipped is 1.0 or 0.0."""
         self.total = self.total + skipped
         self.streak = (self.streak + 1) * skipped
+        if self._on_gpu:
+            copy, done = torch.empty((), pin_memory=True), torch.cuda.Event()
+            copy.copy_(self.streak, non_blocking=True)
+            done.record()
+            self._copies.append((copy, done))
+
+    def in_a_row(self) -> int:
+        """Updates skipped in a row, on a GPU as of LAG steps ago: the same number in every process."""
+        if not self._on_gpu:
+            return int(self.streak)
+        found = 0
+        while len(self._copies) > self.LAG:
+            copy, done = self._copies.popleft()
+            done.synchronize()
+            found = int(copy)
+        return found
 
     def read(self) -> tuple[int, int]:
         """(skipped in all, skipped in a row up to now)."""

@@ -6,10 +6,11 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from command_line import Failure
 from training.checkpoint import CheckpointError, CheckpointStore
+from training.precision import SkipCounter
 
 
 @dataclass
@@ -34,6 +35,11 @@ class Judgement:
         else:
             self.evaluations_without_gain += 1
         return changed
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last evaluation found a loss that is not finite."""
+        return self.val_tokens is not None and self.val_loss is None
 
     def out_of_patience(self, patience: int) -> bool:
         """Whether so many evaluations in a row brought nothing (0: never)."""
@@ -89,16 +95,31 @@ class Progress:
 
 
 class Diverged(Failure):
-    """Too many non-finite updates in a row."""
+    """The losses, gradients or weights are not finite any more."""
 
 
-def stop_if_diverged(progress: Progress, limit: int, store: CheckpointStore) -> None:
+def stop_if_diverged(progress: Progress, skips: SkipCounter, limit: int, store: CheckpointStore) -> None:
     """Raise Diverged once `limit` updates in a row were skipped; the message names the last good checkpoint."""
-    if progress.skipped_in_a_row < limit:
-        return
+    if skips.in_a_row() >= limit:
+        progress.note_skips(*skips.read())
+        _diverged(
+            f"The last {progress.skipped_in_a_row} updates were skipped for a non-finite loss or gradient, so the run stops at "
+            f"step {progress.step}.",
+            store,
+        )
+
+
+def check_outcome(progress: Progress, first_step: int, skips: SkipCounter, store: CheckpointStore) -> None:
+    """Raise Diverged if a run that reached its end trained nothing, or ends with a loss that is not finite."""
+    made = progress.step - first_step
+    progress.note_skips(*skips.read())
+    if progress.evaluations.diverged:
+        _diverged(f"The validation loss at step {progress.step} is not finite.", store)
+    if 0 < made <= progress.skipped_in_a_row:
+        _diverged(f"All {made} updates were skipped for a non-finite loss or gradient, so nothing was learned.", store)
+
+
+def _diverged(what: str, store: CheckpointStore) -> NoReturn:
     latest = store.pointed("latest")
     found = f"The last good checkpoint is {latest}" if latest else "There is no checkpoint yet"
-    raise Diverged(
-        f"The last {progress.skipped_in_a_row} updates were skipped for a non-finite loss or gradient, so the run stops at step "
-        f"{progress.step}. {found}; lower --learning_rate or raise --warmup_iters."
-    )
+    raise Diverged(f"{what} {found}; lower --learning_rate or raise --warmup_iters.")

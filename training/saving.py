@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoint import CheckpointStore, load_tensors, model_tensors, random_state, set_random_state
+from command_line import Failure
+from training.checkpoint import CheckpointError, CheckpointStore, load_tensors, model_tensors, random_state, set_random_state
 from training.huggingface_files import load_weights
-from training.progress import Progress
+from training.parallelism import local
+from training.progress import Diverged, Progress
 from training.report import Report
 from training.stages import Data, Learner, Machine, Start
+from training.starting import launch_names
 from training_logger import versions
 
 Done = Callable[[Path, float], None]  # called in the loop's thread: (path, seconds that it took)
@@ -168,6 +171,7 @@ def describe(start: Start, machine: Machine, data: Data, learner: Learner) -> di
             name=start.config.dataset, fingerprint=dataset.fingerprint, order=data.loader.order.version, **dataset.facts()
         ),
         versions=versions(),
+        launch=machine.world.from_main(launch_names),
         source=start.saved.get("source"),
     )
 
@@ -189,8 +193,8 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background came to nothing; `finish` raises why."""
-        return self.saver.failed
+        """Whether a save in the background came to nothing, or the folder of the run is gone; `finish` raises why."""
+        return self.saver.failed or self.report.logger.lost() is not None
 
     def due(self, progress: Progress) -> bool:
         """Whether this step ends with a checkpoint: at its interval, or as the best so far; not while updates fail."""
@@ -209,24 +213,61 @@ class Checkpoints:
                 self.report.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
             self.started_here = True
             progress.note_skips(*self.learner.skips.read())
+            self._check_finite(progress)
             step, best, progress.saved_step = progress.step, progress.is_best, progress.step
             logger = self.report.logger
-            self.saver.save(
-                step,
-                run_tensors(self.machine, self.learner),
-                dict(self.identity, progress=progress.to_dict(), run=str(logger.path)),
-                keep_last=0 if progress.skipped_in_a_row else self.config.keep_last,  # drop nothing for a doubtful one
-                tokenizer_folder=self.tokenizer_folder,
-                best=best,
-                done=lambda path, seconds: logger.checkpoint(step, str(path), seconds, best),
-            )
+            try:
+                self.saver.save(
+                    step,
+                    run_tensors(self.machine, self.learner),
+                    self._state(progress),
+                    keep_last=0 if progress.skipped_in_a_row else self.config.keep_last,  # drop nothing for a doubtful one
+                    tokenizer_folder=self.tokenizer_folder,
+                    best=best,
+                    done=lambda path, seconds: logger.checkpoint(step, str(path), seconds, best),
+                )
+            except CheckpointError as error:  # raised in every process
+                raise CheckpointError(f"{error} {self.rescued(progress)}") from error
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        return dict(self.identity, progress=progress.to_dict(), run=str(self.report.logger.path))
+
+    def rescued(self, progress: Progress) -> str:
+        """Save what there is to rescue_dir, if the user named one; a sentence that says what came of it."""
+        if self.config.rescue_dir is None:
+            return "--rescue_dir=FOLDER would have saved the state there."
+        store = CheckpointStore(self.config.rescue_dir, self.machine.world)
+        path = store.save(
+            progress.step,
+            run_tensors(self.machine, self.learner),
+            self._state(progress),
+            keep_last=self.config.keep_last,
+            tokenizer_folder=self.tokenizer_folder if self.tokenizer_folder.is_dir() else None,
+        )
+        self.machine.world.from_main(lambda: self.report.logger.write_copy(self.config.rescue_dir))
+        return (
+            f"The state of step {progress.step} is in {path}; go on from there with --out_dir={self.config.rescue_dir} --resume."
+        )
+
+    def _check_finite(self, progress: Progress) -> None:
+        """Raise Diverged, in every process, if a weight is not finite: such weights never become the latest checkpoint."""
+        weights = model_tensors(self.learner.model)
+        broken = next((name for name, tensor in weights.items() if not bool(torch.isfinite(local(tensor)).all())), None)
+        if self.machine.world.any(broken is not None)[0]:
+            what = f"weights ({broken})" if broken else "weights of another process"
+            raise Diverged(f"At step {progress.step} {what} are not finite, so nothing is saved.")
 
     def poll(self) -> None:
         """See whether a save in the background has ended."""
         self.saver.poll()
 
     def finish(self, progress: Progress) -> None:
-        """Save the last step if it is not saved, and wait for what is under way. Raises CheckpointError if it failed."""
+        """Save the last step if it is not saved, and wait for what is under way.
+
+        Raises CheckpointError if a save failed, and Failure if the folder of the run is gone.
+        """
+        if lost := self.machine.world.from_main(self.report.logger.lost):
+            raise Failure(f"{lost} {self.rescued(progress)}")
         if self.interval >= 0 and progress.saved_step != progress.step > self.first_step:
             self.save(progress)
         self.saver.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,27 +33,64 @@ class Origin:
 
 
 def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str], None], world: World) -> Origin | None:
-    """What init_from means: None for a start from scratch. Raises CheckpointError if it is not there or damaged.
+    """What this start of the run begins with; None for new weights.
 
+    A restart goes on with what the same launch has saved; where that is nothing yet, it begins as configured: with the last
+    checkpoint in out_dir (`resume`), or with what `init_from` names. Raises CheckpointError if that is not there or damaged.
     All processes of `world` call this, and share the checking of a checkpoint's files.
     """
     needed = "model" if config.eval_only else None
-    if config.init_from == "scratch":
-        return None
-    if config.init_from in ("resume", "auto"):
+    if (known_by := _restarted()) and (
+        found := store.newest_intact(warn, needed, world, lambda checkpoint: _is_of_launch(checkpoint, known_by))
+    ):
+        return Origin(found)
+    if config.resume != "no":
         found = store.newest_intact(warn, needed, world)
-        if found is None and config.init_from == "resume":
+        if found is None and config.resume == "yes":
             raise CheckpointError(
-                f"Nothing to resume: {store.folder} holds no checkpoint. Check --out_dir, or start "
-                "with --init_from=scratch (or auto, which does either)."
+                f"Nothing to resume: {store.folder} holds no checkpoint. Check --out_dir, or leave --resume out "
+                "(--resume=auto goes on only if there is something)."
             )
-        return Origin(found) if found else None
-    if config.init_from.startswith("hf:"):
-        folder = world.from_main(lambda: find_folder(config.init_from.removeprefix("hf:")), "fetching a Hugging Face model")
+        if found is not None:
+            return Origin(found)
+    kind, _, name = config.init_from.partition(":")
+    if kind == "hf":
+        folder = world.from_main(lambda: find_folder(name), "fetching a Hugging Face model")
         return Origin(folder, weights_only=True, huggingface=True)
-    path = config.init_from.removeprefix("weights:")
-    weights_only = path != config.init_from
-    return Origin(find_checkpoint(path, warn, holding="model" if weights_only else needed, world=world), weights_only)
+    if kind == "weights":
+        return Origin(find_checkpoint(name, warn, holding="model", world=world), weights_only=True)
+    return None
+
+
+def launch_names() -> dict[str, str | None]:
+    """What identifies this launch of the run, over all its restarts: SLURM's job and torchrun's run id, where there are any.
+
+    torchrun's run id is "none" unless it makes one up (--standalone) or is told one (--rdzv-id); then its process on this
+    machine stands for it.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id in ("none", ""):
+        run_id = f"{socket.gethostname()}:{os.getppid()}"
+    return {"slurm_job": os.environ.get("SLURM_JOB_ID"), "torchrun": run_id}
+
+
+def _restarted() -> dict[str, str]:
+    """The part of `launch_names()` by which a checkpoint of an earlier start can be known; empty if this is no restart.
+
+    It is the same in all processes but for a run id that stands for a process, which only rank 0 compares.
+    """
+    this, counts = launch_names(), {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm_job": "SLURM_RESTART_COUNT"}
+    restarted = [who for who, name in counts.items() if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 0]
+    return {who: this[who] for who in restarted if this[who]}
+
+
+def _is_of_launch(checkpoint: Path, known_by: dict[str, str]) -> bool:
+    """Whether an earlier start of this very launch has written the checkpoint."""
+    try:
+        theirs = read_state(checkpoint).get("launch")
+    except CheckpointError:
+        return False
+    return isinstance(theirs, dict) and any(theirs.get(who) == this for who, this in known_by.items())
 
 
 def imported_state(folder: Path) -> dict[str, Any]:
@@ -97,18 +135,24 @@ def tokenizer_warnings(origin: Origin | None, dataset: TokenDataset) -> list[str
     return warnings
 
 
-def prepare_out_dir(out_dir: str, world: World) -> None:
-    """Make the folder and see that every process can write there. Raises OSError or UsageError with a sentence."""
+def prepare_out_dir(out_dir: str, world: World, eval_only: bool) -> None:
+    """Make the folder, with that of the checkpoints unless none are written, and see that every process can write there.
+
+    Raises OSError or UsageError with a sentence.
+    """
     word = world.from_main(lambda: uuid.uuid4().hex)  # another run may be looking at the same folder
+    folders = [Path(out_dir)] if eval_only else [Path(out_dir), Path(out_dir) / "checkpoints"]
     probes = [Path(out_dir) / f".probe_{word}_{rank}" for rank in range(world.size)]
-    mine = probes[world.rank]
+    mine = [folder / probes[world.rank].name for folder in folders]
 
     def write() -> None:
-        try:
-            Path(out_dir).mkdir(parents=True, exist_ok=True)
-            mine.write_text("")
-        except OSError as error:
-            raise OSError(f"out_dir={out_dir!r} cannot be written: {error.strerror}. Choose another --out_dir.") from error
+        for folder, probe in zip(folders, mine):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe.write_text("")
+            except OSError as error:
+                where = f"out_dir={out_dir!r}" if folder == Path(out_dir) else f"{folder} (where checkpoints go)"
+                raise OSError(f"{where} cannot be written: {error.strerror}. Choose another --out_dir.") from error
 
     def see_all() -> None:
         if not all(probe.exists() for probe in probes):
@@ -121,22 +165,24 @@ def prepare_out_dir(out_dir: str, world: World) -> None:
         world.everywhere(write)
         world.everywhere(see_all)
     finally:
-        with suppress(OSError):
-            mine.unlink()
+        for probe in mine:
+            with suppress(OSError):
+                probe.unlink()
 
 
 def resume_command(argv: list[str]) -> str:
     """The command that continues the run of this command line."""
-    words = iter(argv)
-    kept = []
+    words, kept = iter(argv), []
     for word in words:
-        if word == "--init_from":
-            next(words, None)
-        elif not word.startswith("--init_from="):
+        if word in ("--init_from", "--resume"):
+            word = next(words, "")
+            if word.startswith("--"):  # behind a bare --resume
+                kept.append(word)
+        elif not word.startswith(("--init_from=", "--resume=")):
             kept.append(word)
     launcher = ["python"]
     if launched():
         here, nodes = os.environ.get("LOCAL_WORLD_SIZE", "1"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
         launcher = ["torchrun", "--standalone" if nodes == 1 else f"--nnodes={nodes}", f"--nproc_per_node={here}"]
         launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=HOST:PORT"] if nodes > 1 else []  # on each of them, as before
-    return shlex.join([*launcher, "train.py", *kept, "--init_from=resume"])
+    return shlex.join([*launcher, "train.py", *kept, "--resume"])

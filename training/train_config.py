@@ -57,10 +57,17 @@ class TrainConfig(_ModelKeys):
     out_dir: str = _key("out", "where checkpoints and logs go", "run")
     init_from: str = _key(
         "scratch",
-        "scratch | resume | auto (resume if there is something) | a checkpoint to go on from | "
-        "weights:CHECKPOINT or hf:NAME_OR_FOLDER to start a new run with its weights",
+        "where a new run gets its first weights: scratch | weights:CHECKPOINT_OR_OUT_DIR | hf:NAME_OR_FOLDER; resume and auto "
+        "are spellings of --resume=yes and --resume=auto",
         "run",
     )
+    resume: Literal["no", "auto", "yes"] = _key(
+        "no",
+        "whether to go on with the last checkpoint in out_dir; yes (a bare --resume): there must be one; auto: if there is one. "
+        "A restart by torchrun or SLURM goes on with what the same launch has saved, whatever is said here",
+        "run",
+    )
+    rescue_dir: str | None = _key(None, "where the last state is saved if out_dir can no longer be written", "run")
     eval_only: bool = _key(False, "evaluate once and stop; writes no checkpoint", "run")
     notice: str = _key("", "one line to print at the start", "run")
     seed: int = _key(1337, "random seed of the initial weights and of dropout", "run", resume="fixed")
@@ -191,6 +198,12 @@ class TrainConfig(_ModelKeys):
             problems.append(
                 f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it (the usual choice is a tenth)."
             )
+        if self.init_from != "scratch" and not self.init_from.startswith(("weights:", "hf:")):
+            problems.append(
+                f"init_from={self.init_from!r} is neither 'scratch' nor 'weights:…' nor 'hf:…'. To start a new run with the "
+                f"weights that are there: --init_from=weights:{self.init_from}. To go on with the run that made them: --resume, "
+                "with its --out_dir."
+            )
         device = self.device.split(":")[0]
         if device not in ("auto", "cpu", "cuda"):
             problems.append(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N.")
@@ -262,6 +275,9 @@ EXCLUSIVE = (
 ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "fsdp")}
 
 # What a resumed run takes from its checkpoint; a different value on the command line is refused.
+FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that goes on
+OF_THE_MACHINE = ("device", "parallelism", "hsdp_shard_size", "collective_timeout")  # never taken from a checkpoint
+OF_THE_START = ("out_dir", "init_from", "resume")  # where this start of the run begins and writes
 MODEL_KEYS = ("arch_preset", *ARCHITECTURE_KEYS, "block_size")
 FIXED_ON_RESUME = (*MODEL_KEYS, *(name for name, f in KEYS.items() if f.metadata.get("resume") == "fixed"))
 

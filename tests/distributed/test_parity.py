@@ -69,10 +69,10 @@ def train_by_pytorch(dataset: Path, model: str, accumulation: int) -> list[tuple
     figures = []
     for micro_batches in batches(dataset, 0, 1, 1):
         mine = micro_batches[0][rank::size]  # other rows than ours: which rank has which must not matter
-        parts, total = mine.chunk(accumulation), 0.0
+        parts, total = mine.split(len(mine) // accumulation), 0.0
         for number, part in enumerate(parts, start=1):
             wrapped.require_backward_grad_sync = number == len(parts)
-            loss = F.cross_entropy(wrapped(part[:, :-1]).transpose(1, 2), part[:, 1:]) / accumulation
+            loss = F.cross_entropy(wrapped(part.inputs).transpose(1, 2), part.targets) / accumulation
             loss.backward()
             total += float(loss.detach())
         norm = nn.utils.clip_grad_norm_(wrapped.parameters(), CLIP)
