@@ -10,6 +10,7 @@ torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ from flops_parameter_counting.hardware import best_dtype, device_peak
 from model_builder import build_model, initialize
 from model_components import auxiliary_losses
 from training.activation_checkpointing import apply_activation_checkpointing
-from training.checkpoint import CheckpointError, CheckpointStore, read_state
+from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeights, read_state
 from training.continuing import go_on, take_model
 from training.data_loader import DataLoader, WindowOrder
 from training.evaluation import Evaluator
@@ -79,8 +80,9 @@ def open_out_dir(start: Start, world: World, resources: ExitStack) -> Saver:
     config, store = start.config, start.store
     store.world = world.beside() if config.async_checkpoint else world
     saver = BackgroundSaver(store) if config.async_checkpoint else Saver(store)
-    prepare_out_dir(config.out_dir, world, config.eval_only)
+    prepare_out_dir(config.out_dir, world)
     if not config.eval_only:
+        world.everywhere(store.check_writable)
         world.from_main(lambda: resources.enter_context(store.lock()))
         resources.callback(saver.leave)
         world.from_main(store.clean)
@@ -298,7 +300,7 @@ def run(configuration: Configuration, to_go_on: str) -> int:
                 display.start_bar(progress.step, data.length)
                 with stop:
                     outcome = train(start, machine, data, learner, evaluate, report, checkpoints, stop)
-        except Diverged:
+        except (Diverged, NonFiniteWeights):
             outcome = "diverged"
             raise
         finally:

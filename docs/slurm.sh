@@ -31,7 +31,7 @@ srun --kill-on-bad-exit=0 torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --max-restarts=3 \
     --rdzv_backend=c10d --rdzv_endpoint="$first_node:$((29500 + SLURM_JOB_ID % 1000))" \
     --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
-    train.py "$@" --init_from=auto 2>&1 | tee "$printed"
+    train.py "$@" --resume=auto 2>&1 | tee "$printed"
 code=$?
 
 if grep -q "^stopped after step" "$printed"; then          # by the signal: torchrun returns 1, but all is well

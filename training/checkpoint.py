@@ -293,7 +293,7 @@ class CheckpointStore:
                 reason = error.strerror or error if isinstance(error, OSError) else error
                 raise CheckpointError(
                     f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. "
-                    f"{self._remaining('free some space and resume with --init_from=resume')}"
+                    f"{self._remaining('free some space and go on with --resume')}"
                 ) from error
             raise
         return self.folder / name

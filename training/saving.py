@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from command_line import Failure
-from training.checkpoint import CheckpointError, CheckpointStore, load_tensors, model_tensors, random_state, set_random_state
+from training.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    NonFiniteWeights,
+    load_tensors,
+    model_tensors,
+    random_state,
+    set_random_state,
+)
 from training.huggingface_files import load_weights
-from training.parallelism import local
-from training.progress import Diverged, Progress
+from training.progress import Progress
 from training.report import Report
 from training.stages import Data, Learner, Machine, Start
 from training.starting import launch_names
@@ -213,7 +220,6 @@ class Checkpoints:
                 self.report.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
             self.started_here = True
             progress.note_skips(*self.learner.skips.read())
-            self._check_finite(progress)
             step, best, progress.saved_step = progress.step, progress.is_best, progress.step
             logger = self.report.logger
             try:
@@ -226,6 +232,8 @@ class Checkpoints:
                     best=best,
                     done=lambda path, seconds: logger.checkpoint(step, str(path), seconds, best),
                 )
+            except NonFiniteWeights:
+                raise
             except CheckpointError as error:  # raised in every process
                 raise CheckpointError(f"{error} {self.rescued(progress)}") from error
 
@@ -248,14 +256,6 @@ class Checkpoints:
         return (
             f"The state of step {progress.step} is in {path}; go on from there with --out_dir={self.config.rescue_dir} --resume."
         )
-
-    def _check_finite(self, progress: Progress) -> None:
-        """Raise Diverged, in every process, if a weight is not finite: such weights never become the latest checkpoint."""
-        weights = model_tensors(self.learner.model)
-        broken = next((name for name, tensor in weights.items() if not bool(torch.isfinite(local(tensor)).all())), None)
-        if self.machine.world.any(broken is not None)[0]:
-            what = f"weights ({broken})" if broken else "weights of another process"
-            raise Diverged(f"At step {progress.step} {what} are not finite, so nothing is saved.")
 
     def poll(self) -> None:
         """See whether a save in the background has ended."""

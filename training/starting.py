@@ -135,24 +135,18 @@ def tokenizer_warnings(origin: Origin | None, dataset: TokenDataset) -> list[str
     return warnings
 
 
-def prepare_out_dir(out_dir: str, world: World, eval_only: bool) -> None:
-    """Make the folder, with that of the checkpoints unless none are written, and see that every process can write there.
-
-    Raises OSError or UsageError with a sentence.
-    """
+def prepare_out_dir(out_dir: str, world: World) -> None:
+    """Make the folder and see that every process can write there. Raises OSError or UsageError with a sentence."""
     word = world.from_main(lambda: uuid.uuid4().hex)  # another run may be looking at the same folder
-    folders = [Path(out_dir)] if eval_only else [Path(out_dir), Path(out_dir) / "checkpoints"]
     probes = [Path(out_dir) / f".probe_{word}_{rank}" for rank in range(world.size)]
-    mine = [folder / probes[world.rank].name for folder in folders]
+    mine = probes[world.rank]
 
     def write() -> None:
-        for folder, probe in zip(folders, mine):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe.write_text("")
-            except OSError as error:
-                where = f"out_dir={out_dir!r}" if folder == Path(out_dir) else f"{folder} (where checkpoints go)"
-                raise OSError(f"{where} cannot be written: {error.strerror}. Choose another --out_dir.") from error
+        try:
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            mine.write_text("")
+        except OSError as error:
+            raise OSError(f"out_dir={out_dir!r} cannot be written: {error.strerror}. Choose another --out_dir.") from error
 
     def see_all() -> None:
         if not all(probe.exists() for probe in probes):
@@ -165,9 +159,8 @@ def prepare_out_dir(out_dir: str, world: World, eval_only: bool) -> None:
         world.everywhere(write)
         world.everywhere(see_all)
     finally:
-        for probe in mine:
-            with suppress(OSError):
-                probe.unlink()
+        with suppress(OSError):
+            mine.unlink()
 
 
 def resume_command(argv: list[str]) -> str:

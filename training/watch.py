@@ -160,7 +160,7 @@ class Watch(threading.Thread):
             f"hangs while {doing}",
             f"rank {self.rank} hangs at step {self.step}: while {doing}, it has neither written nor read anything for "
             f"{seconds:.0f} s, in {place(thread.ident)}. See whether the disk or the network file system answers; nothing "
-            "that was saved before is lost, start again with --init_from=auto.",
+            "that was saved before is lost, start again with --resume=auto.",
         )
 
     def contact_lost(self, error: RuntimeError) -> LostContact:
@@ -184,7 +184,7 @@ class Watch(threading.Thread):
                 pass
         return LostContact(
             f"rank {self.rank} lost contact with another process at step {self.step} ({self.doing}): it was "
-            f"killed, or its machine is gone ({reason}). Start again with --init_from=auto; torchrun "
+            f"killed, or its machine is gone ({reason}). Start again with --resume=auto; torchrun "
             "--max-restarts=3 does so by itself."
         )
 
