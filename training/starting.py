@@ -17,6 +17,7 @@ from data.token_dataset import TokenDataset
 from data.tokenization import load_tokenizer
 from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
 from training.huggingface_files import find_folder, read_config, source_of
+from training.manifest import read_state
 from training.processes import World, launched
 from training.train_config import TrainConfig
 
@@ -40,7 +41,7 @@ def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str
     All processes of `world` call this, and share the checking of a checkpoint's files.
     """
     needed = "model" if config.eval_only else None
-    if (known_by := _restarted()) and (
+    if (known_by := world.from_main(_restarted)) and (
         found := store.newest_intact(warn, needed, world, lambda checkpoint: _is_of_launch(checkpoint, known_by))
     ):
         return Origin(found)
@@ -77,7 +78,7 @@ def launch_names() -> dict[str, str | None]:
 def _restarted() -> dict[str, str]:
     """The part of `launch_names()` by which a checkpoint of an earlier start can be known; empty if this is no restart.
 
-    It is the same in all processes but for a run id that stands for a process, which only rank 0 compares.
+    Machines may count restarts differently, so rank 0's answer is the one that all processes use.
     """
     this, counts = launch_names(), {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm_job": "SLURM_RESTART_COUNT"}
     restarted = [who for who, name in counts.items() if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 0]
