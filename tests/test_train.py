@@ -20,7 +20,7 @@ from configurator import configure
 from model_builder import build_model
 from model_config import resolve
 from training.activation_checkpointing import apply_activation_checkpointing
-from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint, load_model, verify
+from training.checkpoint import CheckpointError, CheckpointStore, load_model, verify
 from training.objectives import next_token_loss
 from training.optimizers import Optimizer, clip_and_check
 from training.precision import LossScale, SkipCounter, set_compute_dtype
@@ -520,8 +520,8 @@ def test_damaged_datasets_are_refused_with_a_sentence(tmp_path, tiny_dataset, ca
 def test_resuming_a_changed_model_names_the_keys(tmp_path, tiny_dataset, capsys):
     assert run(tiny_dataset, tmp_path, "--max_iters=3") == 0
     assert run(tiny_dataset, tmp_path, "--init_from=resume", "--n_layer=3", "--beta2=0.5", "--max_iters=9") == 2
-    err = refused(capsys, 2, "--n_layer=3", "n_layer=2", "--beta2=0.5")
-    assert "--n_head" not in err
+    err = refused(capsys, 2, "n_layer  3 (command line)    2 (command line)", "beta2", "0.5 (command line)")
+    assert "n_head" not in err
     assert load_model(tmp_path)
 
 
@@ -538,7 +538,7 @@ def test_resuming_on_changed_data_is_refused(tmp_path, tiny_dataset, capsys):
 
 def test_resuming_from_nothing_is_a_sentence_and_auto_starts_afresh(tmp_path, tiny_dataset, capsys):
     assert run(tiny_dataset, tmp_path, "--init_from=resume") == 1
-    refused(capsys, 1, "Nothing to resume", "scratch")
+    refused(capsys, 1, "Nothing to resume", "--resume=auto")
     assert run(tiny_dataset, tmp_path, "--init_from=auto", "--max_iters=2") == 0
     assert run(tiny_dataset, tmp_path, "--init_from=auto", "--max_iters=4") == 0
     assert [s["step"] for s in events(tmp_path, "step")] == [1, 2, 3, 4]
@@ -577,9 +577,9 @@ def test_a_flipped_byte_in_the_only_checkpoint_is_found(tmp_path, tiny_dataset, 
 def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch, environment, launcher):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert train.resume_command(["config/x.py", "--init_from=auto", "--seed=2"]) == (
-        f"{launcher} config/x.py --seed=2 --init_from=resume"
-    )
+    assert train.resume_command(["config/x.py", "--init_from=auto", "--seed=2"]) == f"{launcher} config/x.py --seed=2 --resume"
+    for spelling in (["--resume"], ["--resume=auto"], ["--resume", "auto"], ["--init_from", "weights:x"]):
+        assert train.resume_command([*spelling, "--seed=2"]) == f"{launcher} --seed=2 --resume"
 
 
 def test_two_starts_in_one_folder_do_not_take_it_for_two(tmp_path):
@@ -626,7 +626,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, tin
     assert run(tiny_dataset, tmp_path, "--init_from=resume", "--max_iters=9", "--eval_interval=0") == 0
     assert "damaged" in capsys.readouterr().out
     assert [s["step"] for s in events(tmp_path, "step")] == [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]
-    assert run(tiny_dataset, tmp_path, f"--init_from={find_checkpoint(tmp_path)}", "--max_iters=10") == 0
+    assert run(tiny_dataset, tmp_path, "--resume", "--max_iters=10") == 0
     verify(CheckpointStore(tmp_path).pointed("latest"))
 
 
@@ -634,7 +634,7 @@ def test_a_named_checkpoint_that_is_damaged_is_an_error(tmp_path, tiny_dataset, 
     assert run(tiny_dataset, tmp_path, "--max_iters=6", "--save_interval=3", "--eval_interval=0") == 0
     latest = CheckpointStore(tmp_path).pointed("latest")
     (latest / "state.json").write_text("{}")
-    assert run(tiny_dataset, tmp_path / "new", f"--init_from={latest}", "--max_iters=9") == 1
+    assert run(tiny_dataset, tmp_path / "new", f"--init_from=weights:{latest}", "--max_iters=9") == 1
     refused(capsys, 1, "state.json")
 
 
@@ -722,10 +722,10 @@ def test_no_restart_ever_deletes_a_trained_model(tmp_path, tiny_dataset):
     assert seeds == {"checkpoints": 3, "checkpoints.previous": 1, "checkpoints.previous_2": 2}
 
 
-def test_going_on_from_elsewhere_puts_the_runs_of_out_dir_aside(tmp_path, tiny_dataset):
+def test_a_new_run_from_weights_puts_the_runs_of_out_dir_aside(tmp_path, tiny_dataset):
     assert run(tiny_dataset, tmp_path / "a", "--max_iters=6", "--save_interval=3", "--eval_interval=0") == 0
     assert run(tiny_dataset, tmp_path / "b", "--max_iters=2", "--seed=5") == 0
-    assert run(tiny_dataset, tmp_path / "a", f"--init_from={tmp_path / 'b'}", "--max_iters=4", "--seed=5") == 0
+    assert run(tiny_dataset, tmp_path / "a", f"--init_from=weights:{tmp_path / 'b'}", "--max_iters=4") == 0
     assert {p.name for p in (tmp_path / "a" / "checkpoints.previous").glob("step_*")} == {"step_000000003", "step_000000006"}
     assert {p.name for p in (tmp_path / "a" / "checkpoints").glob("step_*")} == {"step_000000004"}
 
@@ -792,19 +792,20 @@ def test_the_first_step_line_is_as_true_as_the_others(tmp_path, tiny_dataset):
         assert step["tokens_per_s"] * laps["total"] / 1e3 == pytest.approx(4 * 16, rel=1e-6)
 
 
-def test_length_in_tokens_and_epochs_holds_when_the_batch_changes_at_a_resume(tmp_path, tiny_dataset):
-    for number, batch in enumerate((8, 2)):
-        out = tmp_path / str(number)
-        assert run(tiny_dataset, out, "--max_tokens=640", "--save_interval=5") == 0
-        assert run(tiny_dataset, out, "--max_tokens=1280", f"--batch_size={batch}", "--init_from=resume") == 0
-        assert events(out, "run_end")[-1]["tokens"] == 1280
+def test_length_in_tokens_and_epochs_holds_when_the_batch_is_split_otherwise_at_a_resume(tmp_path, tiny_dataset):
+    assert run(tiny_dataset, tmp_path, "--max_tokens=640", "--save_interval=5") == 0
+    split = ("--batch_size=2", "--gradient_accumulation_steps=2")
+    assert run(tiny_dataset, tmp_path, "--max_tokens=1280", *split, "--resume") == 0
+    assert events(tmp_path, "run_end")[-1]["tokens"] == 1280
     assert run_length(TrainConfig(batch_size=8, epochs=2), 16, 100, steps=10, sequences=40) == 10 + 20
 
 
-def test_outcomes_are_what_happened(tmp_path, tiny_dataset):
+def test_a_run_that_has_come_further_says_that_there_is_nothing_to_do(tmp_path, tiny_dataset, capsys):
+    """Issue 10.2."""
     assert run(tiny_dataset, tmp_path, "--max_iters=6") == 0
-    assert run(tiny_dataset, tmp_path, "--max_iters=3", "--init_from=resume") == 0
-    assert [e["outcome"] for e in events(tmp_path, "run_end")] == ["finished", "finished"]
+    assert run(tiny_dataset, tmp_path, "--max_iters=3", "--resume") == 0
+    assert "nothing to do: 6 of 3 iterations" in capsys.readouterr().out
+    assert [e["outcome"] for e in events(tmp_path, "run_end")] == ["finished"]
 
 
 def test_the_best_is_looked_for_anew_on_another_validation_set(tmp_path, tiny_dataset, capsys):

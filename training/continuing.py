@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from command_line import UsageError, text_table
-from model_config import expand_pattern, usual_d_ff
+from model_config import expand_pattern, shortest_pattern, usual_d_ff
 from training.train_config import (
     EXCLUSIVE,
     FIXED_ON_RESUME,
@@ -75,10 +75,13 @@ def _check_same_run(merged: Configuration, saved: dict[str, Any], saved_origins:
     """Raise UsageError with a table of what differs between a checkpoint's fixed keys and today's."""
     train = merged.train
     vocabulary = saved["vocab_size"] if train.vocab_size is None else None  # the dataset is compared by its fingerprint
-    today, origins = merged.resolved(train.model_config(vocabulary))
+    model = train.model_config(vocabulary)
+    today, origins = merged.resolved(model)
+    saved = {**saved, "layer_pattern": shortest_pattern(expand_pattern(saved["layer_pattern"], saved["n_layer"]))}
+    today["layer_pattern"] = shortest_pattern(model.layer_pattern)  # a pattern can be written in several ways
     rows = [
         (key, _with_origin(today[key], origins[key]), _with_origin(saved.get(key, default), saved_origins.get(key, "default")))
-        for key, default in ((key, KEYS[key].default) for key in FIXED_ON_RESUME)
+        for key, default in ((key, KEYS[key].default) for key in dict.fromkeys(FIXED_ON_RESUME))
         if today[key] != saved.get(key, default) and (key != "vocab_size" or vocabulary is None)
     ]
     block_size = saved["block_size"]
@@ -140,6 +143,8 @@ def take_model(now: Configuration, saved: dict[str, Any], where: str) -> tuple[C
         if differs and key in ("ffn_expansion_ratio", "ffn_multiple"):
             mine_as_width = usual_d_ff(saved["ffn_type"], saved["n_embd"], now.train.ffn_expansion_ratio, now.train.ffn_multiple)
             differs = saved["d_ff"] != mine_as_width
+        if differs and key == "arch_preset":  # only a name, if the model that it stands for is the weights' own
+            differs = not _same_model(now, saved, decided)
         if key in decided and differs and now.origins[key] == COMMAND_LINE:
             problems.append(
                 f"--{key}={mine} differs from the {key}={theirs} of the weights ({where}). Leave the flag out, or start afresh "
@@ -155,6 +160,15 @@ def take_model(now: Configuration, saved: dict[str, Any], where: str) -> tuple[C
     if problems := train.problems():
         raise UsageError("\n".join(problems))
     return Configuration(train, origins), notes
+
+
+def _same_model(now: Configuration, saved: dict[str, Any], decided: tuple[str, ...]) -> bool:
+    """Whether today's configuration by itself makes the model of the weights."""
+    try:
+        today = now.train.model_config(saved["vocab_size"]).to_dict()
+    except ValueError:
+        return False
+    return all(today[key] == saved[key] for key in decided if key in today)
 
 
 def _decided_by_weights(saved: dict[str, Any]) -> tuple[str, ...]:
