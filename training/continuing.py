@@ -84,6 +84,8 @@ def _check_same_run(merged: Configuration, saved: dict[str, Any], saved_origins:
         for key, default in ((key, KEYS[key].default) for key in dict.fromkeys(FIXED_ON_RESUME))
         if today[key] != saved.get(key, default) and (key != "vocab_size" or vocabulary is None)
     ]
+    if not any(row[0] in MODEL_KEYS and row[0] != "arch_preset" for row in rows):
+        rows = [row for row in rows if row[0] != "arch_preset"]  # only a name, if it stands for the same model
     block_size = saved["block_size"]
     if today["block_size"] == block_size:
         sequences, before = train.sequences_per_iteration(block_size), _sequences(saved)
