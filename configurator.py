@@ -32,6 +32,7 @@ from model_config import (
     did_you_mean,
     type_in_words,
 )
+from model_parts.registry import reserve
 from training.train_config import (
     ALIASES,
     EXCLUSIVE,
@@ -46,6 +47,7 @@ from training_logger import SCHEMA_VERSION
 
 RESUMING = {"resume": "yes", "auto": "auto"}  # spellings of init_from, the first nanoGPT's → values of resume
 SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
+reserve("the command line", (*SWITCHES, *ALIASES, "base"))  # which is a name in config files
 
 
 class ConfigError(UsageError):
@@ -218,6 +220,8 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
         )
     values, problems = {}, []
     for key, (value, origin) in items.items():
+        if key not in KEYS and value is None:
+            continue  # a component that was registered there declares it; it was not chosen
         if key not in KEYS:
             problems.append(f"{shown(file)}: {key!r} is not a key{did_you_mean(key, KEYS)}.")
         elif (
@@ -336,7 +340,7 @@ def configure(argv: list[str]) -> Configuration:
         except ConfigError as error:
             problems.append(f"--{error}")
     values = _overlay(values, line, "the command line", problems)
-    train = TrainConfig(**{key: value for key, (value, _) in values.items()})
+    train = TrainConfig.of({key: value for key, (value, _) in values.items()})
     train = replace(train, out_dir=os.path.expanduser(train.out_dir))
     unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]
     problems += [

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from model_components import Attention, Context, Embedding, KVCache, Linear, Normal, build
-from model_config import ModelConfig
+from model_components import Attention, Constant, Context, Embedding, FirstValue, KVCache, Linear, Normal, build
+from model_config import ModelConfig, Part, component
+from model_parts.registry import renamed
 
 
 class Transformer(nn.Module):
@@ -24,6 +26,9 @@ class Transformer(nn.Module):
     `compute_dtype` (None: the parameters' own) is the dtype of the residual stream; parameters stay as they are stored
     and are cast where they are used (training/precision.py sets it).
     """
+
+    FRONT = ("embedding", "position", "embedding_norm", "dropout")  # the modules before the blocks,
+    TAIL = ("norm", "head")  # and those after them
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -65,15 +70,23 @@ class Transformer(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"a sequence of {start + T} tokens is longer than block_size={self.config.block_size}.")
         positions = torch.arange(start, start + T, device=tokens.device)
+        x = self.embed(tokens, positions)
+        return x, self.context(positions, x.dtype, cache)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token ids (B, T) at positions (T,) → the residual stream before the first block, (B, T, D) in the compute dtype."""
         x = self.embedding(tokens)
         x = x.to(self.compute_dtype or x.dtype)
         if self.config.embedding_scale:
             x = x * self.config.n_embd**0.5
-        x = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
-        context = Context(self.config, self.position, positions, x.dtype, cache)
+        return self.dropout(self.embedding_norm(self.position.embed(x, positions)))
+
+    def context(self, positions: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Context:
+        """What the blocks share at these positions (T,), the masks of all their windows included."""
+        context = Context(self.config, self.position, positions, dtype, cache)
         for window in self.windows:  # here, so that a compiled block finds its mask made
             context.mask(window)
-        return x, context
+        return context
 
     def tail(self, x: Tensor, last_only: bool = False) -> Tensor:
         """What comes after the blocks: the residual stream (B, T, D) → logits (B, T or, with last_only, 1, vocab_size)."""
@@ -102,6 +115,40 @@ class Transformer(nn.Module):
         if self.config.weight_tying:
             self.head.weight = self.embedding.weight
         return self
+
+    def to_empty(self, *, device: torch.device | str, recurse: bool = True) -> Transformer:
+        """Memory on a device for every parameter and buffer; buffers get their values, so that none is ever left without."""
+        super().to_empty(device=device, recurse=recurse)
+        with torch.no_grad():
+            for _, buffer, how in _starts(self, nn.Module.named_buffers):
+                if not isinstance(how, Normal):
+                    _put_whole(buffer, how)
+        return self
+
+    def saved_buffers(self) -> dict[str, Tensor]:
+        """The buffers that belong into a checkpoint (register_buffer's `persistent`), by name."""
+        return {
+            f"{path}.{name}": buffer
+            for path, module in self.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        }
+
+    @staticmethod
+    def parts(config: ModelConfig) -> list[Part]:
+        """What every part of the model costs, in the order of the data; names are paths ('blocks.3.q_proj').
+
+        A tied head has no parameters of its own but is multiplied all the same; an embedding is looked up, not multiplied.
+        """
+        table = config.padded_vocab_size * config.n_embd
+        norm = component("normalization", config.normalization).build.parts(config, config.n_embd)
+        found = [Part("embedding", parameters=table)]
+        found += component("position_encoding", config.position_encoding).build.parts(config)
+        found += renamed(norm, "embedding_") if config.embedding_norm else []
+        for layer, block in enumerate(config.layer_pattern):
+            found += renamed(component("block", block).build.parts(config), f"blocks.{layer}.")
+        found += renamed(norm, "final_")
+        return found + [Part("head", parameters=0 if config.weight_tying else table, matmul=table)]
 
     def num_parameters(self) -> int:
         """N: every trainable number, tied ones once, padding rows included."""
@@ -234,29 +281,83 @@ def build_model(config: ModelConfig, *, seed: int = 1337, device: torch.device |
     device = torch.device(device) if device is not None else torch.get_default_device()
     with torch.device("meta"):
         model = Transformer(config)
+    if problems := list(_without_a_start(model)):
+        raise ValueError("\n".join(problems))
     if device.type != "meta":
         model.to_empty(device=device)
         initialize(model, seed)
     return model
 
 
+def one_of_each_block(config: ModelConfig) -> ModelConfig:
+    """The config of a model with the same front and tail and one layer of each block: enough to see what each of them does."""
+    blocks = tuple(dict.fromkeys(config.layer_pattern))
+    return replace(config, n_layer=len(blocks), layer_pattern=blocks)
+
+
 @torch.no_grad()
 def initialize(model: Transformer, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-    """Set every parameter from its own random stream, seeded by (seed, its name): the same under any sharding.
+    """Set every parameter as its module's `initial(name)` says, random ones from a stream of their own.
 
-    The numbers are drawn on the CPU, so they do not depend on the device either. `put(parameter, values)` stores the
-    whole parameter's values, or the part of them that this process keeps.
+    The stream is seeded by (seed, name) and drawn on the CPU, so the numbers do not depend on sharding, device or the rest of
+    the model. `put(parameter, values)` stores the whole parameter's values, or the part of them that this process keeps.
+    Buffers that start at random are set too; the others have been since `to_empty`.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for module in model.modules():
-        for local, parameter in module.named_parameters(recurse=False):
-            name = names.pop(id(parameter), None)
-            if name is None:
-                continue  # tied: already set under its first name
-            how = module.initial(local)
-            if isinstance(how, Normal):
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                put(parameter, torch.randn(parameter.shape, generator=generator, device="cpu") * how.std)
-            else:
-                parameter.fill_(how.value)
+
+    def drawn(name: str, shape: torch.Size, std: float) -> Tensor:
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(shape, generator=generator, device="cpu") * std
+
+    for name, parameter, how in _starts(model, nn.Module.named_parameters):
+        if isinstance(how, Normal):
+            put(parameter, drawn(name, parameter.shape, how.std))
+        elif isinstance(how, Constant):
+            parameter.fill_(how.value)
+        else:
+            put(parameter, how)
+    for name, buffer, how in _starts(model, nn.Module.named_buffers):
+        if isinstance(how, Normal):
+            buffer.copy_(drawn(name, buffer.shape, how.std))
+
+
+def _put_whole(tensor: Tensor, how: Constant | Tensor) -> None:
+    if isinstance(how, Constant):
+        tensor.fill_(how.value)
+    else:
+        tensor.copy_(how)
+
+
+def _starts(model: nn.Module, named: Callable[..., Iterator[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor, FirstValue]]:
+    """(name, tensor, how it starts) of every parameter or every buffer, tied ones once, under their first name."""
+    seen = set()
+    for path, module in model.named_modules():
+        for name, tensor in named(module, recurse=False):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{path}.{name}".lstrip("."), tensor, module.initial(name)
+
+
+def _without_a_start(model: nn.Module) -> Iterator[str]:
+    """A sentence for each parameter and buffer that could not be given its first value, or could not be sharded."""
+    for path, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        for name, tensor in (parameters | dict(module.named_buffers(recurse=False))).items():
+            what = f"{'the parameter' if name in parameters else 'the buffer'} {path}.{name} of {type(module).__name__}"
+            try:
+                how = module.initial(name)
+            except Exception as error:
+                yield (
+                    f"{what} has no first value ({type(error).__name__}: {error}). A model is made without numbers, so its "
+                    f"module needs a method initial(name) that returns Normal(std), Constant(value) or a tensor for {name!r}; "
+                    "model_components.Linear and Embedding bring theirs."
+                )
+                continue
+            if not isinstance(how, (Normal, Constant, Tensor)):
+                yield f"{what}: initial({name!r}) returned {how!r}; it has to be Normal(std), Constant(value) or a tensor."
+            elif isinstance(how, Tensor) and how.shape != tensor.shape:
+                yield f"{what} has the shape {tuple(tensor.shape)}, but initial({name!r}) returned {tuple(how.shape)}."
+            elif name not in parameters and isinstance(how, Normal) and name in module._non_persistent_buffers_set:
+                yield f"{what} would start at random and not be saved, so a checkpoint could not be loaded; make it persistent."
+            if name in parameters and not tensor.ndim:
+                yield f"{what} has no dimension, and such a one cannot be sharded; give it the shape (1,)."

@@ -1,8 +1,8 @@
-"""What a model is: `ModelConfig`, the presets, the architecture's name, and the tables of registered components.
+"""What a model is: `ModelConfig`, its checks, and the architecture's name and fingerprint.
 
-`resolve(preset, **overrides)` is the way to make a `ModelConfig`. The tables live here, empty; `model_components.py`
-fills them with its decorators, so that this module can check and name a component without knowing any of them. So whoever
-resolves a model imports `model_components` too, as model_builder, training.train_config and the cost command do.
+`resolve(preset, **overrides)` is the way to make a `ModelConfig`. Nothing here names a concrete component: what a component
+needs, decides, and adds to the name is asked of the tables in `model_parts/registry.py`, which `model_components.py` fills.
+So whoever resolves a model imports `model_components` too, as model_builder, training.train_config and the cost command do.
 
     python -c "from model_components import list_presets; list_presets()"
 """
@@ -10,216 +10,36 @@ resolves a model imports `model_components` too, as model_builder, training.trai
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
-import re
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from command_line import text_table
-
-# ------------------------------------------------------------------------------------------- components
-
-# Each kind is also the configuration key that chooses a component of it.
-COMPONENT_KINDS = (
-    "normalization",
-    "activation",
-    "ffn_type",
-    "position_encoding",
-    "rope_scaling",
-    "norm_position",
-    "block",
-    "attention_backend",
+from model_parts.patterns import expand_pattern, shortest_pattern
+from model_parts.presets import PLAIN, PLAIN_BLOCK, PRESETS
+from model_parts.registry import (  # noqa: F401  (some for those who import them from here)
+    COMPONENT_KINDS,
+    EXECUTION_KINDS,
+    Component,
+    Key,
+    Part,
+    component,
+    components,
+    declared_keys,
+    did_you_mean,
+    linear_part,
+    list_components,
+    readers,
+    register,
+    reserve,
+    unregister,
 )
-
-
-@dataclass(frozen=True)
-class Component:
-    """One row of a registry: what the configuration calls a part, what the architecture's name calls it, and the part.
-
-    `uses`: configuration keys that only matter when this component is chosen (rope_theta for RoPE).
-    `fixes`: configuration keys this component decides itself (SwiGLU's activation is SiLU).
-    `has_attention`: for blocks, whether tokens can see each other in it.
-    """
-
-    kind: str
-    name: str
-    short: str
-    build: Callable
-    uses: tuple[str, ...] = ()
-    fixes: tuple[tuple[str, Any], ...] = ()
-    has_attention: bool = False
-
-    @property
-    def summary(self) -> str:
-        """First line of the component's docstring."""
-        return (self.build.__doc__ or "").strip().split("\n")[0]
-
-
-_REGISTRY: dict[str, dict[str, Component]] = {kind: {} for kind in COMPONENT_KINDS}
-
-
-def register(
-    kind: str,
-    name: str,
-    *,
-    short: str,
-    uses: tuple[str, ...] = (),
-    fixes: dict[str, Any] | None = None,
-    has_attention: bool = False,
-) -> Callable:
-    """Decorator that enters a class or function under `kind` and `name`. Raises ValueError if name or short is taken.
-
-    Activations and feed-forwards share one place in the architecture's name, so they share their short names too.
-    """
-
-    def enter(build: Callable) -> Callable:
-        together = ("activation", "ffn_type") if kind in ("activation", "ffn_type") else (kind,)
-        for other in (c for shared in together for c in _REGISTRY[shared].values()):
-            if (kind, name) == (other.kind, other.name) or short == other.short:
-                raise ValueError(
-                    f"{kind} {name!r} (short {short!r}) is already registered as {other.kind} "
-                    f"{other.name!r} (short {other.short!r}); choose another name."
-                )
-        _REGISTRY[kind][name] = Component(kind, name, short, build, tuple(uses), tuple((fixes or {}).items()), has_attention)
-        return build
-
-    return enter
-
-
-def unregister(kind: str, name: str) -> None:
-    """Take a component out of its registry again (for tests and notebooks)."""
-    del _REGISTRY[kind][name]
-
-
-def components(kind: str) -> dict[str, Component]:
-    """All components of one kind by name, in the order they were registered.
-
-    Raises RuntimeError as long as nothing has imported the module that registers them.
-    """
-    if not any(_REGISTRY.values()):
-        raise RuntimeError("No components are registered yet: `import model_components` (or model_builder) comes first.")
-    return _REGISTRY[kind]
-
-
-def component(kind: str, name: str) -> Component:
-    """One component. Raises ValueError with the list of what there is (and the nearest name) when it is unknown."""
-    known = components(kind)
-    if name not in known:
-        raise ValueError(f"{kind}={name!r} is not registered{did_you_mean(name, known)}. There is: {', '.join(known)}.")
-    return known[name]
-
-
-def did_you_mean(word: str, known) -> str:
-    """' (did you mean …?)' for the nearest of the known words, or ''."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def list_components() -> None:
-    """Print every registered component: configuration key, value, short name and what it is."""
-    rows = []
-    for kind in COMPONENT_KINDS:
-        key = "layer_pattern" if kind == "block" else kind
-        rows += [(key, c.name, c.short, c.summary) for c in components(kind).values()]
-    print(text_table(("key", "value", "in the name", "what it is"), rows, "l"))
-
-
-# ------------------------------------------------------------------------------------------- types of keys
-
-NO = object()  # what `as_type` returns for a value that is not of the type
-
-
-def alternatives(kind: Any) -> tuple:
-    """The members of a union type, None first; (kind,) for any other type."""
-    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    return tuple(sorted(members, key=lambda member: member is not type(None)))
-
-
-def as_type(kind: Any, value: Any) -> Any:
-    """`value`, a Python value or text, as `kind` where nothing is lost, else NO.
-
-    1 → 1.0, '3e8' → 300000000, 'True' → True, 'None' → None; 1.5 is no int, True no number.
-    """
-    for member in alternatives(kind):
-        converted = _as_member(member, value)
-        if converted is not NO:
-            return converted
-    return NO
-
-
-def _as_member(kind: Any, value: Any) -> Any:
-    text = isinstance(value, str)
-    if kind is type(None):
-        return None if value is None or (text and value == "None") else NO
-    if typing.get_origin(kind) is Literal:
-        return value if value in typing.get_args(kind) else NO
-    if kind is bool:
-        if text and is_truth_value(value):
-            return value.lower() in ("true", "1")
-        return bool(value) if isinstance(value, bool) or (type(value) is int and value in (0, 1)) else NO
-    if kind is str:
-        return value if text else str(value) if isinstance(value, Path) else NO
-    if isinstance(value, (bool, bytes)):
-        return NO
-    try:
-        if kind is int:
-            if type(value) is int or (text and re.fullmatch(r"[+-]?[0-9_]+", value.strip())):
-                return int(value)
-            number = float(value)
-            return int(number) if number.is_integer() else NO
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return NO
-
-
-def is_truth_value(text: str) -> bool:
-    """Whether text stands for True or False."""
-    return text.lower() in ("true", "false", "0", "1")
-
-
-def type_in_words(kind: Any) -> str:
-    """A type in words: 'a whole number', "'cosine' or 'linear'", 'True or False'; that it may be None is not said."""
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-    pieces = []
-    for member in alternatives(kind):
-        if member is not type(None):
-            pieces += (
-                [repr(value) for value in typing.get_args(member)] if typing.get_origin(member) is Literal else [words[member]]
-            )
-    return pieces[0] if len(pieces) == 1 else ", ".join(pieces[:-1]) + " or " + pieces[-1]
-
-
-# ------------------------------------------------------------------------------------------- the cost of a part
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one part of a model costs; every component lists its own (`parts(config)`).
-
-    `parameters`: trainable numbers. `matmul`: weights multiplied once for each token (2 FLOPs each in forward).
-    `attention`: n_head × head_dim of an attention over the context (4 × this × context FLOPs a token in forward), of
-    which a sliding `window` sees only that many tokens.
-    """
-
-    name: str
-    parameters: int = 0
-    matmul: int = 0
-    attention: int = 0
-    window: int | None = None
-
-
-def linear_part(name: str, d_in: int, d_out: int, bias: bool) -> Part:
-    """The cost of a linear projection d_in → d_out."""
-    return Part(name, parameters=d_in * d_out + (d_out if bias else 0), matmul=d_in * d_out)
-
+from model_parts.values import NO, alternatives, as_type, is_truth_value, type_in_words  # noqa: F401
 
 # ------------------------------------------------------------------------------------------- ModelConfig
 
@@ -232,8 +52,8 @@ def _key(help: str, *, group: str = "architecture", **field_arguments) -> Any:
 class ModelConfig:
     """Everything that defines a model, with every default filled in. Made by `resolve`, immutable, hashable.
 
-    A key that the chosen components do not read is None (rope_theta without RoPE). Raises ValueError that lists
-    all problems found.
+    A key that a component declares is read like any other (`config.rope_theta`); it is None where no chosen component
+    reads it. Raises ValueError that lists all problems found.
     """
 
     n_layer: int = _key("number of blocks")
@@ -250,18 +70,7 @@ class ModelConfig:
     activation: str = _key("non-linearity of the feed-forward")
     ffn_type: str = _key("kind of feed-forward")
     position_encoding: str = _key("how the positions of tokens enter the model")
-    rope_theta: float | None = _key("base of the RoPE frequencies (RoPE only)", default=None)
     rope_scaling: str | None = _key("stretches RoPE beyond the context it was trained for (RoPE only) [none]", default=None)
-    rope_factor: float | None = _key("by how much rope_scaling stretches [8]", default=None)
-    rope_low_freq_factor: float | None = _key(
-        "rope_scaling=llama3 stretches wavelengths above rope_original_context / this [1]", default=None
-    )
-    rope_high_freq_factor: float | None = _key(
-        "rope_scaling=llama3 keeps wavelengths below rope_original_context / this [4]", default=None
-    )
-    rope_original_context: int | None = _key(
-        "context that rope_scaling=llama3 takes for the one trained with [8192]", default=None
-    )
     norm_position: str = _key("where the norm sits in a residual branch")
     layer_pattern: tuple[str, ...] = _key(
         "block of each layer, comma-separated, repeated to n_layer; name*k stands for k of them"
@@ -269,9 +78,6 @@ class ModelConfig:
     bias: bool = _key("biases in the linear layers of attention and feed-forward")
     qkv_bias: bool = _key("biases in the q, k, v projections [bias]")
     qk_norm: bool | Literal["full"] = _key("RMS-normalise each head's queries and keys; full: all heads together", default=False)
-    sliding_window: int | None = _key(
-        "tokens that the layers of block 'sliding' see; alone, it makes all layers so; 0: off", default=None
-    )
     attention_scale: float | None = _key("factor on the attention scores [1 / √head_dim]", default=None)
     attention_softcap: float | None = _key("attention scores s become cap·tanh(s / cap); 0: off", default=None)
     logit_softcap: float | None = _key("logits become cap·tanh(logit / cap); 0: off", default=None)
@@ -284,12 +90,21 @@ class ModelConfig:
     ffn_multiple: int | None = _key("round the d_ff that is worked out up to a multiple of this", default=None)
     weight_tying: bool = _key("the output head shares the embedding's weights")
     dropout: float = _key("dropout probability: embedding, attention, residual branches", default=0.0)
-    attention_backend: str = _key("implementation of attention; the result is the same", group="execution", default="sdpa")
+    attention_backend: str = _key(
+        "implementation of attention; the result is the same", group="execution", default=PLAIN["attention_backend"]
+    )
+    own: tuple[tuple[str, Any], ...] = ()  # the keys that the chosen components declare, with their values, by name
 
     def __post_init__(self):
         problems = _problems(self)
         if problems:
             raise ValueError("\n".join(problems))
+
+    def __getattr__(self, name: str) -> Any:  # only for what is no field
+        own = dict(self.__dict__.get("own", ()))
+        if name in own or name in declared_keys():
+            return own.get(name)
+        raise AttributeError(f"ModelConfig has no key {name!r}{did_you_mean(name, model_keys())}.")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -297,34 +112,42 @@ class ModelConfig:
         return _round_up(self.vocab_size, self.pad_vocab_multiple)
 
     def chosen(self) -> list[Component]:
-        """The components this model is made of, blocks included."""
-        kinds = [kind for kind in COMPONENT_KINDS if kind not in ("block", "attention_backend")]
-        return [component(kind, getattr(self, kind)) for kind in kinds if getattr(self, kind) is not None] + [
-            component("block", name) for name in dict.fromkeys(self.layer_pattern)
-        ]
+        """The components this model is made of, blocks and attention backend included."""
+        kinds = [kind for kind in COMPONENT_KINDS if kind != "block" and getattr(self, kind) is not None]
+        blocks = [component("block", name) for name in dict.fromkeys(self.layer_pattern)]
+        return [component(kind, getattr(self, kind)) for kind in kinds] + blocks
 
     def uses(self, key: str) -> bool:
         """Whether a chosen component reads this optional key."""
-        return any(key in c.uses for c in self.chosen())
+        return any(c.reads(key) for c in self.chosen())
+
+    def problems_on(self, device: str) -> list[str]:
+        """What keeps this model from being trained on a device of this type ('cpu', 'cuda'), one sentence each."""
+        return [problem for c in self.chosen() if c.check_device for problem in c.check_device(self, device)]
 
     @property
     def name(self) -> str:
         """The architecture's name: the documented parts, then whatever differs from one fixed baseline (`_TAGS`)."""
-        ffn = component("ffn_type", self.ffn_type)
-        act = component("activation", self.activation)
+        ffn, activation = component("ffn_type", self.ffn_type), component("activation", self.activation)
+        if ffn.label is not None:
+            feed_forward = ffn.label(self)
+        else:
+            feed_forward = ffn.short if "activation" in dict(ffn.fixes) else f"{ffn.short}({activation.short})"
         parts = [f"{self.n_layer}L", f"{self.n_head}H", f"{self.n_embd}D"]
         parts += [f"KV{self.n_kv_head}"] if self.n_kv_head != self.n_head else []
         parts += [
             component("position_encoding", self.position_encoding).short,
             component("normalization", self.normalization).short,
-            ffn.short if ffn.fixes else act.short if ffn.name == "standard" else f"{ffn.short}({act.short})",
+            feed_forward,
             component("norm_position", self.norm_position).short,
         ]
         return "-".join(parts + [tag for tag in (make(self) for make in _TAGS) if tag])
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready; layer_pattern as the text a user types, its repetition taken out."""
-        return {**dataclasses.asdict(self), "layer_pattern": shortest_pattern(self.layer_pattern)}
+        """All keys, JSON-ready; layer_pattern as the text a user types, its repetition taken out."""
+        return {
+            key: shortest_pattern(self.layer_pattern) if key == "layer_pattern" else getattr(self, key) for key in model_keys()
+        }
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal config."""
@@ -347,18 +170,76 @@ class ModelConfig:
         Left out: execution keys, keys no component reads, and optional features that are switched off (so that a
         feature added to kitbash later does not change the fingerprint of the models before it).
         """
-        values = self.to_dict()
-        for field in dataclasses.fields(self):
-            off = field.default is not dataclasses.MISSING and values[field.name] in (field.default, "none")
-            if off or field.metadata["group"] == "execution":
-                del values[field.name]
+        values = {}
+        for key in model_keys().values():
+            value = shortest_pattern(self.layer_pattern) if key.name == "layer_pattern" else getattr(self, key.name)
+            if key.declared is not None:
+                off = value is None or value is False
+            else:
+                off = not key.required and (value == key.default or value == PLAIN.get(key.name, key.default))
+            if not off and key.group != "execution":
+                values[key.name] = value
         if not self.uses("block_size"):
             del values["block_size"]
         values["pad_vocab_multiple"] = self.padded_vocab_size
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-ARCHITECTURE_KEYS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.metadata["group"] == "architecture")
+# ------------------------------------------------------------------------------------------- keys
+
+
+class ModelKey(NamedTuple):
+    """One key of a model: a field of ModelConfig, or one that a component declares (`declared`)."""
+
+    name: str
+    type: Any
+    help: str
+    group: str
+    default: Any = None
+    required: bool = False  # a preset or `resolve` always gives it a value
+    declared: Key | None = None
+
+
+_TYPES = typing.get_type_hints(ModelConfig)
+FIELDS = {
+    field.name: ModelKey(
+        field.name,
+        _TYPES[field.name],
+        field.metadata["help"],
+        field.metadata["group"],
+        None if field.default is dataclasses.MISSING else field.default,
+        field.default is dataclasses.MISSING,
+    )
+    for field in dataclasses.fields(ModelConfig)
+    if field.name != "own"
+}
+_CHOSEN_BY = {"layer_pattern": "block"}  # key → the kind whose components it chooses, where they differ
+_OFF_AT_ZERO = ("attention_scale", "attention_softcap", "logit_softcap")
+
+
+def model_keys() -> dict[str, ModelKey]:
+    """Every key of a model at this moment: the fields, and behind each kind the keys that its components declare."""
+    found = {}
+    for name, field in FIELDS.items():
+        found[name] = field
+        kind = _CHOSEN_BY.get(name, name)
+        for key in declared_keys(kind).values() if kind in COMPONENT_KINDS else ():
+            group = "execution" if kind in EXECUTION_KINDS else "architecture"
+            found[key.name] = ModelKey(key.name, key.type | None, key.help_with_default, group, declared=key)
+    return found
+
+
+def architecture_keys() -> tuple[str, ...]:
+    """The names of the keys that make a model another one."""
+    return tuple(key.name for key in model_keys().values() if key.group == "architecture")
+
+
+def is_off_at_zero(key: str) -> bool:
+    """Whether 0 switches this feature off, as None would only mean that the key is not given."""
+    return key in _OFF_AT_ZERO or (key in declared_keys() and declared_keys()[key].is_off_at_zero)
+
+
+# ------------------------------------------------------------------------------------------- derived values
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -366,57 +247,36 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def usual_d_ff(ffn_type: str, n_embd: int, ratio: float | None = None, multiple: int | None = None) -> int:
-    """The usual hidden width: 4 × n_embd, or for gated feed-forwards 8/3 × n_embd rounded up (Shazeer 2020).
+    """The usual hidden width: what the feed-forward says (`usual_ratio`, `usual_multiple`), else 4 × n_embd.
 
-    Another ratio or rounding multiple may be given. The multiple for gated ones is LLaMA's 256 for wide models and
-    shrinks with n_embd, so that a narrow model does not grow by half: the largest power of two up to n_embd / 8,
-    between 8 and 256.
+    Another ratio or rounding multiple may be given.
     """
-    gated = getattr(component("ffn_type", ffn_type).build, "gated", False)
-    exact = Fraction(str(ratio)) if ratio is not None else Fraction(8, 3) if gated else Fraction(4)
-    if multiple is None:
-        usual = gated and ratio is None
-        multiple = min(256, max(8, 1 << (n_embd // 8).bit_length() >> 1)) if usual else 1
-    return _round_up(math.ceil(exact * n_embd) if ratio is None else round(exact * n_embd), multiple)
+    build = component("ffn_type", ffn_type).build
+    if ratio is not None:
+        return _round_up(round(Fraction(str(ratio)) * n_embd), multiple or 1)
+    usual = getattr(build, "usual_multiple", lambda n_embd: 1)(n_embd) if multiple is None else multiple
+    return _round_up(math.ceil(getattr(build, "usual_ratio", Fraction(4)) * n_embd), usual)
 
 
-def shortest_pattern(names: tuple[str, ...]) -> str:
-    """One block name a layer → the shortest pattern, as a user types it: ('a', 'a', 'b', 'a', 'a', 'b') → 'a*2,b'."""
-    period = next(p for p in range(1, len(names) + 1) if (names[:p] * len(names))[: len(names)] == names)
-    pieces: list[list] = []
-    for name in names[:period]:
-        if pieces and pieces[-1][0] == name:
-            pieces[-1][1] += 1
+# ------------------------------------------------------------------------------------------- the name
+
+
+def _words(c: ModelConfig, *kinds: str) -> str:
+    """What the keys that the chosen components of these kinds declare add to the name.
+
+    A component whose kind is not among the documented parts of the name is there with its short name and all of its keys.
+    """
+    words = {}
+    for one in c.chosen():
+        if one.kind not in kinds:
+            continue
+        if one.kind in _optional_kinds():
+            values = [getattr(c, key.name) for key in one.keys if getattr(c, key.name) is not None]
+            shown = one.short + "".join(f"_{value!r}".removesuffix(".0") for value in values)
+            words[one.kind] = shown if one.name != PLAIN.get(one.kind) else ""
         else:
-            pieces.append([name, 1])
-    return ",".join(name if count == 1 else f"{name}*{count}" for name, count in pieces)
-
-
-def expand_pattern(pattern, n_layer: int) -> tuple[str, ...]:
-    """A layer pattern, text or sequence, as one block name a layer, repeated up to n_layer.
-
-    'a*2,b' with n_layer 6 → a a b a a b. Raises ValueError when it is empty, longer than n_layer or has a bad count.
-    """
-    pieces = pattern.split(",") if isinstance(pattern, str) else list(pattern)
-    if not pieces:
-        raise ValueError("layer_pattern is empty; name at least one block, e.g. 'transformer'.")
-    names: list[str] = []
-    for piece in (str(p).strip() for p in pieces):
-        name, star, count = piece.partition("*")
-        if not name or (star and not (count.strip().isdigit() and int(count) > 0)):
-            raise ValueError(
-                f"layer_pattern has the piece {piece!r}; write block names separated by commas, name*k for k of them."
-            )
-        names += [name.strip()] * (int(count) if star else 1)
-    if len(names) > n_layer:
-        raise ValueError(
-            f"layer_pattern names {len(names)} layers but n_layer={n_layer}; shorten it or use n_layer={len(names)}."
-        )
-    return tuple((names * -(-n_layer // len(names)))[:n_layer])
-
-
-def _values(config: Any, *keys: str) -> str:
-    return "".join(f"_{getattr(config, key)!r}".removesuffix(".0") for key in keys if getattr(config, key) is not None)
+            words |= {key.name: key.shown(getattr(c, key.name)) for key in one.keys}
+    return "-".join(word for word in words.values() if word)
 
 
 # One line for each way to differ from the baseline, in the fixed order of the name.
@@ -426,16 +286,10 @@ _TAGS: tuple[Callable[[ModelConfig], str], ...] = (
     lambda c: f"V{c.vocab_size}" if c.vocab_size != 50304 else "",
     lambda c: f"Pad{c.padded_vocab_size}" if c.padded_vocab_size != c.vocab_size else "",
     lambda c: f"T{c.block_size}" if c.uses("block_size") and c.block_size != 1024 else "",
-    lambda c: f"Theta{c.rope_theta!r}".removesuffix(".0") if c.rope_theta not in (None, 10000.0) else "",
-    lambda c: (
-        f"{component('rope_scaling', c.rope_scaling).short}{_values(c, 'rope_factor', 'rope_low_freq_factor')}"
-        f"{_values(c, 'rope_high_freq_factor', 'rope_original_context')}"
-        if c.rope_scaling not in (None, "none")
-        else ""
-    ),
+    lambda c: _words(c, *(kind for kind in COMPONENT_KINDS if kind not in ("block", *EXECUTION_KINDS))),
     lambda c: f"Eps{c.norm_eps!r}" if c.norm_eps != 1e-5 else "",
     lambda c: "" if not c.qk_norm else "QKNormFull" if c.qk_norm == "full" else "QKNorm",
-    lambda c: f"Win{c.sliding_window}" if c.sliding_window else "",
+    lambda c: _words(c, "block"),
     lambda c: f"Scale{c.attention_scale!r}" if c.attention_scale is not None else "",
     lambda c: f"AttnCap{c.attention_softcap!r}" if c.attention_softcap is not None else "",
     lambda c: f"LogitCap{c.logit_softcap!r}" if c.logit_softcap is not None else "",
@@ -446,8 +300,14 @@ _TAGS: tuple[Callable[[ModelConfig], str], ...] = (
     lambda c: ("QKVBias" if c.qkv_bias else "NoQKVBias") if c.qkv_bias != c.bias else "",
     lambda c: "Tied" if c.weight_tying else "",
     lambda c: f"Drop{c.dropout!r}" if c.dropout else "",
-    lambda c: f"[{shortest_pattern(c.layer_pattern)}]" if set(c.layer_pattern) != {"transformer"} else "",
+    lambda c: f"[{shortest_pattern(c.layer_pattern)}]" if set(c.layer_pattern) != {PLAIN_BLOCK} else "",
 )
+
+_WORDS = "L H D KV HD FF V Pad T Eps QKNorm QKNormFull Scale AttnCap LogitCap EmbNorm EmbScale ZeroInit Bias QKVBias Tied Drop"
+reserve("ModelConfig", (*FIELDS, "own", "name", "fingerprint"), _WORDS.split(" "))
+
+
+# ------------------------------------------------------------------------------------------- checks
 
 
 def _problems(c: ModelConfig) -> list[str]:
@@ -464,179 +324,36 @@ def _problems(c: ModelConfig) -> list[str]:
         )
     if not 0.0 <= c.dropout < 1.0:
         problems.append(f"dropout={c.dropout} is not a probability in [0, 1).")
-    if not 0 < c.norm_eps < math.inf:
-        problems.append(f"norm_eps={c.norm_eps} must be positive and finite.")
-    for key in (
-        "rope_factor",
-        "rope_low_freq_factor",
-        "rope_high_freq_factor",
-        "attention_scale",
-        "attention_softcap",
-        "logit_softcap",
-        "sliding_window",
-        "rope_original_context",
-    ):
-        if getattr(c, key) is not None and not 0 < getattr(c, key) < math.inf:
-            problems.append(f"{key}={getattr(c, key)} must be positive and finite.")
-    if c.rope_factor == 1:
-        problems.append("rope_factor=1.0 stretches nothing; leave rope_scaling out, or use a larger factor.")
-    if c.attention_backend == "flex" and c.dropout:
-        problems.append(f"attention_backend='flex' has no dropout (dropout={c.dropout}); use 'sdpa', or dropout 0.")
-    if c.rope_scaling == "llama3" and not c.rope_low_freq_factor < c.rope_high_freq_factor:
-        problems.append(
-            f"rope_low_freq_factor={c.rope_low_freq_factor} must be below rope_high_freq_factor={c.rope_high_freq_factor}."
-        )
-    if c.rope_theta is not None and not 1 < c.rope_theta < math.inf:
-        problems.append(f"rope_theta={c.rope_theta} must be greater than 1 and finite.")
-    if c.position_encoding == "rope" and c.head_dim % 2:
-        problems.append(
-            f"head_dim={c.head_dim} is odd, but RoPE rotates pairs of dimensions. "
-            f"Use another n_head, or --head_dim={c.head_dim + 1}."
-        )
+    problems += must_be_positive(c, "norm_eps", "attention_scale", "attention_softcap", "logit_softcap")
     if len(c.layer_pattern) != c.n_layer and c.n_layer >= 1:
         problems.append(f"layer_pattern names {len(c.layer_pattern)} layers but n_layer={c.n_layer}.")
-    blocks = [component("block", name) for name in dict.fromkeys(c.layer_pattern)]
+    chosen = c.chosen()
+    blocks = [one for one in chosen if one.kind == "block"]
     if blocks and not any(block.has_attention for block in blocks):
         problems.append(
             f"layer_pattern={shortest_pattern(c.layer_pattern)} has no block with attention, so no token could see "
-            "another; keep at least one, e.g. 'transformer'."
+            f"another; keep at least one, e.g. {PLAIN_BLOCK!r}."
         )
+    for one in chosen:
+        try:
+            problems += one.check(c) if one.check else []
+        except Exception:
+            if not problems:  # else the check may have stumbled over what is reported already
+                raise
     return problems
 
 
-# ------------------------------------------------------------------------------------------- presets
-
-_GPT2_SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, norm_eps=1e-5, pad_vocab_multiple=1)
-
-_LLAMA = dict(
-    _GPT2_SHAPE,
-    vocab_size=50304,
-    normalization="rmsnorm",
-    activation="silu",
-    ffn_type="swiglu",
-    position_encoding="rope",
-    norm_position="pre",
-    bias=False,
-    weight_tying=False,
-)
-
-# name → (one line about it, values). Keys not named here are derived in `resolve` or off. All have GPT-2 124M's shape.
-# queries_per_kv_head is no key: n_kv_head follows from it and from n_head, which may be overridden.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": (
-        "GPT-2 124M as OpenAI released it: pre-norm, biases, GELU-tanh, tied (Radford et al. 2019)",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50257,
-            normalization="layernorm",
-            activation="gelu_tanh",
-            ffn_type="standard",
-            position_encoding="learned_absolute",
-            norm_position="pre",
-            bias=True,
-            weight_tying=True,
-        ),
-    ),
-    "gpt2_postnorm": (
-        "the post-norm, bias-free variant that the starting documents call GPT-2",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50304,
-            normalization="layernorm_nobias",
-            activation="gelu",
-            ffn_type="standard",
-            position_encoding="learned_absolute",
-            norm_position="post",
-            bias=False,
-            weight_tying=True,
-        ),
-    ),
-    "llama": ("LLaMA's parts in GPT-2's shape: RoPE, RMSNorm, SwiGLU, pre-norm, untied (Touvron et al. 2023)", _LLAMA),
-    "llama3": (
-        "LLaMA 3: grouped-query attention (4 : 1), RoPE θ 500,000 (Grattafiori et al. 2024)",
-        dict(_LLAMA, queries_per_kv_head=4, rope_theta=500000.0),
-    ),
-    "mistral": (
-        "Mistral 7B: grouped-query attention (4 : 1), sliding window of 4096 tokens (Jiang et al. 2023)",
-        dict(_LLAMA, queries_per_kv_head=4, sliding_window=4096),
-    ),
-    "qwen3": (
-        "Qwen3: heads of 128, grouped (2 : 1), QK-norm, RoPE θ 1,000,000, tied (Qwen team 2025)",
-        dict(_LLAMA, queries_per_kv_head=2, head_dim=128, qk_norm=True, rope_theta=1000000.0, norm_eps=1e-6, weight_tying=True),
-    ),
-    "olmo2": (
-        "OLMo 2: norms on the branches' outputs, QK-norm over all heads, RoPE θ 500,000 (OLMo team 2024)",
-        dict(_LLAMA, norm_position="output", qk_norm="full", rope_theta=500000.0, norm_eps=1e-6),
-    ),
-    "gemma2": (
-        "Gemma 2: sandwich norms, GELU-gated, every other layer sliding, soft caps, tied (Gemma team 2024)",
-        dict(
-            _LLAMA,
-            queries_per_kv_head=2,
-            head_dim=128,
-            normalization="rmsnorm_offset",
-            ffn_type="gated",
-            activation="gelu_tanh",
-            norm_position="sandwich",
-            layer_pattern="sliding,transformer",
-            sliding_window=4096,
-            attention_softcap=50.0,
-            logit_softcap=30.0,
-            embedding_scale=True,
-            norm_eps=1e-6,
-            weight_tying=True,
-        ),
-    ),
-    "modern": (
-        "what small-model speed runs settled on: QK-norm, RoPE, ReLU², zero-initialised outputs, untied",
-        dict(_LLAMA, ffn_type="standard", activation="relu2", qk_norm=True, zero_init=True),
-    ),
-    "hybrid": (
-        "GPT-2's feed-forward and tied head with RoPE and a bias-free pre-norm",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50304,
-            normalization="layernorm_nobias",
-            activation="gelu",
-            ffn_type="standard",
-            position_encoding="rope",
-            norm_position="pre",
-            bias=False,
-            weight_tying=True,
-        ),
-    ),
-    "team": ("the starting documents' model_v1: the parts of LLaMA", _LLAMA),
-    "custom": (
-        "a plain bias-free pre-norm base to mix your own from: LayerNorm, GELU, RoPE, untied",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50304,
-            normalization="layernorm_nobias",
-            activation="gelu",
-            ffn_type="standard",
-            position_encoding="rope",
-            norm_position="pre",
-            bias=False,
-            weight_tying=False,
-        ),
-    ),
-}
+def must_be_positive(config: ModelConfig, *keys: str) -> list[str]:
+    """A sentence for each of these keys that has a value which is not a positive, finite number."""
+    values = {key: getattr(config, key) for key in keys}
+    return [
+        f"{key}={value} must be positive and finite."
+        for key, value in values.items()
+        if value is not None and not 0 < value < math.inf
+    ]
 
 
-def list_presets() -> None:
-    """Print every preset with its architecture's name and what it is."""
-    rows = [(name, resolve(name).name, about) for name, (about, _) in PRESETS.items()]
-    print(text_table(("arch_preset", "name", "what it is"), rows, "l"))
-
-
-# Features that are off when None; 0 switches off what a preset has switched on, as None would only mean "not given".
-OFF_AT_ZERO = ("sliding_window", "attention_scale", "attention_softcap", "logit_softcap")
-
-# What a preset that does not speak of a part has there, and the values of optional keys where a part reads them.
-_PLAIN = dict(rope_scaling="none", attention_backend="sdpa")
-_DERIVED = dict(
-    rope_theta=10000.0, rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_context=8192
-)
+# ------------------------------------------------------------------------------------------- resolving
 
 
 def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
@@ -651,55 +368,15 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
             f"arch_preset={preset!r} is not a preset{did_you_mean(preset, PRESETS)}. There is: {', '.join(PRESETS)}."
         )
     given, problems = _converted({key: value for key, value in overrides.items() if value is not None})
-    values = {**PRESETS[preset][1], **given}
+    from_preset = {**PLAIN, **PRESETS[preset][1]}
+    values = {**from_preset, **given}
     group = values.pop("queries_per_kv_head", 1)
-
-    chosen, unknown_kinds = [], set()  # a part that does not exist: go on with the preset's, to find what else is wrong
-    values = {**_PLAIN, **values}
-    for kind in COMPONENT_KINDS:
-        if kind != "block":
-            try:
-                chosen.append(component(kind, values[kind]))
-            except ValueError as error:
-                problems.append(str(error))
-                unknown_kinds.add(kind)
-                values[kind] = {**_PLAIN, **PRESETS[preset][1]}[kind]
-                chosen.append(component(kind, values[kind]))
-    for key in [key for key in OFF_AT_ZERO if values.get(key) == 0]:
+    for key in [key for key in values if is_off_at_zero(key) and values[key] == 0]:
         values[key] = None
         given.pop(key, None)
-    all_alike = ("transformer",) if values.get("sliding_window") is None else ("sliding",)
-    pattern = values.get("layer_pattern", all_alike)
-    try:
-        length = max(1, values["n_layer"])
-        if "layer_pattern" in given:
-            values["layer_pattern"] = expand_pattern(pattern, length)
-        else:  # a preset's own pattern may be longer than a small model of its kind
-            values["layer_pattern"] = expand_pattern(pattern, length + 99)[:length]
-        chosen += [component("block", name) for name in dict.fromkeys(values["layer_pattern"])]
-    except ValueError as error:
-        problems.append(str(error))
-        values["layer_pattern"] = ("transformer",) * max(1, values["n_layer"])
-
-    for c in chosen:  # what a component decides itself cannot be overridden to anything else
-        for key, value in c.fixes:
-            if given.get(key, value) != value:
-                problems.append(
-                    f"{key}={given[key]!r} has no effect with {c.kind}={c.name!r}, whose {key} is "
-                    f"{value!r}. Leave it out or choose another {c.kind}."
-                )
-            values[key] = value
-    used = {key for c in chosen if c.kind != "rope_scaling" for key in c.uses}
-    if "rope_scaling" in used:  # itself a part with keys of its own
-        used |= {key for c in chosen if c.kind == "rope_scaling" for key in c.uses}
-    optional = {key for kind in COMPONENT_KINDS for c in components(kind).values() for key in c.uses}
-    for key in sorted(optional - used - {"block_size"}):  # block_size is also the length of a sequence
-        if key in given:
-            readers = [f"{c.kind}={c.name!r}" for kind in COMPONENT_KINDS for c in components(kind).values() if key in c.uses]
-            if any(reader.split("=")[0] in unknown_kinds for reader in readers):
-                continue  # perhaps the part that was meant reads it
-            problems.append(f"{key}={given[key]!r} has no effect on this model: only {' or '.join(readers)} reads it.")
-        values[key] = None
+    chosen, unknown = _chosen(values, given, from_preset, problems)
+    used = _used(chosen)
+    problems += _without_effect(values, given, used, unknown)
 
     heads, width = values["n_head"], values["n_embd"]
     if values.get("head_dim") is None:
@@ -710,48 +387,146 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     if values.get("attention_scale") == max(1, values["head_dim"]) ** -0.5:
         values["attention_scale"] = None  # what it is anyway
     problems += _settle_d_ff(values, given, width, usable=not problems)
-    if "sliding_window" in used and values.get("sliding_window") is None:
-        problems.append("layer_pattern has the block 'sliding', which needs a width; give --sliding_window=….")
-    if not next(c for c in chosen if c.kind == "ffn_type").fixes:
-        problems += [
-            f"ffn_type={values['ffn_type']!r} with activation={values['activation']!r} is ffn_type={c.name!r}; say "
-            f"so, or choose another activation."
-            for c in components("ffn_type").values()
-            if values["ffn_type"] == "gated"
-            and getattr(c.build, "gated", False)
-            and dict(c.fixes).get("activation") == values["activation"]
-        ]
     kv_heads = max((k for k in range(1, heads // group + 1) if heads % k == 0), default=1)
-    derived = dict(n_kv_head=kv_heads, d_ff=1, qkv_bias=values["bias"])
-    derived |= {key: value for key, value in _DERIVED.items() if key in used}
-    for key, value in derived.items():
+    for key, value in dict(n_kv_head=kv_heads, d_ff=1, qkv_bias=values["bias"]).items():
         if values.get(key) is None:
             values[key] = value
+    own = {key.name: values.get(key.name) for c in used for key in c.keys}
+    defaults = {key.name: key.default for c in used for key in c.keys}
+    own = {name: defaults[name] if own[name] is None else own[name] for name in sorted(own)}
     try:
-        config = ModelConfig(**values)
+        config = ModelConfig(**{key: values[key] for key in FIELDS if key in values}, own=tuple(own.items()))
     except ValueError as error:
         problems += str(error).split("\n")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     return config
 
 
 def _converted(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Overrides as the types their fields declare, and a sentence for each that is unknown or of another type."""
-    kinds, converted, problems = typing.get_type_hints(ModelConfig), {}, []
+    """Overrides as the types their keys declare, and a sentence for each that is unknown or of another type."""
+    keys, converted, problems = model_keys(), {}, []
     for key, value in given.items():
-        if key not in kinds:
-            problems.append(f"{key!r} is not a key of a model{did_you_mean(key, kinds)}.")
+        if key not in keys:
+            problems.append(f"{key!r} is not a key of a model{did_you_mean(key, keys)}.")
         elif key == "layer_pattern":
             if isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)):
                 converted[key] = value
             else:
                 problems.append(f"layer_pattern={value!r} is not a text or a list of block names.")
-        elif (as_declared := as_type(kinds[key], value)) is NO:
-            problems.append(f"{key}={value!r} is not {type_in_words(kinds[key])}.")
+        elif (as_declared := as_type(keys[key].type, value)) is NO:
+            problems.append(f"{key}={value!r} is not {type_in_words(keys[key].type)}.")
         elif as_declared is not None:
             converted[key] = as_declared
     return converted, problems
+
+
+def _chosen(
+    values: dict[str, Any], given: dict[str, Any], from_preset: dict[str, Any], problems: list[str]
+) -> tuple[list[Component], set[str]]:
+    """The components that `values` name, once what they decide themselves (`fixes`) is entered there.
+
+    A component that does not exist is a problem; the preset's takes its place, to find what else is wrong. Returns the
+    components, and the kinds of which an unknown one was asked for.
+    """
+    unknown: set[str] = set()
+    pattern = values.get("layer_pattern", _default_pattern(values))
+    for _ in COMPONENT_KINDS:  # what a component decides may be another component
+        before, chosen = dict(values), []
+        for kind in COMPONENT_KINDS:
+            if kind == "block":
+                chosen += _blocks(values, pattern, "layer_pattern" in given, problems)
+                continue
+            try:
+                chosen.append(component(kind, values[kind]))
+            except ValueError as error:
+                problems.append(str(error))
+                unknown.add(kind)
+                values[kind] = from_preset[kind]
+                chosen.append(component(kind, values[kind]))
+        problems += _enter_fixes(values, given, _used(chosen))
+        if values == before:
+            break
+    return chosen, unknown
+
+
+def _default_pattern(values: dict[str, Any]) -> str:
+    """The block of all layers where no pattern is given: one of which a key of its own is given, else the plain one."""
+    own = [c.name for c in components("block").values() if any(values.get(key.name) is not None for key in c.keys)]
+    return own[0] if own else PLAIN_BLOCK
+
+
+def _blocks(values: dict[str, Any], pattern: Any, was_given: bool, problems: list[str]) -> list[Component]:
+    """The blocks of a pattern, which is entered in `values` as one name a layer."""
+    length = max(1, values["n_layer"])
+    try:  # a preset's own pattern may be longer than a small model of its kind
+        values["layer_pattern"] = expand_pattern(pattern, length) if was_given else expand_pattern(pattern, length + 99)[:length]
+        return [component("block", name) for name in dict.fromkeys(values["layer_pattern"])]
+    except ValueError as error:
+        problems.append(str(error))
+        values["layer_pattern"] = (PLAIN_BLOCK,) * length
+        return [component("block", PLAIN_BLOCK)]
+
+
+def _enter_fixes(values: dict[str, Any], given: dict[str, Any], used: list[Component]) -> list[str]:
+    """Enter what components decide themselves, which cannot be overridden to anything else. Returns the problems.
+
+    A model has one value of each key. So what one block decides, and another does not, must be the value anyway.
+    """
+    problems, decided = [], {}
+    blocks = [c for c in used if c.kind == "block"]
+    for c in used:
+        for key, value in c.fixes:
+            others = [b for b in blocks if dict(b.fixes).get(key, NO) != value] if c.kind == "block" else []
+            who = f"{c.kind}={c.name!r}"
+            if key not in model_keys():
+                problems.append(f"{who} decides {key!r}, which is not a key of a model{did_you_mean(key, model_keys())}.")
+            elif key in decided and values[key] != value:
+                problems.append(
+                    f"{who} and {decided[key].kind}={decided[key].name!r} decide different values of {key}: {value!r} and "
+                    f"{values[key]!r}. Choose another of one of them."
+                )
+            elif given.get(key, value) != value:
+                problems.append(
+                    f"{key}={given[key]!r} has no effect with {who}, whose {key} is {value!r}. Leave it out or choose another "
+                    f"{c.kind}."
+                )
+            elif others and values.get(key) != value:
+                problems.append(
+                    f"layer_pattern mixes {c.name!r}, whose {key} is {value!r}, with {others[0].name!r}, whose {key} would be "
+                    f"{values.get(key)!r}; a model has one {key}. Give --{key}={value}, or use one of the blocks alone."
+                )
+            else:
+                values[key], decided[key] = value, c
+    return problems
+
+
+def _optional_kinds() -> set[str]:
+    """Kinds of which a component only matters where another one reads it (rope_scaling)."""
+    return {kind for kind in COMPONENT_KINDS if readers(kind)}
+
+
+def _used(chosen: list[Component]) -> list[Component]:
+    """Those components that matter: all but the ones of a kind that no other one reads."""
+    optional = _optional_kinds()
+    used = [c for c in chosen if c.kind not in optional]
+    for _ in optional:  # one of them may in turn be read by another
+        used += [c for c in chosen if c not in used and any(other.reads(c.kind) for other in used)]
+    return used
+
+
+def _without_effect(values: dict[str, Any], given: dict[str, Any], used: list[Component], unknown: set[str]) -> list[str]:
+    """Set the optional keys that no component reads to None; a sentence for each of them that the user has given."""
+    problems = []
+    optional = {*declared_keys(), *(key for kind in COMPONENT_KINDS for c in components(kind).values() for key in c.uses)}
+    for key in sorted(key for key in optional if not (key in FIELDS and FIELDS[key].required)):
+        if any(c.reads(key) for c in used):
+            continue
+        if key in given and not any(c.kind in unknown for c in readers(key)):  # perhaps the part that was meant reads it
+            names = [f"{c.kind}={c.name!r}" for c in readers(key)]
+            problems.append(f"{key}={given[key]!r} has no effect on this model: only {' or '.join(names)} reads it.")
+        values[key] = None
+    return problems
 
 
 def _settle_d_ff(values: dict[str, Any], given: dict[str, Any], width: int, usable: bool) -> list[str]:
@@ -785,3 +560,9 @@ def _uneven_heads(heads: int, width: int) -> str:
         f"n_head={heads} does not divide n_embd={width} (head_dim would be {width / heads:.2f}). "
         f"Use n_head={best} for head_dim {width // best}."
     )
+
+
+def list_presets() -> None:
+    """Print every preset with its architecture's name and what it is."""
+    rows = [(name, resolve(name).name, about) for name, (about, _) in PRESETS.items()]
+    print(text_table(("arch_preset", "name", "what it is"), rows, "l"))

@@ -93,11 +93,8 @@ def open_out_dir(start: Start, world: World, resources: ExitStack) -> Saver:
 def prepare_machine(start: Start, world: World, device: torch.device) -> Machine:
     """Choose compute dtype and threads, seed the dropout, and find the peak that MFU is measured against."""
     config = start.config
-    if config.attention_backend == "flex" and device.type == "cpu":
-        raise ConfigError(
-            "attention_backend='flex' cannot train on a CPU, where FlexAttention has no backward pass; use "
-            "--attention_backend=sdpa."
-        )
+    if problems := config.model_config().problems_on(device.type):
+        raise ConfigError("\n".join(problems))
     dtype = world.from_main(lambda: best_dtype(device)) if config.dtype == "auto" else config.dtype
     as_before = start.resumes and start.saved["world_size"] == world.size
     if as_before and start.saved["threads"] <= (os.cpu_count() or 1):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from configurator import configure
 from model_config import ModelConfig
-from training.train_config import ALIASES, EXCLUSIVE, KEYS, TrainConfig
+from training.train_config import ALIASES, EXCLUSIVE, FIELDS, TrainConfig
 
 if TYPE_CHECKING:
     from data.token_dataset import TokenDataset
 
 # Keys that may differ between a finished run and the plan, as they change nothing in what is compared.
 _CHANGES_NOTHING = {"arch_preset"} | {
-    name for name, key in KEYS.items() if key.metadata["group"] in ("run", "watching", "execution")
+    name for name, key in FIELDS.items() if key.metadata["group"] in ("run", "watching", "execution")
 } - {"seed", "dtype", "patience", "eval_iters", "eval_interval"}
 
 

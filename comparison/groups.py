@@ -13,7 +13,7 @@ from command_line import Failure, UsageError
 from comparison.inference import Estimate, Verdict, adjust, compare_means, estimate
 from comparison.runs import RunSummary
 from model_config import ModelConfig, did_you_mean
-from training.train_config import KEYS
+from training.train_config import FIELDS
 
 METRICS = {
     "val_loss": "validation loss",
@@ -36,7 +36,7 @@ _BY_EFFECT = {
     "data_seed",
 } | set(ModelConfig.__dataclass_fields__)
 _NO_EXPERIMENT = _BY_EFFECT | {
-    name for name, key in KEYS.items() if name != "patience" and key.metadata.get("group") in ("run", "watching", "execution")
+    name for name, key in FIELDS.items() if name != "patience" and key.metadata.get("group") in ("run", "watching", "execution")
 }
 
 
@@ -151,10 +151,11 @@ def group_runs(runs: Iterable[RunSummary], by: Iterable[str] = ()) -> list[Group
     the keys of logging and execution. `by`: configuration keys that separate groups all the same (what an ablation
     varies). A group is named after its model; where several have the same, by what else is different in them.
     """
-    by = tuple(by)
-    if unknown := [key for key in by if key not in KEYS]:
+    by, runs = tuple(by), list(runs)
+    known = {**FIELDS, **{key: None for run in runs for key in run.config}}  # components declare keys of their own
+    if unknown := [key for key in by if key not in known]:
         raise UsageError(
-            f"{unknown[0]!r} is not a configuration key{did_you_mean(unknown[0], KEYS)}; runs can only be grouped by those."
+            f"{unknown[0]!r} is not a configuration key{did_you_mean(unknown[0], known)}; runs can only be grouped by those."
         )
     members: dict[str, list[RunSummary]] = collections.defaultdict(list)
     traits: dict[str, dict] = {}
@@ -187,7 +188,7 @@ def _traits(run: RunSummary, by: tuple[str, ...]) -> dict[str, Any]:
         "tokens_per_step": run.tokens_per_step,
         "block_size": config.get("block_size"),
         "init_from": origin if origin.startswith(("weights:", "hf:")) else "scratch",
-        **{key: value for key, value in config.items() if key not in _NO_EXPERIMENT},
+        **{key: value for key, value in config.items() if value is not None and key not in _NO_EXPERIMENT | run.model.keys()},
         **{key: config.get(key) for key in by},
     }
 
@@ -434,7 +435,8 @@ def _notes(groups: Sequence[Group], config_rows: Sequence[tuple]) -> list[str]:
     """What a reader must know about the comparison, a sentence each."""
     notes = []
     runs = [run for group in groups for run in group.runs]
-    important = [row[0] for row in config_rows if row[0] in KEYS and row[0] not in _NO_EXPERIMENT]
+    of_the_run = {key for run in runs for key in run.config.keys() - run.model.keys()} - _NO_EXPERIMENT
+    important = [row[0] for row in config_rows if row[0] in of_the_run]
     important += [row[0] for row in config_rows if row[0] in ("compute dtype", "init_from")]
     if important and len({group.runs[0].fingerprint for group in groups}) > 1:
         notes.append(f"The groups differ in more than the model: {', '.join(important)}.")

@@ -26,8 +26,11 @@ def show_cost(answer: dict, options: argparse.Namespace) -> str:
     model, flops, run = answer["model"], answer["flops_per_token"], answer["run"]
     padding = f", of which {model['padding']:,} pad the vocabulary" if model["padding"] else ""
     note = f"\n{model['note']}" if model["note"] else ""
+    active = (
+        f", of which a token uses {model['active_parameters']:,}" if model["active_parameters"] != model["parameters"] else ""
+    )
     pieces = [
-        f"{model['name']}: {model['architecture']}\nN = {model['parameters']:,}{padding}{note}",
+        f"{model['name']}: {model['architecture']}\nN = {model['parameters']:,}{active}{padding}{note}",
         _titled(
             f"Parameters, and MFLOP a token at context {run['context']} (checkpointing {run['checkpointing']})",
             ["component", "count", "parameters", "forward", "backward", "recompute", "share"],
@@ -206,7 +209,8 @@ def _show_shapes(shapes: list[dict], by: str = "") -> str:
             [
                 f"{one['n_layer']} × {one['n_head']} × {one['n_embd']}",
                 one["d_ff"],
-                short(one["parameters"]),
+                short(one["parameters"])
+                + (f" ({short(one['active_parameters'])} active)" if one["active_parameters"] != one["parameters"] else ""),
                 short(one["tokens"]),
                 f"{one['epochs']:.2f}" if one["epochs"] else "-",
                 f"{one['flops_per_token'] / 1e9:.4g}",

@@ -27,7 +27,7 @@ from command_line import PROJECT, Parser, UsageError, guarded
 from flops_parameter_counting.cost_report import plot, show_backward, show_cost, show_grid, show_validation
 from flops_parameter_counting.flops import breakdown, elementwise, flops_per_token
 from flops_parameter_counting.hardware import GPUS, find_gpu
-from flops_parameter_counting.parameters import count_padding, count_parameters
+from flops_parameter_counting.parameters import count_active_parameters, count_padding, count_parameters
 from flops_parameter_counting.scaling_laws import (
     LAWS,
     Candidate,
@@ -35,9 +35,9 @@ from flops_parameter_counting.scaling_laws import (
     ScalingLaw,
     best_allocation,
     candidates,
-    embedding_parameters,
     positive,
     read_question,
+    size_for,
 )
 from model_config import PRESETS, ModelConfig, did_you_mean, resolve
 from training.optimizers import OPTIMIZERS
@@ -247,10 +247,18 @@ def cost(options: argparse.Namespace) -> dict:
     run = {**run, **recipe, **given}
     tokens, sequences, note = run.pop("tokens"), run.pop("sequences", None), run.pop("note", None)
     flops = flops_per_token(config, run["context"], run["checkpointing"])
-    n, padding = count_parameters(config), count_padding(config)
+    n, active, padding = count_parameters(config), count_active_parameters(config), count_padding(config)
     rows = breakdown(config, run["context"], run["checkpointing"])
     answer = dict(
-        model=dict(name=name, architecture=config.name, fingerprint=config.fingerprint, parameters=n, padding=padding, note=note),
+        model=dict(
+            name=name,
+            architecture=config.name,
+            fingerprint=config.fingerprint,
+            parameters=n,
+            active_parameters=active,
+            padding=padding,
+            note=note,
+        ),
         run=dict(run, tokens=tokens),
         flops_per_token=dataclasses.asdict(flops),
         components=[
@@ -271,16 +279,11 @@ def cost(options: argparse.Namespace) -> dict:
         law = LAWS[options.law]
         answer["predicted"] = dict(
             law=law.name,
-            loss=law.loss(_law_size(law, config), tokens),
-            tokens_per_parameter=tokens / n,
+            loss=law.loss(size_for(law, config), tokens),
+            tokens_per_parameter=tokens / active,
             compute=tokens * flops.full,
         )
     return {**answer, **memory(config, run, sequences, options)}
-
-
-def _law_size(law: ScalingLaw, config: ModelConfig) -> int:
-    """N as this law counts it."""
-    return count_parameters(config) - (0 if law.embeddings else embedding_parameters(config))
 
 
 def times(options: argparse.Namespace, flops: int, dtype: str, tokens: float | None) -> list[dict]:
@@ -442,6 +445,7 @@ def _shapes(found: list[Candidate], compute: float, unique: float, hours: float 
             n_embd=one.config.n_embd,
             d_ff=one.config.d_ff,
             parameters=one.parameters,
+            active_parameters=one.active,
             tokens=one.tokens,
             flops_per_token=one.flops_per_token,
             epochs=one.tokens / unique if unique < math.inf else None,

@@ -127,24 +127,23 @@ def elementwise(config: ModelConfig, context: int | None = None) -> dict[str, fl
     """
     import torch
 
-    from model_components import Context
+    from model_builder import build_model, one_of_each_block
 
     context = context or config.block_size
     config = replace(config, attention_backend="manual")
     found: dict[str, float] = {}
+    model = build_model(one_of_each_block(config), device="meta").eval()
     with torch.device("meta"), torch.no_grad():
-        position = component("position_encoding", config.position_encoding).build(config)
         x = torch.empty(1, context, config.n_embd)
-        shared = Context(config, position, torch.arange(context), x.dtype)
+        shared = model.context(torch.arange(context), x.dtype)
         q = torch.empty(1, config.n_head, context, config.head_dim)
         k = torch.empty(1, config.n_kv_head, context, config.head_dim)
         rotation = sum(_trace(lambda: shared.rotate(q, k)).values())
-        for name in dict.fromkeys(config.layer_pattern):
-            kind = component("block", name)
-            block, layers = kind.build(config, 0).eval(), config.layer_pattern.count(name)
+        for name, block in zip(model.config.layer_pattern, model.blocks):
+            layers = config.layer_pattern.count(name)
             for module, operations in _trace(lambda: block(x, shared)).items():
                 found[module] = found.get(module, 0) + layers * operations / context
-            if rotation and kind.has_attention:
+            if rotation and component("block", name).has_attention:
                 found["position.rotate"] = found.get("position.rotate", 0) + layers * rotation / context
     return found
 

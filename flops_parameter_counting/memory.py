@@ -18,9 +18,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flops_parameter_counting.memory_pieces import CHECKPOINTING, CHUNK_BYTES, DTYPES, Piece, measured_pieces
+from flops_parameter_counting.memory_pieces import DTYPES, Piece, measured_pieces
 from flops_parameter_counting.memory_rules import TWO_MOMENTS, OptimizerRule, ShardingRule
 from model_config import ModelConfig
+from model_parts.losses import CHUNK_BYTES
+from model_parts.recomputation import CHECKPOINTING
 
 CARD_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 96, 141, 192)
 HEADROOM_GB, HEADROOM_SHARE = 0.7, 0.05  # of a card: CUDA context and libraries; rounding, fragmentation, workspaces

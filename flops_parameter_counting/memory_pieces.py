@@ -1,9 +1,9 @@
 """What each piece of a model keeps in memory from its forward to its backward, and needs while it runs.
 
-This is not written down here a second time. One block of each kind, the embedding, and the head with the loss are run
-forward and backward on tensors that have a shape and no numbers, and every storage they make is entered in a ledger:
-so whatever is registered in `model_components.py` is accounted for, as it is. That takes a tenth of a second and no
-memory. `memory.py` puts the pieces together.
+This is not written down here a second time. A model with one block of each kind is made, and its front, its blocks, and its
+tail with the loss are run forward and backward on tensors that have a shape and no numbers. Every storage they make is
+entered in a ledger: so whatever is registered in `model_components.py` is accounted for, as it is. That takes a few tenths
+of a second and no memory. `memory.py` puts the pieces together.
 """
 
 from __future__ import annotations
@@ -12,37 +12,29 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model_components import Attention, Context, Embedding, Linear, build
+from model_builder import Transformer, one_of_each_block
+from model_components import Attention, Context
 from model_config import ModelConfig, components
+from model_parts.losses import summed_cross_entropy
+from model_parts.recomputation import recomputed
 
-CHECKPOINTING = ("none", "selective", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHUNKS = 3  # of the loss's logits, are enough to see how many of them are in memory at once
 
-# As in training/objectives.py and training/activation_checkpointing.py, which this package does not know (a test does).
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _aten = torch.ops.aten
-KEPT = [
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
-    _aten.baddbmm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-]
 
 
 @dataclass(frozen=True)
@@ -71,39 +63,57 @@ class Piece:
 def measured_pieces(
     config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str, cast: bool
 ) -> tuple[list[Piece], int]:
-    """Embedding, every block, head with loss, each measured; and the bytes of the position tables and masks they share.
+    """The model's front, every block, and its tail with the loss, each measured; and the bytes of what the blocks share.
 
     `cast`: parameters are in the compute dtype already, as a sharding strategy gathers them; but for the embedding's, and
-    the head's if it is tied to it, which are gathered as they are stored.
+    the head's if it is tied to it, which are gathered as they are stored. Raises ValueError for a component that cannot be
+    run without numbers.
     """
-    compute_dtype = DTYPES[dtype]
+    try:
+        return _measured_pieces(config, batch_size, context, dtype, checkpointing, device, cast)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"the memory of {config.name} cannot be predicted: a component makes tensors whose shapes depend on the numbers in "
+            f"others ({error.func}), and prediction runs it without numbers."
+        ) from error
 
-    def made(module: nn.Module, cast: bool = cast) -> nn.Module:
-        if cast:
-            for child in module.modules():
-                for name, parameter in child.named_parameters(recurse=False):
-                    setattr(child, name, nn.Parameter(parameter.detach().to(compute_dtype)))
-        if device == "cuda":
-            module.forward = partial(_on_a_gpu, module.forward)
-        return module
 
+def _measured_pieces(
+    config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str, cast: bool
+) -> tuple[list[Piece], int]:
+    on_device = _GpuKernels if device == "cuda" else nullcontext
     with FakeTensorMode(), torch.device("cpu"), torch.enable_grad():  # whatever the caller has set
-        front = made(_Front(config, compute_dtype), cast=False)
+        model = Transformer(one_of_each_block(config))
+        model.compute_dtype = DTYPES[dtype]
+        if config.attention_backend == "flex" and device == "cuda":
+            _as_flash(model)
+        positions = torch.arange(context)
+        shared = model.context(positions, model.compute_dtype)
         ids = torch.zeros(batch_size, context, dtype=torch.int64)
-        x = torch.empty(batch_size, context, config.n_embd, dtype=compute_dtype, requires_grad=True)
-        shared = Context(config, front.position, torch.arange(context), compute_dtype)
-        measured = {"front": _measure(front, lambda ids: _Incoming.apply(front(ids)), ids, "embedding")}
-        for name in dict.fromkeys(config.layer_pattern):
-            block = made(build("block", name, config, 0))
-            if config.attention_backend == "flex" and device == "cuda":
-                _as_flash(block, shared)
-            for module in block.modules():
-                if isinstance(module, Attention):
-                    shared.mask(module.window)
-            run = _checkpointed(block, checkpointing)
-            measured[name] = _measure(block, lambda x: _Incoming.apply(run(x, shared)), x, "residual stream")
-        tail = made(_Tail(config, CHUNK_BYTES[device]), cast and not config.weight_tying)
-        measured["tail"] = _measure(tail, tail, x, "residual stream", (config.vocab_size, config.padded_vocab_size))
+        targets = torch.zeros(batch_size * context, dtype=torch.int64)
+        x = torch.empty(batch_size, context, config.n_embd, dtype=model.compute_dtype, requires_grad=True)
+
+        def front(ids: Tensor) -> Tensor:
+            with on_device():
+                return _Incoming.apply(model.embed(ids, positions))
+
+        def tail(x: Tensor) -> Tensor:
+            with on_device():
+                return summed_cross_entropy(model.tail(x).flatten(0, 1), targets, device, CHUNKS)
+
+        measured = {"front": _measure(model, Transformer.FRONT, front, ids, "embedding")}
+        for name, block in zip(model.config.layer_pattern, model.blocks):
+            if cast:
+                _cast(block, model.compute_dtype)
+            block.forward = recomputed(partial(_within, on_device, block.forward), checkpointing)
+            run = partial(_run_block, block, shared)
+            measured[name] = _measure(block, None, run, x, "residual stream")
+        if cast and not config.weight_tying:
+            _cast(model.norm, model.compute_dtype)
+            _cast(model.head, model.compute_dtype)
+        measured["tail"] = _measure(
+            model, Transformer.TAIL, tail, x, "residual stream", (config.vocab_size, config.padded_vocab_size)
+        )
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
         for t in tree_leaves((shared.tables, shared.masks))
@@ -112,73 +122,21 @@ def measured_pieces(
     return [measured[name] for name in ("front", *config.layer_pattern, "tail")], sum(storages.values())
 
 
-class _Front(nn.Module):
-    """What `model_builder.Transformer` does before the first block: ids (B, T) → (B, T, D)."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
-        super().__init__()
-        self.config, self.dtype = config, dtype
-        self.embedding = Embedding(config.padded_vocab_size, config.n_embd)
-        self.position = build("position_encoding", config.position_encoding, config)
-        self.embedding_norm = (
-            build("normalization", config.normalization, config, config.n_embd) if config.embedding_norm else nn.Identity()
-        )
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids).to(self.dtype)
-        if self.config.embedding_scale:
-            x = x * self.config.n_embd**0.5
-        return self.dropout(self.embedding_norm(self.position.embed(x, torch.arange(ids.size(1)))))
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put parameters in the compute dtype in the place of a module's own."""
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            setattr(child, name, nn.Parameter(parameter.detach().to(dtype)))
 
 
-class _Tail(nn.Module):
-    """What comes after the last block, and the loss of training/objectives.py: (B, T, D) → scalar."""
-
-    def __init__(self, config: ModelConfig, chunk_bytes: int):
-        super().__init__()
-        self.config = config
-        self.norm = build("normalization", config.normalization, config, config.n_embd)
-        self.head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.rows = chunk_bytes // (4 * config.vocab_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.head(self.norm(x))
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        logits = logits[..., : self.config.vocab_size].flatten(0, 1)
-        if self.rows >= len(logits):
-            return F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.int64), reduction="sum")
-        return _LossInChunks.apply(logits, max(1, self.rows))
+def _run_block(block: nn.Module, shared: Context, x: Tensor) -> Tensor:
+    return _Incoming.apply(block(x, shared))
 
 
-class _LossInChunks(torch.autograd.Function):
-    """The tensors that the cross-entropy in chunks of rows makes; three chunks show all of its course."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(logits, logits.new_empty(len(logits), dtype=torch.float32))
-        ctx.rows = rows
-        for start in range(0, min(len(logits), 3 * rows), rows):
-            chunk = logits[start : start + rows].float()
-        return chunk.new_empty(())
-
-    @staticmethod
-    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
-        logits, log_sum_exp = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for start in range(0, min(len(logits), 3 * ctx.rows), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            chunk = logits[part].float() - log_sum_exp[part, None]  # noqa: F841 (there until the next one is made)
-        return gradient, None
-
-
-def _checkpointed(block: nn.Module, mode: str) -> Callable:
-    """The block's forward under training/activation_checkpointing.py's mode."""
-    if mode == "none":
-        return block
-    options = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if mode == "selective" else {}
-    return partial(checkpoint, block, use_reentrant=False, **options)
+def _within(kernels: Callable, forward: Callable, *inputs: Any) -> Any:
+    """Run a forward under a device's kernels; where checkpointing runs it again, too."""
+    with kernels():
+        return forward(*inputs)
 
 
 # ------------------------------------------------------------------------------------------- one piece, without numbers
@@ -259,16 +217,27 @@ class _Incoming(torch.autograd.Function):
         return torch.empty(shape, dtype=dtype)
 
 
-def _measure(module: nn.Module, run: Callable, source: Tensor, label: str, vocabulary: tuple[int, ...] = ()) -> Piece:
+def _measure(
+    module: nn.Module,
+    children: tuple[str, ...] | None,
+    run: Callable[[Tensor], Tensor],
+    source: Tensor,
+    label: str,
+    vocabulary: tuple[int, ...] = (),
+) -> Piece:
     """Run `source` through, forward and backward, twice, and see what was in memory. Under FakeTensorMode.
 
-    `label`: of what is made outside of all labelled children. `vocabulary`: widths of logits.
+    `children`: those of the module that take part [all]. `label`: of what is made outside of all labelled ones.
+    `vocabulary`: widths of logits.
     """
-    parameters = list(module.parameters())
+    taking_part = [child for name, child in module.named_children() if children is None or name in children]
+    parameters = list({p: None for child in taking_part for p in child.parameters()})
+    if children is None:
+        parameters = list(module.parameters())
     ledger = _Ledger([*parameters, source], vocabulary)
     handles = [
         handle
-        for child, name in _labels(module)
+        for child, name in _labels(module, children)
         for handle in (
             child.register_forward_pre_hook(lambda *_, name=name: ledger.at_work.append(name)),
             child.register_forward_hook(lambda *_: ledger.at_work.pop() and None, always_call=True),
@@ -293,6 +262,8 @@ def _measure(module: nn.Module, run: Callable, source: Tensor, label: str, vocab
     again = micro_batch()[-1]
     for handle in handles:
         handle.remove()
+    for parameter in parameters:
+        parameter.grad = None
     matrices = [tuple(p.shape) for p in parameters if p.ndim == 2]
     return Piece(
         saved,
@@ -305,13 +276,16 @@ def _measure(module: nn.Module, run: Callable, source: Tensor, label: str, vocab
     )
 
 
-def _labels(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def _labels(module: nn.Module, children: tuple[str, ...] | None) -> Iterator[tuple[nn.Module, str]]:
     """(child, kind of layer) for the modules whose memory is told apart: norms, and what residual branches are around.
 
-    What a branch itself makes is the residual stream; a block of another make is told apart by its children's names.
+    Only below the children of these names [all]. What a branch itself makes is the residual stream; a block of another make
+    is told apart by its children's names.
     """
     norms, branches = (tuple(c.build for c in components(kind).values()) for kind in ("normalization", "norm_position"))
     for path, child in module.named_modules():
+        if children is not None and path.split(".")[0] not in children:
+            continue
         if isinstance(child, norms):
             yield child, "norm"
         elif path.endswith(".sublayer"):
@@ -321,12 +295,6 @@ def _labels(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 # ------------------------------------------------------------------------------------------- what a GPU does otherwise
-
-
-def _on_a_gpu(forward: Callable, *inputs):
-    """Run a forward with the kernels of a GPU; where checkpointing runs it again, too."""
-    with _GpuKernels():
-        return forward(*inputs)
 
 
 class _GpuKernels(TorchFunctionMode):
@@ -376,9 +344,9 @@ class _Flash:
         return _gpu_attention(q, k, v, is_causal=True, scale=rules.scale)
 
 
-def _as_flash(block: nn.Module, shared: Context) -> None:
-    shared.backend = _Flash
-    for module in block.modules():
+def _as_flash(model: Transformer) -> None:
+    """Let every attention of a model run as flash attention would."""
+    for module in model.modules():
         if isinstance(module, Attention):
             module.backend = _Flash
 

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from model_config import ModelConfig, Part, component
+from model_config import ModelConfig, Part
 
 
 def parts(config: ModelConfig) -> list[Part]:
-    """What every part of the model costs, in the order of the data; names are paths ('blocks.3.q_proj').
+    """What every part of the model costs, in the order of the data; names are paths ('blocks.3.q_proj')."""
+    from model_builder import Transformer  # which needs PyTorch
 
-    A tied head has no parameters of its own but is multiplied all the same; an embedding is looked up, not multiplied.
-    """
-    rows = config.padded_vocab_size
-    table = rows * config.n_embd
-    found = [Part("embedding", parameters=table)]
-    found += component("position_encoding", config.position_encoding).build.parts(config)
-    norm = component("normalization", config.normalization).build.parts(config, config.n_embd)
-    if config.embedding_norm:
-        found += [replace(part, name=f"embedding_{part.name}") for part in norm]
-    for layer, block in enumerate(config.layer_pattern):
-        found += [replace(part, name=f"blocks.{layer}.{part.name}") for part in component("block", block).build.parts(config)]
-    found += [replace(part, name=f"final_{part.name}") for part in norm]
-    return found + [Part("head", parameters=0 if config.weight_tying else table, matmul=table)]
+    return Transformer.parts(config)
 
 
 def count_parameters(config: ModelConfig) -> int:
     """N: all trainable parameters, tied ones once, the rows that pad the vocabulary included."""
     return sum(part.parameters for part in parts(config))
+
+
+def count_active_parameters(config: ModelConfig) -> int:
+    """The parameters that a token uses: N, but of a mixture of experts only the experts that a token is sent to.
+
+    What a token costs, and what scaling laws call N for such a model, follows from this one; memory follows from N.
+    """
+    return sum(part.used for part in parts(config))
 
 
 def count_padding(config: ModelConfig) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.hardware import Gpu, find_gpu
-from flops_parameter_counting.parameters import count_parameters, parts
+from flops_parameter_counting.parameters import count_active_parameters, count_parameters, parts
 from model_config import ModelConfig, did_you_mean, resolve
 
 
@@ -203,10 +203,14 @@ def isoflop(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that can be built: its exact N and FLOPs a token, the tokens the budget pays for, and the predicted loss."""
+    """A model that can be built: its exact N and FLOPs a token, the tokens the budget pays for, and the predicted loss.
+
+    `active`: the parameters that a token uses, which are what scaling laws call N.
+    """
 
     config: ModelConfig
     parameters: int
+    active: int
     flops_per_token: int
     tokens: float
     loss: float
@@ -240,12 +244,12 @@ def candidates(
             except ValueError as error:
                 problem = error
                 continue
-            n = count_parameters(config)
-            law_n = n if law.embeddings else n - embedding_parameters(config)
+            law_n = size_for(law, config)
             flops = flops_per_token(config).full
             tokens = min(compute / flops, unique * max_epochs)
             if wanted / 3 < law_n < wanted * 3:
-                found[config] = Candidate(config, n, flops, tokens, law.loss_with_repeats(law_n, tokens, unique))
+                sizes = count_parameters(config), count_active_parameters(config)
+                found[config] = Candidate(config, *sizes, flops, tokens, law.loss_with_repeats(law_n, tokens, unique))
     if not found:
         raise ValueError(
             f"No shape of preset {preset!r} has about {wanted:.3g} parameters"
@@ -254,9 +258,14 @@ def candidates(
     return sorted(found.values(), key=lambda candidate: candidate.loss)
 
 
+def size_for(law: ScalingLaw, config: ModelConfig) -> int:
+    """N as this law counts it: the parameters that a token uses, with or without embeddings."""
+    return count_active_parameters(config) - (0 if law.embeddings else embedding_parameters(config))
+
+
 def embedding_parameters(config: ModelConfig) -> int:
     """Parameters of the token and position embeddings and of the head, which Kaplan's N leaves out."""
-    return sum(part.parameters for part in parts(config) if part.name in ("embedding", "position", "head"))
+    return sum(part.used for part in parts(config) if part.name in ("embedding", "position", "head"))
 
 
 # ------------------------------------------------------------------------------------------- what a file asks

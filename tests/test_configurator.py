@@ -29,7 +29,7 @@ from configurator import (
 )
 from model_config import components
 from training.continuing import go_on, take_model
-from training.train_config import FIXED_ON_RESUME, GROUPS, KEYS, MODEL_KEYS
+from training.train_config import GROUPS, KEYS, fixed_on_resume, keys_of_the_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=61", "--block_size=16"]
@@ -627,7 +627,7 @@ def refused_table(now, state) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in (re.split(r"  +", line.strip()) for line in lines[3:-1])}
 
 
-@pytest.mark.parametrize("key", dict.fromkeys(FIXED_ON_RESUME))
+@pytest.mark.parametrize("key", dict.fromkeys(fixed_on_resume()))
 def test_a_fixed_key_on_the_command_line_of_a_resumed_run_is_refused_by_name(key):
     state = state_of("--arch_preset=llama")
     now = configure(["--arch_preset=llama", "--resume", *([BESIDE[key]] if key in BESIDE else []), f"--{key}={OTHER[key]}"])
@@ -640,7 +640,7 @@ def test_a_fixed_key_on_the_command_line_of_a_resumed_run_is_refused_by_name(key
     assert getattr(go_on(same, state, "out/step_1").train, key) == getattr(same.train, key)
 
 
-@pytest.mark.parametrize("key", dict.fromkeys(MODEL_KEYS))
+@pytest.mark.parametrize("key", dict.fromkeys(keys_of_the_model()))
 def test_what_was_given_on_the_command_line_comes_back_silently(key):
     """Issue 10.2: the model of the run, though the command that goes on says nothing of it."""
     flags = ["--arch_preset=llama", *([BESIDE[key]] if key in BESIDE else []), f"--{key}={OTHER[key]}"]
@@ -654,7 +654,7 @@ def test_what_was_given_on_the_command_line_comes_back_silently(key):
 
 
 def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer():
-    assert set(MODEL_KEYS) < set(FIXED_ON_RESUME) <= set(KEYS)
+    assert set(keys_of_the_model()) < set(fixed_on_resume()) <= set(KEYS)
     assert {
         "data_seed",
         "seed",
@@ -665,7 +665,7 @@ def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer(
         "beta2",
         "lr_schedule",
         "warmup_iters",
-    } <= set(FIXED_ON_RESUME)
+    } <= set(fixed_on_resume())
     free = {
         "max_iters",
         "max_tokens",
@@ -686,7 +686,7 @@ def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer(
         "dtype",
         "patience",
     }
-    assert not free & set(FIXED_ON_RESUME)
+    assert not free & set(fixed_on_resume())
 
 
 def test_what_belongs_to_the_machine_is_never_inherited_and_dtype_comes_back_as_it_was_used():

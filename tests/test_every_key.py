@@ -18,10 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_parameters
 from model_builder import build_model
-from model_config import ARCHITECTURE_KEYS, COMPONENT_KINDS, PRESETS, components, resolve
+from model_config import COMPONENT_KINDS, PRESETS, architecture_keys, components, resolve
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.precision import DTYPES, set_compute_dtype
-from training.train_config import KEYS, MODEL_KEYS, TrainConfig
+from training.train_config import KEYS, TrainConfig, keys_of_the_model
+
+ARCHITECTURE_KEYS = architecture_keys()
 
 # Values of which every two are different models. Component keys: everything registered.
 VALUES = dict(
@@ -223,7 +225,7 @@ def test_keys_are_architecture_or_do_not_reach_the_model():
         dtype="float16",
         compile=True,
     )
-    assert not set(other) & set(MODEL_KEYS)
+    assert not set(other) & set(keys_of_the_model())
     assert TrainConfig(**TINY, **other).model_config() == TrainConfig(**TINY).model_config()
 
 

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from a_strangers_parts import registered_mixture
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -30,11 +31,12 @@ from flops_parameter_counting.memory import (
     estimate_memory,
     largest_micro_batch,
 )
-from flops_parameter_counting.memory_pieces import CHECKPOINTING, measured_pieces
-from flops_parameter_counting.parameters import count_parameters
+from flops_parameter_counting.memory_pieces import measured_pieces
+from flops_parameter_counting.parameters import count_active_parameters, count_parameters
 from model_builder import Transformer, build_model
+from model_components import FeedForward
 from model_config import COMPONENT_KINDS, PRESETS, components, linear_part, register, resolve, unregister
-from training import activation_checkpointing, objectives
+from model_parts.recomputation import CHECKPOINTING
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.objectives import next_token_loss
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
@@ -204,7 +206,7 @@ def small_with(kind: str, name: str):
     if (kind, name) == ("attention_backend", "flex"):
         return None
     if kind == "block":
-        window = dict(sliding_window=32) if "sliding_window" in components("block")[name].uses else {}
+        window = dict(sliding_window=32) if components("block")[name].reads("sliding_window") else {}
         return resolve("custom", **shape, layer_pattern=("transformer", name), **window)
     if (kind, name) == ("ffn_type", "gated"):
         return resolve("custom", **shape, ffn_type=name, activation="relu")
@@ -252,6 +254,34 @@ def test_a_part_that_a_stranger_adds_is_accounted_for():
         assert greedy - usual == 7 * 16 * 128 * 512 * 2  # eight sines for one GELU, bf16
     finally:
         unregister("ffn_type", "greedy_for_memory")
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_mixture_of_experts_is_accounted_for(checkpointing):
+    """3-D weights, of which a token uses some: all of them, and their gradients and moments, are in memory."""
+    shape = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=512, block_size=64, d_ff=32)
+    with registered_mixture():
+        config = resolve("custom", **shape, ffn_type="mixture", n_experts=64)
+        assert abs(error(config, batch_size=2, checkpointing=checkpointing)) < TOLERANCE
+        found = estimate_memory(config, batch_size=2, checkpointing=checkpointing, device="cpu")
+        assert found.parts["weights (fp32)"] == 4 * count_parameters(config) > 4 * count_active_parameters(config)
+
+
+def test_a_part_whose_shapes_depend_on_numbers_is_refused_with_a_sentence():
+    class Picky(FeedForward):
+        """A feed-forward of the positive rows alone."""
+
+        def forward(self, x):
+            rows = (x.sum(dim=-1) > 0).nonzero()
+            return x + rows.numel()
+
+    register("ffn_type", "picky_for_memory", short="PickyForMemory")(Picky)
+    try:
+        config = resolve("custom", n_layer=1, n_head=4, n_embd=64, vocab_size=512, ffn_type="picky_for_memory")
+        with pytest.raises(ValueError, match="shapes depend on the numbers in others .*nonzero"):
+            estimate_memory(config, batch_size=1)
+    finally:
+        unregister("ffn_type", "picky_for_memory")
 
 
 # ------------------------------------------------------------------------------------------- the measure itself
@@ -490,8 +520,6 @@ def test_memory_grows_with_batch_context_and_precision():
 
 
 def test_the_constants_are_those_of_training():
-    assert memory_pieces.CHUNK_BYTES == objectives.CHUNK_BYTES
-    assert memory_pieces.KEPT == activation_checkpointing.KEPT
     assert memory_pieces.DTYPES == DTYPES
 
 

@@ -123,14 +123,14 @@ def test_the_loss_is_the_mean_cross_entropy_in_numpy():
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)))
 def test_the_chunked_loss_and_its_gradient_are_pytorchs(monkeypatch, dtype, tolerance):
-    from training import objectives
+    from model_parts import losses
 
-    monkeypatch.setitem(objectives.CHUNK_BYTES, "cpu", 4 * 101 * 7)  # 7 rows at a time, the last chunk shorter
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * 101 * 7)  # 7 rows at a time, the last chunk shorter
     logits = (3 * torch.randn(40, 128, generator=torch.Generator().manual_seed(0))).to(dtype)[:, :101]  # not contiguous
     targets = torch.randint(0, 101, (40,), generator=torch.Generator().manual_seed(1))
-    targets[[3, 20, 39]] = objectives.IGNORE
+    targets[[3, 20, 39]] = losses.IGNORE
     mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    loss = objectives.summed_cross_entropy(mine, targets)
+    loss = losses.summed_cross_entropy(mine, targets)
     assert type(loss.grad_fn).__name__ == "_ChunkedCrossEntropyBackward"
     expected = F.cross_entropy(theirs.float(), targets, ignore_index=-1, reduction="sum")
     (loss * 0.3).backward()

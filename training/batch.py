@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = -1  # a target that does not count: padding, or masked out
+from model_parts.losses import IGNORE  # noqa: F401  (for those who fill a batch)
 
 
 class Batch:

@@ -440,8 +440,8 @@ def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str,
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors under their names in a checkpoint, tied ones once."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    """The model's parameters, tied ones once, and persistent buffers, under their names in a checkpoint."""
+    return {f"model.{name}": tensor.detach() for name, tensor in [*model.named_parameters(), *model.saved_buffers().items()]}
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 from command_line import UsageError, text_table
-from model_config import expand_pattern, shortest_pattern, usual_d_ff
+from model_config import component, expand_pattern, shortest_pattern, usual_d_ff
 from training.train_config import (
     EXCLUSIVE,
-    FIXED_ON_RESUME,
     FROM_CHECKPOINT,
     KEYS,
-    MODEL_KEYS,
     OF_THE_MACHINE,
     OF_THE_START,
     Configuration,
+    TrainConfig,
+    fixed_on_resume,
+    keys_of_the_model,
 )
 
 BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "total_batch_tokens")
@@ -39,7 +39,8 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
         """Whether the key was given on the command line then, and is not given there now."""
         return saved_origins.get(key) == COMMAND_LINE and now.origins[key] != COMMAND_LINE and key in saved
 
-    values = {key: saved[key] for key in FIXED_ON_RESUME if comes_back(key)}
+    fixed = fixed_on_resume()
+    values = {key: saved[key] for key in fixed if comes_back(key)}
     if any(comes_back(key) and saved[key] is None for key in ("ffn_expansion_ratio", "ffn_multiple")):
         values["d_ff"] = saved["d_ff"]  # in which a ratio that was given is kept
     if not any(now.origins[key] == COMMAND_LINE for key in BATCH_KEYS) and any(comes_back(key) for key in BATCH_KEYS):
@@ -49,7 +50,7 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
         elif "gradient_accumulation_steps" in values:
             values["total_batch_tokens"] = None
     exclusive = {key: group for group in EXCLUSIVE for key in group}
-    free = [key for key in KEYS if key not in (*FIXED_ON_RESUME, *BATCH_KEYS, *OF_THE_MACHINE, *OF_THE_START) and key in saved]
+    free = [key for key in KEYS if key not in (*fixed, *BATCH_KEYS, *OF_THE_MACHINE, *OF_THE_START) and key in saved]
     kept = {key: saved[key] for key in free if not any(now.given(other) for other in exclusive.get(key, (key,)))}
     if not now.given("dtype"):
         kept["dtype"] = state.get("dtype", saved.get("dtype"))
@@ -62,9 +63,9 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
     return merged
 
 
-def _replaced(now: Configuration, values: dict[str, Any]) -> Any:
+def _replaced(now: Configuration, values: dict[str, Any]) -> TrainConfig:
     """Today's values with those of the checkpoint. Raises UsageError where they cannot be."""
-    train = replace(now.train, **{key: KEYS[key].default if value is None else value for key, value in values.items()})
+    train = now.train.with_values({key: KEYS[key].default if value is None else value for key, value in values.items()})
     problems = train.problems()
     if problems:
         raise UsageError("\n".join(problems))
@@ -81,10 +82,10 @@ def _check_same_run(merged: Configuration, saved: dict[str, Any], saved_origins:
     today["layer_pattern"] = shortest_pattern(model.layer_pattern)  # a pattern can be written in several ways
     rows = [
         (key, _with_origin(today[key], origins[key]), _with_origin(saved.get(key, default), saved_origins.get(key, "default")))
-        for key, default in ((key, KEYS[key].default) for key in dict.fromkeys(FIXED_ON_RESUME))
+        for key, default in ((key, KEYS[key].default) for key in dict.fromkeys(fixed_on_resume()))
         if today[key] != saved.get(key, default) and (key != "vocab_size" or vocabulary is None)
     ]
-    if not any(row[0] in MODEL_KEYS and row[0] != "arch_preset" for row in rows):
+    if not any(row[0] in keys_of_the_model() and row[0] != "arch_preset" for row in rows):
         rows = [row for row in rows if row[0] != "arch_preset"]  # only a name, if it stands for the same model
     block_size = saved["block_size"]
     if today["block_size"] == block_size:
@@ -137,7 +138,7 @@ def take_model(now: Configuration, saved: dict[str, Any], where: str) -> tuple[C
     """
     values, origins, notes, problems = {}, dict(now.origins), [], []
     decided = _decided_by_weights(saved)
-    for key in (key for key in MODEL_KEYS if key in saved):
+    for key in (key for key in keys_of_the_model() if key in saved):
         mine, theirs = getattr(now.train, key), saved[key]
         differs = now.given(key) and mine is not None and mine != theirs
         if differs and key == "layer_pattern":
@@ -158,7 +159,7 @@ def take_model(now: Configuration, saved: dict[str, Any], where: str) -> tuple[C
             values[key], origins[key] = theirs, FROM_CHECKPOINT + "given"
     if problems:
         raise UsageError("\n".join(problems))
-    train = replace(now.train, **values)
+    train = now.train.with_values(values)
     if problems := train.problems():
         raise UsageError("\n".join(problems))
     return Configuration(train, origins), notes
@@ -175,8 +176,11 @@ def _same_model(now: Configuration, saved: dict[str, Any], decided: tuple[str, .
 
 def _decided_by_weights(saved: dict[str, Any]) -> tuple[str, ...]:
     """The model keys that given weights decide: not dropout, nor the length of a sequence without a position table."""
-    free = {"dropout"} | (set() if saved["position_encoding"] == "learned_absolute" else {"block_size"})
-    return tuple(key for key in MODEL_KEYS if key not in free)
+    import model_components  # noqa: F401  registers what a model can be made of
+
+    length_matters = component("position_encoding", saved["position_encoding"]).reads("block_size")
+    free = {"dropout"} | (set() if length_matters else {"block_size"})
+    return tuple(key for key in keys_of_the_model() if key not in free)
 
 
 def _same_pattern(one: str, other: str, n_layer: int) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from command_line import duration, labelled
 from flops_parameter_counting.hardware import Peak, measure_cpu_peak
-from flops_parameter_counting.parameters import count_padding, count_parameters
-from model_config import COMPONENT_KINDS, component, shortest_pattern
+from flops_parameter_counting.parameters import count_active_parameters, count_padding, count_parameters
+from model_config import COMPONENT_KINDS, component, model_keys, shortest_pattern
 from training.evaluation import Evaluation
 from training.meter import StepMeter, peak_memory_gb
 from training.profiling import NoProfiler, Profiler
@@ -27,16 +27,6 @@ from training.trackers import open_trackers
 from training.train_config import TrainConfig
 from training_logger import TrainingLogger, hardware_facts
 
-SHOWN_IF_SET = (
-    "rope_theta",
-    "sliding_window",
-    "attention_scale",
-    "attention_softcap",
-    "logit_softcap",
-    "embedding_norm",
-    "embedding_scale",
-    "zero_init",
-)
 ASSUMED_MFU = 0.3  # for the time announced before anything has been measured
 
 
@@ -48,7 +38,13 @@ def start_report(start: Start, machine: Machine, data: Data, learner: Learner, d
     together = f", {world.size} processes, {learner.parallelism}" if world.grouped else ""
     hardware = f"{device_name}, threads: {torch.get_num_threads()}, {machine.dtype}{together}"
     notes = start.notes + ([dataset.note] if dataset.note else [])
-    padding = count_padding(model)
+    n, active, padding = count_parameters(model), count_active_parameters(model), count_padding(model)
+    said_above = {*COMPONENT_KINDS, "qk_norm", "dropout"}
+    optional = {
+        key.name: getattr(model, key.name)
+        for key in model_keys().values()
+        if not key.required and key.name not in said_above and getattr(model, key.name)
+    }
     rows: list[tuple[str, str]] = [("model", f"{model.name}   (fingerprint {model.fingerprint})")]
     for kind in COMPONENT_KINDS:
         value = shortest_pattern(model.layer_pattern) if kind == "block" else getattr(model, kind)
@@ -66,9 +62,14 @@ def start_report(start: Start, machine: Machine, data: Data, learner: Learner, d
             "",
             f"{'other':<18} bias {model.bias}, qkv_bias {model.qkv_bias}, qk_norm {model.qk_norm}, weight_tying "
             f"{model.weight_tying}, dropout {model.dropout}, norm_eps {model.norm_eps}"
-            + "".join(f", {key} {getattr(model, key)}" for key in SHOWN_IF_SET if getattr(model, key)),
+            + "".join(f", {key} {value}" for key, value in optional.items()),
         ),
-        ("parameters", f"N = {count_parameters(model):,}" + (f", of which {padding:,} pad the vocabulary" if padding else "")),
+        (
+            "parameters",
+            f"N = {n:,}"
+            + (f", of which a token uses {active:,}" if active != n else "")
+            + (f", of which {padding:,} pad the vocabulary" if padding else ""),
+        ),
         ("cost", f"{flops.full / 1e9:.4g} GFLOP a token, forward and backward, full attention ({flops.causal / 1e9:.4g} causal)"),
         (
             "data",
@@ -330,7 +331,8 @@ def open_report(
     logger = TrainingLogger(config.out_dir, enabled=world.is_main, resumed_from=resumed_from)
     logger.trackers = world.from_main(lambda: open_trackers(config, logger.path.stem)) or []
     hardware, flops, peak = hardware_facts(machine.device), dataclasses.asdict(learner.flops), machine.peak
-    cost = dict(parameters=learner.model.num_parameters(), flops_per_token=flops)
+    n, active = learner.model.num_parameters(), count_active_parameters(data.model_config)
+    cost = dict(parameters=n, flops_per_token=flops, **({} if active == n else {"active_parameters": active}))
     world.from_main(
         lambda: logger.start(
             **{**identity, "model": {**identity["model"], **cost}},

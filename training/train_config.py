@@ -1,6 +1,7 @@
 """`TrainConfig`: every configuration key of a training run, with its type, default and meaning.
 
-The keys that define the model are `ModelConfig`'s own fields, each made optional here (None: the preset decides).
+The keys that define the model are those of `ModelConfig`, each made optional here (None: the preset decides). Components,
+objectives, optimizers and strategies may declare keys of their own; `KEYS` lists whatever there is at the moment.
 """
 
 from __future__ import annotations
@@ -8,22 +9,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model_config import ARCHITECTURE_KEYS, OFF_AT_ZERO, PRESETS, ModelConfig, resolve
+from model_config import FIELDS as MODEL_FIELDS
+from model_config import PRESETS, ModelConfig, architecture_keys, is_off_at_zero, model_keys, resolve
+from model_parts.registry import Key, reserve
 from training.registry import OBJECTIVES, OPTIMIZERS, STRATEGIES, Registry
 
-_MODEL_TYPES = typing.get_type_hints(ModelConfig)
 _ModelKeys = dataclasses.make_dataclass(
     "_ModelKeys",
     [
         (
-            f.name,
-            (str if f.name == "layer_pattern" else _MODEL_TYPES[f.name]) | None,
-            dataclasses.field(default=None, metadata=f.metadata),
+            key.name,
+            (str if key.name == "layer_pattern" else key.type) | None,
+            dataclasses.field(default=None, metadata={"help": key.help, "group": key.group}),
         )
-        for f in dataclasses.fields(ModelConfig)
+        for key in MODEL_FIELDS.values()
     ],
     kw_only=True,
     frozen=True,
@@ -49,8 +52,11 @@ class TrainConfig(_ModelKeys):
     """One run, completely: a value for every key. Made by `configurator.py`; immutable.
 
     `resume="fixed"` marks the keys that a resumed run takes from its checkpoint: those that define the model, the
-    order of the data and the optimizer.
+    order of the data and the optimizer. A key that a component or another registered entry declares is read like any other
+    (`config.rope_theta`); it is None, or the entry's default, where the user has not set it.
     """
+
+    own: tuple[tuple[str, Any], ...] = ()  # declared keys that the user has set, by name
 
     arch_preset: str = _key("gpt2", "the preset that the architecture keys override", "architecture", resume="fixed")
 
@@ -157,11 +163,35 @@ class TrainConfig(_ModelKeys):
     )
     threads: int | None = _key(None, "CPU threads [PyTorch's choice; a resumed run: as before]", "execution")
 
+    def __getattr__(self, name: str) -> Any:  # only for what is no field
+        own = dict(self.__dict__.get("own", ()))
+        if name in own:
+            return own[name]
+        if name.startswith("_") or name not in KEYS:
+            raise AttributeError(f"TrainConfig has no key {name!r}.")
+        return next((keys[name].default for keys in self._entries_keys().values() if name in keys), None)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The config with these values, of fields or of declared keys."""
+        return cls().with_values(values)
+
+    def with_values(self, values: Mapping[str, Any]) -> TrainConfig:
+        """This config with other values of some keys, of fields or of declared ones."""
+        own = {**dict(self.own), **{key: value for key, value in values.items() if key not in FIELDS}}
+        set_by_user = tuple(sorted((key, value) for key, value in own.items() if value is not None))
+        fields = {key: value for key, value in values.items() if key in FIELDS}
+        return dataclasses.replace(self, **fields, own=set_by_user)
+
+    def _entries_keys(self) -> dict[str, dict[str, Key]]:
+        """The keys that the chosen objective, optimizer and strategy declare, by the key that chooses it."""
+        return {registry.key: registry.keys_of(getattr(self, registry.key)) for registry in REGISTRIES}
+
     def model_config(self, dataset_vocab_size: int | None = None) -> ModelConfig:
         """The model of this run. `vocab_size`: as configured, else the dataset's, else the preset's."""
         import model_components  # noqa: F401  registers what a model can be made of
 
-        keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
+        keys = {key: getattr(self, key) for key in model_keys()}
         if keys["vocab_size"] is None:
             keys["vocab_size"] = dataset_vocab_size
         return resolve(self.arch_preset, **keys)
@@ -173,7 +203,10 @@ class TrainConfig(_ModelKeys):
         return self.batch_size * self.gradient_accumulation_steps
 
     def problems(self, with_model: bool = True) -> list[str]:
-        """Every reason why this run cannot start, one sentence each; the model's own are included unless told not to."""
+        """Every reason why this run cannot start, one sentence each.
+
+        Without those that a checkpoint may still settle, where it is told so: the model's, and keys without effect.
+        """
         problems = [
             f"{key}={getattr(self, key)} must be at least {least} and finite."
             for key, least in _AT_LEAST.items()
@@ -209,6 +242,10 @@ class TrainConfig(_ModelKeys):
             problems.append(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N.")
         if not with_model:
             return problems
+        for registry in REGISTRIES:
+            for key in registry.declared().keys() & dict(self.own).keys() - self._entries_keys()[registry.key].keys():
+                readers = [f"{registry.key}={name!r}" for name in registry if key in registry.keys_of(name)]
+                problems.append(f"{key}={getattr(self, key)!r} has no effect on this run: only {' or '.join(readers)} reads it.")
         try:
             block_size = self.model_config().block_size
             if self.total_batch_tokens is not None and self.total_batch_tokens % block_size:
@@ -250,16 +287,51 @@ _AT_LEAST = dict(
 
 _BELOW = dict(seed=2**63, data_seed=2**63, threads=1025)
 
-_FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-KEYS = {"arch_preset": _FIELDS["arch_preset"], **_FIELDS}
-TYPES = typing.get_type_hints(TrainConfig)
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "own"}  # the keys that are always there
+FIELDS = {"arch_preset": FIELDS["arch_preset"], **FIELDS}
+_TYPES = typing.get_type_hints(TrainConfig)
+REGISTRIES = (OBJECTIVES, OPTIMIZERS, STRATEGIES)
+reserve("TrainConfig", [name for name in FIELDS if name not in MODEL_FIELDS])
+
+
+class Keys(Mapping[str, dataclasses.Field]):
+    """Every key there is at the moment, by name, in the order of --help: fields, and behind each what its values declare."""
+
+    def __getitem__(self, name: str) -> dataclasses.Field:
+        return FIELDS[name] if name in FIELDS else self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    @staticmethod
+    def _all() -> dict[str, dataclasses.Field]:
+        import model_components  # noqa: F401  registers what a model can be made of
+
+        found = {"arch_preset": FIELDS["arch_preset"]}
+        for key in model_keys().values():
+            declared = dataclasses.field(default=None, metadata={"help": key.help, "group": key.group, "type": key.type})
+            found[key.name] = FIELDS.get(key.name, declared)
+        for name, field in FIELDS.items():
+            found[name] = field
+            for key in (field.metadata.get("registry") or Registry(name)).declared().values():
+                inherited = {what: field.metadata[what] for what in ("group", "resume")}
+                metadata = {"help": key.help_with_default, "type": key.type, **inherited}
+                found[key.name] = dataclasses.field(default=None, metadata=metadata)
+        return found
+
+
+KEYS = Keys()
 
 
 def type_of(key: str) -> Any:
     """The type of a key's values; where a registry has them, the names in it at this moment."""
     metadata = KEYS[key].metadata
-    registry = metadata.get("registry")
-    return TYPES[key] if registry is None else Literal[(*metadata["besides"], *registry)]
+    if metadata.get("registry") is not None:
+        return Literal[(*metadata["besides"], *metadata["registry"])]
+    return metadata["type"] if "type" in metadata else _TYPES[key]
 
 
 GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "execution")
@@ -274,12 +346,19 @@ EXCLUSIVE = (
 # Other names of keys' values: {alias: (key, value)}; alias=True says key=value, alias=False nothing.
 ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "fsdp")}
 
-# What a resumed run takes from its checkpoint; a different value on the command line is refused.
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that goes on
 OF_THE_MACHINE = ("device", "parallelism", "hsdp_shard_size", "collective_timeout")  # never taken from a checkpoint
 OF_THE_START = ("out_dir", "init_from", "resume")  # where this start of the run begins and writes
-MODEL_KEYS = ("arch_preset", *ARCHITECTURE_KEYS, "block_size")
-FIXED_ON_RESUME = (*MODEL_KEYS, *(name for name, f in KEYS.items() if f.metadata.get("resume") == "fixed"))
+
+
+def keys_of_the_model() -> tuple[str, ...]:
+    """The keys that decide what the model is."""
+    return ("arch_preset", *architecture_keys(), "block_size")
+
+
+def fixed_on_resume() -> tuple[str, ...]:
+    """What a resumed run takes from its checkpoint; a different value on the command line is refused."""
+    return (*keys_of_the_model(), *(name for name, key in KEYS.items() if key.metadata.get("resume") == "fixed"))
 
 
 @dataclass(frozen=True)
@@ -309,7 +388,7 @@ class Configuration:
                 )
                 values[key] = value
             elif value is None:  # not read by this model, said by d_ff, or off (where None would bring the preset's back)
-                off = key in OFF_AT_ZERO and PRESETS[self.train.arch_preset][1].get(key) is not None
+                off = is_off_at_zero(key) and PRESETS[self.train.arch_preset][1].get(key) is not None
                 values[key] = 0 if off else None
         if self.train.total_batch_tokens is not None:
             values["gradient_accumulation_steps"] = None  # it follows from total_batch_tokens
