@@ -134,6 +134,15 @@ class CheckpointStore:
                 "another --out_dir."
             ) from error
 
+    def best_loss(self) -> tuple[float | None, int | None] | None:
+        """Of what 'best' points to: its validation loss and the size of the set that it is of; None where that is unknown."""
+        best = self.pointed("best")
+        try:
+            progress = read_state(best)["progress"] if best else None
+            return (progress["val_loss"], progress["val_tokens"]) if progress else None
+        except (CheckpointError, KeyError):
+            return None
+
     def holds(self, checkpoint: Path) -> bool:
         """Whether this is one of the store's own checkpoints."""
         return checkpoint.resolve().is_relative_to(self.folder.resolve())

@@ -18,6 +18,7 @@ class Judgement:
     """The evaluations so far: the last loss, the best one, and for how many evaluations there was no better one."""
 
     val_loss: float | None = None  # of the last evaluation; None if it was not finite
+    val_step: int | None = None  # of the last evaluation
     best_val_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
@@ -28,7 +29,7 @@ class Judgement:
         changed = self.best_val_loss is not None and self.val_tokens not in (None, val_tokens)
         if changed:
             self.best_val_loss, self.best_step, self.evaluations_without_gain = None, None, 0
-        self.val_tokens = val_tokens
+        self.val_tokens, self.val_step = val_tokens, step
         self.val_loss = val_loss if math.isfinite(val_loss) else None
         if self.val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss):
             self.best_val_loss, self.best_step, self.evaluations_without_gain = val_loss, step, 0
@@ -40,6 +41,17 @@ class Judgement:
     def diverged(self) -> bool:
         """Whether the last evaluation found a loss that is not finite."""
         return self.val_tokens is not None and self.val_loss is None
+
+    @property
+    def measured(self) -> tuple[float | None, int | None]:
+        """The last loss, and the size of the set that it is of."""
+        return self.val_loss, self.val_tokens
+
+    def better_than(self, other: tuple[float | None, int | None] | None, step: int) -> bool:
+        """Whether this step was evaluated, with a loss below another one's (as `measured`) unless that is of another set."""
+        if self.val_step != step or self.val_loss is None:
+            return False
+        return other is None or other[0] is None or other[1] != self.val_tokens or self.val_loss < other[0]
 
     def out_of_patience(self, patience: int) -> bool:
         """Whether so many evaluations in a row brought nothing (0: never)."""

@@ -183,6 +183,16 @@ def describe(start: Start, machine: Machine, data: Data, learner: Learner) -> di
     )
 
 
+def best_is_due(step: int, saved_step: int | None, interval: int) -> bool:
+    """Whether a new best, found between two periodic saves, is saved.
+
+    It is when a tenth of the interval and a quarter of all steps so far have passed since the last save. So where the loss
+    falls from evaluation to evaluation there are at most 10 such saves in all, however long the run; and the best among the
+    saved ones is near the best of all, at most a quarter of the steps away from it.
+    """
+    return step - (saved_step or 0) >= max(interval / 10, step / 4)
+
+
 class Checkpoints:
     """The checkpoints of one run: when one is due, what it holds, and what is said of it."""
 
@@ -192,6 +202,7 @@ class Checkpoints:
         self.tokenizer_folder = data.dataset.folder
         self.first_step = start.progress.step
         self.started_here = start.resumes and start.store.holds(start.origin.path)
+        self.best = machine.world.from_main(start.store.best_loss) if self.started_here else None
 
     @property
     def interval(self) -> int:
@@ -204,13 +215,14 @@ class Checkpoints:
         return self.saver.failed or self.report.logger.lost() is not None
 
     def due(self, progress: Progress) -> bool:
-        """Whether this step ends with a checkpoint: at its interval, or as the best so far; not while updates fail."""
-        step = progress.step
-        due = self.interval > 0 and progress.saved_step != step and (step % self.interval == 0 or progress.is_best)
-        return due and self.learner.skips.read()[1] == 0
+        """Whether this step ends with a checkpoint: at its interval, or for a new best; not while updates fail."""
+        step, interval = progress.step, self.interval
+        if interval <= 0 or progress.saved_step == step or self.learner.skips.read()[1] > 0:
+            return False
+        return step % interval == 0 or (progress.is_best and best_is_due(step, progress.saved_step, interval))
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint and point 'latest', and 'best' if it is, at it.
+        """Write a checkpoint and point 'latest' at it, and 'best' if it has the lowest loss of those that were saved.
 
         The first one of a run that did not start in its own out_dir moves what another run left there aside.
         """
@@ -220,7 +232,9 @@ class Checkpoints:
                 self.report.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
             self.started_here = True
             progress.note_skips(*self.learner.skips.read())
-            step, best, progress.saved_step = progress.step, progress.is_best, progress.step
+            step, progress.saved_step = progress.step, progress.step
+            best = progress.evaluations.better_than(self.best, step)
+            self.best = progress.evaluations.measured if best else self.best
             logger = self.report.logger
             try:
                 self.saver.save(

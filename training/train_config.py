@@ -120,7 +120,9 @@ class TrainConfig(_ModelKeys):
     log_interval: int = _key(10, "iterations between lines of the log", "watching")
     save_interval: int | None = _key(
         None,
-        "iterations between checkpoints, and one at the end; 0: only at the end; -1: none at all [eval_interval]",
+        "iterations between checkpoints, and one at the end; 0: only at the end; -1: none at all [eval_interval]. In between, "
+        "a new best is saved when a tenth of these iterations and a quarter of those done have passed since the last save: "
+        "10 times in all at most",
         "watching",
     )
     keep_last: int = _key(2, "checkpoints to keep, besides the best", "watching")
