@@ -50,7 +50,7 @@ class Group:
     @property
     def pids(self) -> list[int]:
         """Of each rank, dead or alive; waits until they are known."""
-        wait_for(lambda: (self.folder / "pids").exists(), 30, "the processes to start")
+        wait_for(lambda: (self.folder / "pids").exists(), 120, "the processes to start")
         return json.loads((self.folder / "pids").read_text())
 
     @property

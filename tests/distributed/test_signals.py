@@ -62,7 +62,7 @@ def test_a_stop_signal_to_any_rank_makes_all_finish_the_same_step_save_and_exit_
         f"rank {rank} saves step {step}" for rank in (0, 1)
     }
     assert events(tmp_path, "run_end")[-1]["outcome"] == "stopped"
-    assert "\nTo go on: torchrun --standalone --nproc_per_node=2 train.py " in group.out and "--init_from=resume" in group.out
+    assert "\nTo go on: torchrun --standalone --nproc_per_node=2 train.py " in group.out and "--resume" in group.out
 
 
 def test_ctrl_c_that_comes_twice_as_torchrun_passes_it_on_is_one_and_a_later_one_stops_at_once(start, tmp_path):
@@ -127,7 +127,7 @@ def test_a_killed_rank_takes_the_other_one_along_in_seconds_and_one_line(start, 
     codes = group.wait(SECONDS)
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
     assert len(group.complaints) == 1 and f"[rank {1 - rank}] rank {1 - rank} lost contact" in group.complaints[0]
-    assert "--init_from=auto" in group.complaints[0] and saved_step(tmp_path) == 5
+    assert "--resume=auto" in group.complaints[0] and saved_step(tmp_path) == 5
 
 
 # ------------------------------------------------------------------------------------------- the same decisions
