@@ -110,7 +110,7 @@ def prepare_machine(start: Start, world: World, device: torch.device) -> Machine
 def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     """The dataset and its reader: what is read next depends on (data_seed, sequences read) and nothing else."""
     config, world = start.config, machine.world
-    world.everywhere(lambda: ensure_prepared(config.dataset) if world.local_rank == 0 else None)
+    world.everywhere(lambda: ensure_prepared(config.dataset) if world.local_rank == 0 else None, "preparing the dataset")
     dataset = TokenDataset.open(config.dataset, vocab_size=config.vocab_size)
     world.check_same("dataset", dict(dataset=dataset.fingerprint))
     if start.resumes and start.saved["dataset"]["fingerprint"] != dataset.fingerprint:

@@ -228,7 +228,7 @@ class Checkpoints:
         """
         world = self.machine.world
         with self.report.meter.excluded():
-            if not self.started_here and (aside := world.from_main(self.saver.store.set_aside)):
+            if not self.started_here and (aside := world.from_main(self.saver.store.set_aside, "moving checkpoints aside")):
                 self.report.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
             self.started_here = True
             progress.note_skips(*self.learner.skips.read())
