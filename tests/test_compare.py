@@ -381,7 +381,7 @@ def test_a_finished_run_stays_one_when_another_folder_continues_it(tmp_path):
     first = make_run(tmp_path / "a")
     make_run(
         tmp_path / "b",
-        f"--init_from={tmp_path}/a/checkpoints/step_20",
+        "--resume",
         "--max_iters=60",
         first=21,
         steps=60,

@@ -574,6 +574,7 @@ OTHER = dict(
     dataset="pystdlib",
     data_seed=5,
     optimizer="muon",
+    objective="odd",
     learning_rate=1.0,
     weight_decay=0.5,
     beta1=0.5,

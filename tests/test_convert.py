@@ -205,7 +205,7 @@ def tampered(exported: SimpleNamespace, folder: Path) -> Path:
 
 
 def test_the_check_says_the_largest_logit_difference(exported):
-    found = huggingface_check.compare(exported.checkpoint, exported.folder)
+    found = huggingface_check.compare_logits(exported.checkpoint, exported.folder)
     assert found["problem"] is None and "fresh process: largest logit difference" in found["said"]
 
 
@@ -218,25 +218,25 @@ def test_the_check_finds_one_wrong_tensor_and_a_wrong_config(exported, tmp_path)
         tensors[one], tensors[other] = tensors[other], tensors[one]
 
     change_tensors(folder, swap)
-    assert "logits differ" in huggingface_check.compare(exported.checkpoint, folder)["problem"]
+    assert "logits differ" in huggingface_check.compare_logits(exported.checkpoint, folder)["problem"]
     folder = tampered(exported, tmp_path / "window")
     change_config(folder, sliding_window=6)
-    assert "config.json" in huggingface_check.compare(exported.checkpoint, folder)["problem"]
+    assert "config.json" in huggingface_check.compare_logits(exported.checkpoint, folder)["problem"]
     folder = tampered(exported, tmp_path / "missing")
     change_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
-    assert "model.norm.weight" in huggingface_check.compare(exported.checkpoint, folder)["problem"]
+    assert "model.norm.weight" in huggingface_check.compare_logits(exported.checkpoint, folder)["problem"]
 
 
 def test_where_the_model_does_not_fit_shapes_and_config_are_compared(exported, monkeypatch):
     monkeypatch.setattr(huggingface_check, "_free_bytes", lambda: 1000)
-    found = huggingface_check.compare(exported.checkpoint, exported.folder)
+    found = huggingface_check.compare_logits(exported.checkpoint, exported.folder)
     assert found["problem"] is None and "were not compared" in found["said"]
 
 
 def test_without_transformers_the_folder_is_read_again_here(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers.models.auto.configuration_auto", None)
-    found = huggingface_check.compare(exported.checkpoint, exported.folder)
+    found = huggingface_check.compare_logits(exported.checkpoint, exported.folder)
     assert found["problem"] is None and "not installed; largest logit difference 0" in found["said"]
 
 

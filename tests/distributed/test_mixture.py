@@ -135,7 +135,7 @@ def test_auto_sizes_it_by_all_of_its_experts(monkeypatch):
         flags = ("--ffn_type=mixture", f"--n_experts={experts}", "--n_layer=4", "--n_embd=256", "--n_head=4", "--vocab_size=512")
         flags = (*flags, "--block_size=16")
         config = configure([*flags, "--batch_size=1"]).train
-        monkeypatch.setattr(parallelism, "memory_of", lambda device, world: 4e8)
+        monkeypatch.setattr(parallelism, "memory_of", lambda device, world: 1e9)
         model = config.model_config()
         found[experts] = parallelism.choose(
             config, model, World(0, 4, 0, 4), torch.device("cpu"), "float32", OPTIMIZERS["adamw"].rule
