@@ -66,6 +66,50 @@ def pytorchs_flops(config) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+# What `make check` leaves out, by the start of the name: what trains, compiles, starts processes, or comes in hundreds.
+LONG = (
+    "distributed/",
+    "gpu/",
+    "test_ablate.py",
+    "test_checkpoint",
+    "test_compare.py::test_real_runs",
+    "test_compare_report.py",
+    "test_component_contract.py",
+    "test_configurator.py::test_help_and_print_config",
+    "test_convert.py",
+    "test_corpora.py",
+    "test_cost_analysis.py",
+    "test_dataset_writer.py",
+    "test_ends.py",
+    "test_every_key.py",
+    "test_flops.py",
+    "test_frozen_formats.py",
+    "test_huggingface",
+    "test_memory.py",
+    "test_model_components.py::test_a_token_changes_no_logits",
+    "test_new_parts.py",
+    "test_readme.py",
+    "test_registered_entries.py",
+    "test_restarts.py",
+    "test_resume.py",
+    "test_sample.py",
+    "test_saving.py",
+    "test_starting.py",
+    "test_tokenization.py",
+    "test_trackers.py",
+    "test_train.py",
+    "test_wheel.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items) -> None:
+    """Mark what is long."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(LONG):
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Undo a test's torch.set_num_threads (train.py's --threads is one): sums depend on the number of threads."""

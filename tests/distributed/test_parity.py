@@ -101,7 +101,13 @@ def test_the_runs_show_what_goes_wrong(tiny_dataset, model):
 # ------------------------------------------------------------------------------------------- every strategy
 
 
-@pytest.mark.parametrize("accumulation, model", list(product((1, 4), ("tied", "untied"))))
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "accumulation, model",
+    [(1, "tied"), (4, "untied"), pytest.param(1, "untied", marks=slow), pytest.param(4, "tied", marks=slow)],
+)
 @pytest.mark.parametrize("size, strategy", CONFIGURATIONS)
 def test_every_strategy_gives_the_losses_and_norms_of_one_process(tiny_dataset, size, strategy, accumulation, model):
     figures = shared(size, tiny_dataset, model, strategy, accumulation)
@@ -115,18 +121,17 @@ def test_tensors_that_do_not_divide_by_the_processes_change_nothing(tiny_dataset
     assert worst_difference(figures, one_process(tiny_dataset, model)) < FP32
 
 
-@pytest.mark.parametrize("size, strategy", CONFIGURATIONS)
+USUAL = ((1, "ddp"), (2, "ddp"), (2, "zero1"), (2, "fsdp"), (4, "hsdp"))
+USUALLY = [pytest.param(*c, marks=() if c in USUAL else slow) for c in CONFIGURATIONS]
+
+
+@pytest.mark.parametrize("size, strategy", USUALLY)
 def test_bf16_agrees_with_bf16_of_one_process(tiny_dataset, size, strategy):
     figures = shared(size, tiny_dataset, "untied", strategy, 4, dtype=torch.bfloat16)
     assert worst_difference(figures, one_process(tiny_dataset, "untied", 4, torch.bfloat16)) < BF16
 
 
-USUAL = ((1, "ddp"), (2, "ddp"), (2, "zero1"), (2, "fsdp"), (4, "hsdp"))  # the others take their time
-
-
-@pytest.mark.parametrize(
-    "size, strategy", [pytest.param(*c, marks=() if c in USUAL else pytest.mark.slow) for c in CONFIGURATIONS]
-)
+@pytest.mark.parametrize("size, strategy", USUALLY)
 def test_muon_agrees_with_muon_of_one_process(tiny_dataset, size, strategy):
     figures = shared(size, tiny_dataset, "untied", strategy, 1, optimizer="muon")
     assert worst_difference(figures, one_process(tiny_dataset, "untied", optimizer="muon")) < MUON
