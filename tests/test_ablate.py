@@ -97,7 +97,7 @@ def test_every_run_has_its_folder_its_seeds_and_goes_on_by_itself(tiny_dataset):
     assert plan.seeds == ((7, 70), (8, 71), (9, 72))
     for variant, seeds in itertools.product(plan.variants, plan.seeds):
         train = configure(list(plan.arguments(variant, seeds))).train
-        assert (train.seed, train.data_seed, train.init_from) == (*seeds, "auto")
+        assert (train.seed, train.data_seed, train.resume) == (*seeds, "auto")
         assert Path(train.out_dir) == plan.folder(variant, seeds) and Path(train.out_dir).parts[0] == "somewhere"
     assert len({plan.folder(v, s) for v in plan.variants for s in plan.seeds}) == 6
 

@@ -105,7 +105,7 @@ def test_a_tracker_that_fails_later_does_not_stop_the_run(tmp_path, tiny_dataset
         def close(self):
             raise AssertionError("it was left out")
 
-    monkeypatch.setattr("training.trackers.open_trackers", lambda config, run: [Broken()])
+    monkeypatch.setattr("training.report.open_trackers", lambda config, run: [Broken()])
     assert run(tmp_path, tiny_dataset) == 0
     assert capsys.readouterr().err.count("the service is gone") == 1
     assert [e["step"] for e in logged(tmp_path) if e["event"] == "step"] == list(range(1, 9))

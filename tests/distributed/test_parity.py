@@ -30,6 +30,7 @@ from training_runs import (
 )
 
 from model_builder import build_model
+from training.batch import next_token_batch
 
 # Muon's Newton–Schulz iteration runs in bf16, whatever the weights' dtype; its singular values are about one only.
 MUON = 1e-3
@@ -157,7 +158,7 @@ def gradients(model: str, strategy: str, tokens: torch.Tensor, parts: int) -> di
     """In bf16: each parameter's gradient, whole, of a batch of which each process has its rows in so many parts."""
     built, parallel = build(model, strategy, torch.bfloat16)
     rows = tokens.chunk(dist.get_world_size())[dist.get_rank()]
-    backward(built, parallel, rows.chunk(parts))
+    backward(built, parallel, [next_token_batch(part) for part in rows.chunk(parts)])
     return {name: whole(parameter.grad) for name, parameter in built.named_parameters()}
 
 
