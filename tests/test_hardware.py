@@ -176,18 +176,21 @@ def test_fp8_and_tf32_have_columns_of_their_own():
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_the_measured_peak_of_a_cpu_is_what_a_matrix_product_reaches(name):
     before = torch.random.get_rng_state()
-    peak = measure_cpu_peak(name)
-    assert peak.measured and peak.source.startswith(f"measured: {name}")
-    assert torch.equal(torch.random.get_rng_state(), before)  # it must not disturb the run
     dtype = getattr(torch, name)
-    a, b = torch.rand(1024, 1024).to(dtype), torch.rand(1024, 1024).to(dtype)
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - begin)
-    rate = 2 * 1024**3 / min(times)
-    assert rate / 4 < peak.flops < rate * 4  # wide: the machine may be busy
+    a, b = torch.ones(1024, 1024).to(dtype), torch.ones(1024, 1024).to(dtype)
+    for attempt in range(5):  # other tests run beside this one, and may take the processor at one of the two moments
+        peak = measure_cpu_peak(name, again=attempt > 0)
+        assert peak.measured and peak.source.startswith(f"measured: {name}")
+        assert torch.equal(torch.random.get_rng_state(), before)  # it must not disturb the run
+        times = []
+        for _ in range(8):
+            begin = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - begin)
+        rate = 2 * 1024**3 / min(times)
+        if rate / 4 < peak.flops < rate * 4:
+            return
+    pytest.fail(f"measured {peak.flops:.3g}, a product reaches {rate:.3g}")
 
 
 def test_the_peak_is_measured_once_and_shortly():

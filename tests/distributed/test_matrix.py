@@ -72,10 +72,14 @@ def whole(tiny_dataset, tmp_path_factory):
 
 
 def resume(size: int, strategy: str, saved: Path, out_dir: Path, *options: str) -> Path:
-    """Go on from the checkpoint in the middle of the run in `saved`."""
+    """Go on from the checkpoint in the middle of the run in `saved`, in a folder of its own."""
+    middle = checkpoint(saved, SAVED)
+    if not (out_dir / "checkpoints").exists():
+        shutil.copytree(middle, out_dir / "checkpoints" / middle.name)
+        (out_dir / "checkpoints" / "latest").write_text(middle.name)
     train_in_processes(
         size,
-        f"--init_from={checkpoint(saved, SAVED)}",
+        "--resume",
         f"--out_dir={out_dir}",
         f"--parallelism={strategy}",
         "--threads=1",
