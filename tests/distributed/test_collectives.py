@@ -76,7 +76,7 @@ def measure_memory(dataset, strategy: str) -> dict[str, int]:
     optimizer.zero_grad()
     found = dict(parameters=held(built.parameters()), state=held(optimizer.state().values()), living=live_bytes())
     with torch.no_grad():
-        built(micro_batches[0][:, :-1])
+        built(micro_batches[0].inputs)
     parallel.settle()
     found["living after an evaluation"] = live_bytes()
     gc.unfreeze()
