@@ -13,7 +13,6 @@ import dataclasses
 import os
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 
@@ -66,8 +65,6 @@ def find_start(configuration: Configuration, world: World, display: Display) -> 
             progress = Progress.restored(saved.get("progress"), origin.path)
     elif problems := configuration.train.problems():  # resume=auto that found nothing
         raise ConfigError("\n".join(problems))
-    if store.folder.parent != Path(configuration.train.out_dir):
-        store = CheckpointStore(configuration.train.out_dir)
     if not origin or not store.holds(origin.path):
         progress.saved_step = None
     elif origin.weights_only:
@@ -283,7 +280,8 @@ def run(configuration: Configuration, to_go_on: str) -> int:
             display.line(f"nothing to do: {progress.step} of {data.length} iterations are done; --max_iters says how many.")
             return 0
         learner = make_learner(start, machine, data)
-        report = open_report(start, machine, data, learner, describe(start, machine, data, learner), display)
+        identity = describe(start, machine, data, learner)
+        report = open_report(start, machine, data, learner, identity, display)
         for warning in data.warnings:
             report.warn(warning)
         evaluate = Evaluator(start, machine, data, learner)
@@ -293,7 +291,7 @@ def run(configuration: Configuration, to_go_on: str) -> int:
                 report.evaluation(progress, evaluate(progress.step))
                 outcome = "evaluated"
             else:
-                checkpoints = Checkpoints(saver, start, machine, data, learner, report)
+                checkpoints = Checkpoints(saver, start, machine, data, learner, report, identity)
                 display.start_bar(progress.step, data.length)
                 with stop:
                     outcome = train(start, machine, data, learner, evaluate, report, checkpoints, stop)

@@ -29,6 +29,7 @@ from configurator import (
 )
 from model_config import components
 from training.continuing import go_on, take_model
+from training.registry import OBJECTIVES
 from training.train_config import GROUPS, KEYS, fixed_on_resume, keys_of_the_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -628,8 +629,16 @@ def refused_table(now, state) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in (re.split(r"  +", line.strip()) for line in lines[3:-1])}
 
 
+@pytest.fixture
+def another_objective():
+    """There is only one objective, so that a run cannot have another: here there is one more, by name."""
+    OBJECTIVES.register("odd", object)
+    yield
+    OBJECTIVES.unregister("odd")
+
+
 @pytest.mark.parametrize("key", dict.fromkeys(fixed_on_resume()))
-def test_a_fixed_key_on_the_command_line_of_a_resumed_run_is_refused_by_name(key):
+def test_a_fixed_key_on_the_command_line_of_a_resumed_run_is_refused_by_name(key, another_objective):
     state = state_of("--arch_preset=llama")
     now = configure(["--arch_preset=llama", "--resume", *([BESIDE[key]] if key in BESIDE else []), f"--{key}={OTHER[key]}"])
     with pytest.raises(UsageError) as error:

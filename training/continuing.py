@@ -43,7 +43,7 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
     values = {key: saved[key] for key in fixed if comes_back(key)}
     if any(comes_back(key) and saved[key] is None for key in ("ffn_expansion_ratio", "ffn_multiple")):
         values["d_ff"] = saved["d_ff"]  # in which a ratio that was given is kept
-    if not any(now.origins[key] == COMMAND_LINE for key in BATCH_KEYS) and any(comes_back(key) for key in BATCH_KEYS):
+    if not any(now.origins[key] == COMMAND_LINE for key in BATCH_KEYS):
         values |= {key: saved[key] for key in BATCH_KEYS if comes_back(key) and saved[key] is not None}
         if "total_batch_tokens" in values:
             values["gradient_accumulation_steps"] = None  # one of the two, as on the command line then

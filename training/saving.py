@@ -196,9 +196,19 @@ def best_is_due(step: int, saved_step: int | None, interval: int) -> bool:
 class Checkpoints:
     """The checkpoints of one run: when one is due, what it holds, and what is said of it."""
 
-    def __init__(self, saver: Saver, start: Start, machine: Machine, data: Data, learner: Learner, report: Report):
+    def __init__(
+        self,
+        saver: Saver,
+        start: Start,
+        machine: Machine,
+        data: Data,
+        learner: Learner,
+        report: Report,
+        identity: dict[str, Any],
+    ):
+        """`identity` is what `describe` says of the run."""
         self.saver, self.config, self.machine, self.learner, self.report = saver, start.config, machine, learner, report
-        self.identity = describe(start, machine, data, learner)
+        self.identity = identity
         self.tokenizer_folder = data.dataset.folder
         self.first_step = start.progress.step
         self.started_here = start.resumes and start.store.holds(start.origin.path)
@@ -217,9 +227,10 @@ class Checkpoints:
     def due(self, progress: Progress) -> bool:
         """Whether this step ends with a checkpoint: at its interval, or for a new best; not while updates fail."""
         step, interval = progress.step, self.interval
-        if interval <= 0 or progress.saved_step == step or self.learner.skips.read()[1] > 0:
+        if interval <= 0 or progress.saved_step == step:
             return False
-        return step % interval == 0 or (progress.is_best and best_is_due(step, progress.saved_step, interval))
+        due = step % interval == 0 or (progress.is_best and best_is_due(step, progress.saved_step, interval))
+        return due and self.learner.skips.read()[1] == 0  # which waits for a GPU, so it is asked last
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint and point 'latest' at it, and 'best' if it has the lowest loss of those that were saved.
