@@ -311,6 +311,17 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
     assert {n for n, _ in compiled.named_parameters()} == {n for n, _ in plain.named_parameters()}
 
 
+def test_blocks_compiled_for_any_length_give_the_same_logits():
+    """After a second length torch.compile takes lengths as symbols, which not every argument of PyTorch's may be."""
+    config = resolve("llama", **TINY, n_kv_head=2)
+    plain, compiled = perturbed(config), perturbed(config)
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (config.block_size, config.block_size // 2, 3):
+        x = tokens()[:, :length]
+        assert torch.allclose(plain(x), compiled(x), rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------- every component
 
 COMPONENT_CASES = [
