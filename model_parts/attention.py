@@ -84,8 +84,9 @@ class FusedAttention:
             return WrittenOutAttention.attend(q, k, v, rules, mask)
         if mask is not None and q.size(1) != k.size(1):  # no fused kernel takes a mask and shared heads
             k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-        # Written as a branch: where torch.compile makes the lengths symbols, their comparison is no bool, which the call needs.
-        causal = True if mask is None and q.size(2) == k.size(2) else False
+        causal = mask is None
+        if q.size(2) != k.size(2):  # a branch: of lengths that are symbols (torch.compile) a comparison is not a bool
+            causal = False
         return F.scaled_dot_product_attention(
             q,
             k,

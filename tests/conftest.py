@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.preloaded import preloaded_python
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script: commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,6 +44,43 @@ TINY_RUN = (  # a run of train.py that takes a second
     "--dtype=float32",
     "--threads=1",
 )
+
+
+# What `make check` leaves out, by the start of the name: what trains, compiles, starts processes, or comes in hundreds.
+LONG = (
+    "distributed/",
+    "gpu/",
+    "test_ablate.py",
+    "test_checkpoint_commands.py",
+    "test_compare.py::test_real_runs",
+    "test_compare_report.py",
+    "test_configurator.py::test_help_and_print_config",
+    "test_convert.py",
+    "test_corpora.py",
+    "test_cost_analysis.py::test_fit",
+    "test_every_key.py::test_every_component_is_counted",
+    "test_flops.py::test_forward_and_backward",
+    "test_frozen_formats.py",
+    "test_huggingface",
+    "test_memory.py",
+    "test_model_components.py::test_a_token_changes_no_logits",
+    "test_new_parts.py::test_blocks_compile",
+    "test_readme.py",
+    "test_resume.py",
+    "test_sample.py",
+    "test_starting.py",
+    "test_trackers.py",
+    "test_train.py",
+    "test_wheel.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items) -> None:
+    """Mark what is long."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(LONG):
+            item.add_marker(pytest.mark.long)
 
 
 @functools.cache
@@ -118,19 +157,26 @@ def one_thread():
         torch.set_num_threads(1)
 
 
+@pytest.fixture
+def preloaded(monkeypatch) -> None:
+    """What the project starts with sys.executable (runs of ablate.py, the check of an export) starts fast; see preloaded.py."""
+    monkeypatch.setattr(sys, "executable", preloaded_python())
+
+
 @pytest.fixture(scope="session")
 def run_python():
     """run_python(*arguments, cwd=ROOT, timeout=120, env=None, input=None) → CompletedProcess with text stdout and stderr.
 
-    Runs this Python on `arguments` ("train.py", "--help"). `env` adds to the environment. A script run from another folder
-    is named by its full path: ROOT / "train.py". Does not check the exit code.
+    Runs Python on `arguments` ("train.py", "--help"). `env` adds to the environment. A script run from another folder
+    is named by its full path: ROOT / "train.py". Does not check the exit code. A script or module runs where PyTorch is
+    imported already; the text after a "-c" in a Python of its own, which has imported nothing.
     """
 
     def run(
         *arguments, cwd=ROOT, timeout: float = 120, env: dict[str, str] | None = None, input: str | None = None
     ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, *map(str, arguments)],
+            [sys.executable if arguments[0] == "-c" else preloaded_python(), *map(str, arguments)],
             cwd=cwd,
             timeout=timeout,
             input=input,

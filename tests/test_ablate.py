@@ -10,15 +10,13 @@ import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT
-from torch.utils.flop_counter import FlopCounterMode
+from conftest import ROOT, pytorchs_flops
 
 import ablate
 from ablation.effects import effects_in_words
@@ -28,8 +26,10 @@ from command_line import UsageError
 from configurator import configure
 from model_builder import build_model
 from model_config import components, resolve
+from tests.preloaded import preloaded_python
 from training.checkpoint import CheckpointStore
 
+pytestmark = pytest.mark.usefixtures("preloaded")  # the runs that ablate.py starts
 SHAPE = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--device=cpu", "--dtype=float32", "--threads=1")
 SEEDS = (1337, 1338)
 
@@ -46,12 +46,9 @@ def models(plan) -> dict:
 
 def counted(model, match: str) -> float:
     """N by the built model's own tensors, or FLOPs of training a token by PyTorch's counter."""
-    built = build_model(model, device="meta")
     if match == "params":
-        return sum(tensor.numel() for tensor in set(built.parameters()))
-    with FlopCounterMode(display=False) as counter:
-        built(torch.zeros(1, model.block_size, dtype=torch.long, device="meta")).sum().backward()
-    return counter.get_total_flops() / model.block_size
+        return sum(tensor.numel() for tensor in set(build_model(model, device="meta").parameters()))
+    return sum(pytorchs_flops(model)) / (2 * model.block_size)
 
 
 # ------------------------------------------------------------------------------------------- the plan
@@ -404,7 +401,7 @@ FOLDERS = [f"{variant}/seed_{seed}" for seed in SEEDS for variant in ("baseline"
 def start(out_dir: Path, dataset: Path, *arguments: str) -> subprocess.Popen:
     words = [*TRAINED, f"--dataset={dataset}", f"--out_dir={out_dir}", *arguments]
     return subprocess.Popen(
-        [sys.executable, "ablate.py", *words],
+        [preloaded_python(), "ablate.py", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -200,7 +200,7 @@ def test_the_command_runs_from_anywhere_and_prints_the_folder(out_dirs, tmp_path
     assert (result.returncode, result.stdout, result.stderr) == (0, "one\n", "")
 
 
-def test_convert_exports_the_same_from_the_consolidated_folder(tiny_dataset, tmp_path):
+def test_convert_exports_the_same_from_the_consolidated_folder(tiny_dataset, tmp_path, preloaded):
     arguments = [a for a in SMALL if "position" not in a]  # Hugging Face's Llama has rotary positions
     group = shared_launcher().run(
         *arguments,

@@ -27,6 +27,7 @@ from comparison.inference import ALPHA, POWER, Verdict, adjust, compare_means, d
 from comparison.report import sentence
 from configurator import configure
 from model_config import resolve
+from tests.preloaded import preloaded_python
 from training.train_config import KEYS
 from training_logger import TrainingLogger
 
@@ -914,7 +915,7 @@ def test_real_runs_compare_and_a_killed_one_is_flagged(tmp_path, tiny_dataset, r
 
     log = subprocess.Popen(
         [
-            sys.executable,
+            preloaded_python(),
             "train.py",
             *small,
             "--arch_preset=gpt2",

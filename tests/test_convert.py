@@ -23,6 +23,8 @@ from training.checkpoint import find_checkpoint
 from training.huggingface import config_to_hf, tensor_rules
 from training.huggingface_families import ConversionError
 
+pytestmark = pytest.mark.usefixtures("preloaded")  # the check at the end of an export
+
 
 def there_and_back(folder: Path, *options: str) -> Path:
     """A folder imported and exported again, without the check."""

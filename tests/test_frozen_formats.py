@@ -72,12 +72,9 @@ def with_version(file: Path, key: str, version: int) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_frozen_checkpoint_gives_the_logits_that_it_gave(name):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     model, tokenizer = load_model(FROZEN / name)
     with torch.no_grad():
         logits = model(torch.tensor([EXPECTED["tokens"]]))[0]
-    torch.set_num_threads(threads)
     exact = dict(rtol=0, atol=0) if SAME_MACHINE else dict(rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits, torch.tensor(EXPECTED["logits"][name]), **exact)
     assert tokenizer.encode((FROZEN / "text.txt").read_text(encoding="utf-8")[:50])
@@ -126,7 +123,7 @@ def test_a_frozen_checkpoint_is_inspected(name, capsys):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_frozen_checkpoint_is_converted_to_the_same_tensors(name, tmp_path):
+def test_a_frozen_checkpoint_is_converted_to_the_same_tensors(name, tmp_path, preloaded):
     assert convert.main([str(FROZEN / name), str(tmp_path / "hf")]) == 0
     assert tensors_hash(tmp_path / "hf") == EXPECTED["converted"][name]
 

@@ -26,6 +26,8 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
 IDS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+pytestmark = pytest.mark.usefixtures("preloaded")  # the check at the end of an export
+
 BASE = dict(
     vocab_size=61,
     hidden_size=48,

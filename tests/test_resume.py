@@ -8,7 +8,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from conftest import ROOT, TINY_RUN
 from safetensors.torch import load_file
 
 import train
+from tests.preloaded import preloaded_python
 from training.checkpoint import CheckpointStore
 
 SMALL = (
@@ -124,7 +124,7 @@ def test_the_split_of_the_global_batch_may_change_at_a_resume(tmp_path, tiny_dat
 
 def start(out_dir: Path, dataset: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out_dir}", *arguments],
+        [preloaded_python(), "train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out_dir}", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -20,6 +20,7 @@ import sample
 from data.tokenization import ByteTokenizer, CharTokenizer
 from model_builder import build_model
 from model_config import resolve
+from tests.preloaded import preloaded_python
 from training.checkpoint import CheckpointStore, model_tensors
 
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz.,'é"
@@ -299,7 +300,7 @@ def test_help_does_not_import_torch(run_python):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_and_a_reader_that_leaves_end_it_quietly(out_dir):
-    command = [sys.executable, str(ROOT / "sample.py"), str(out_dir), "--prompt=a", "--max_new_tokens=1000000", *CPU]
+    command = [preloaded_python(), str(ROOT / "sample.py"), str(out_dir), "--prompt=a", "--max_new_tokens=1000000", *CPU]
     for stop, code in ((lambda process: process.send_signal(signal.SIGINT), 130), (lambda process: process.stdout.close(), 0)):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from tests.conftest import TINY_RUN
+from tests.preloaded import finish
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
@@ -211,6 +213,7 @@ def serve() -> None:
 
     build_model(resolve("llama", n_layer=1, n_head=1, n_embd=8, vocab_size=8), device="meta")
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
+    gc.freeze()  # its objects are not visited, and so not copied, in the forked processes
     agents = []
     for line in sys.stdin:
         order = json.loads(line)
@@ -280,7 +283,7 @@ def be_rank(rank: int, size: int, port: int, folder: Path, arguments: list[str],
     exec(compile(inject, "<injected>", "exec"), {"RANK": rank, "SIZE": size})
     import train
 
-    sys.exit(train.leave(train.main(arguments)))
+    finish(lambda: sys.exit(train.leave(train.main(arguments))))
 
 
 def write(path: Path, text: str) -> None:
