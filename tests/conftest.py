@@ -46,43 +46,6 @@ TINY_RUN = (  # a run of train.py that takes a second
 )
 
 
-# What `make check` leaves out, by the start of the name: what trains, compiles, starts processes, or comes in hundreds.
-LONG = (
-    "distributed/",
-    "gpu/",
-    "test_ablate.py",
-    "test_checkpoint_commands.py",
-    "test_compare.py::test_real_runs",
-    "test_compare_report.py",
-    "test_configurator.py::test_help_and_print_config",
-    "test_convert.py",
-    "test_corpora.py",
-    "test_cost_analysis.py::test_fit",
-    "test_every_key.py::test_every_component_is_counted",
-    "test_flops.py::test_forward_and_backward",
-    "test_frozen_formats.py",
-    "test_huggingface",
-    "test_memory.py",
-    "test_model_components.py::test_a_token_changes_no_logits",
-    "test_new_parts.py::test_blocks_compile",
-    "test_readme.py",
-    "test_resume.py",
-    "test_sample.py",
-    "test_starting.py",
-    "test_trackers.py",
-    "test_train.py",
-    "test_wheel.py",
-)
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items) -> None:
-    """Mark what is long."""
-    for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(LONG):
-            item.add_marker(pytest.mark.long)
-
-
 @functools.cache
 def pytorchs_flops(config) -> tuple[int, int]:
     """FLOPs of a forward and of a backward pass over 2 × block_size tokens, by PyTorch's own counter.
