@@ -40,7 +40,14 @@ from training.saving import BackgroundSaver, Checkpoints, Saver, describe, resto
 from training.schedules import learning_rate, run_length
 from training.signals import StopRequest
 from training.stages import Data, Learner, Machine, Start
-from training.starting import find_origin, imported_state, prepare_out_dir, resume_command, tokenizer_warnings
+from training.starting import (
+    find_origin,
+    imported_state,
+    launch_warnings,
+    prepare_out_dir,
+    resume_command,
+    tokenizer_warnings,
+)
 from training_logger import remove_leftovers
 
 # ------------------------------------------------------------------------------------------- set-up, step by step
@@ -282,7 +289,7 @@ def run(configuration: Configuration, to_go_on: str) -> int:
         learner = make_learner(start, machine, data)
         identity = describe(start, machine, data, learner)
         report = open_report(start, machine, data, learner, identity, display)
-        for warning in data.warnings:
+        for warning in [*data.warnings, *world.from_main(launch_warnings)]:
             report.warn(warning)
         evaluate = Evaluator(start, machine, data, learner)
         outcome, stop = "failed", StopRequest(world, can_save=(config.save_interval or 0) >= 0)

@@ -178,7 +178,7 @@ def describe(start: Start, machine: Machine, data: Data, learner: Learner) -> di
             name=start.config.dataset, fingerprint=dataset.fingerprint, order=data.loader.order.version, **dataset.facts()
         ),
         versions=versions(),
-        launch=machine.world.from_main(launch_names),
+        launch=launch_names(machine.world),
         source=start.saved.get("source"),
     )
 
