@@ -30,7 +30,7 @@ from tests.distributed.chaos import joined
 from tests.distributed.launching import Group, Launcher, wait_for
 
 STARTS = ("scratch", "weights", "hf", "yes", "auto", "auto, nothing there")
-WORLDS = ((1, "none"), (1, "fsdp"), *((size, strategy) for size in (2, 4) for strategy in ("ddp", "zero1", "zero2", "fsdp")))
+WORLDS = ((1, "none"), (1, "fsdp"), *((2, strategy) for strategy in ("ddp", "zero1", "zero2", "fsdp")), (4, "zero1"))
 OLDER_STEPS = 4  # of what an older start left
 SAVE_INTERVAL = 3
 LONGEST_LIFE = 8  # steps after its first one
@@ -41,7 +41,7 @@ OPTIONS = (
     *TINY_RUN,
     "--batch_size=2",
     "--gradient_accumulation_steps=2",
-    "--learning_rate=2e-3",
+    "--learning_rate=1e-3",
     "--lr_schedule=constant",
     "--warmup_iters=0",
     f"--save_interval={SAVE_INTERVAL}",
@@ -158,15 +158,17 @@ def story(
         assert all(code in (1, -signal.SIGKILL) for code in codes), (life, codes, group.err)
         began = where_it_began(set(parts.glob("run_*.jsonl")) - logs)
         assert began in (None, expected), f"it began after step {began}, {expected} was published\n{group.out}"
-        what = life.moment if by_itself or life.moment == "step" else "step"
-        done.update({"kills": 1, f"in {what}": 1, "before a step": group.out.count("\nstep ") == 0})
-        done["in another world"] += life.size != 1
-        say(f"  kill {number + 1}: rank {killed} of {life.size} ({life.strategy}), {what} {life.number}, after step {began}")
+        steps = group.out.count("\nstep ")
+        where = f"at {life.moment} {life.number}" if by_itself else "after a step"
+        done.update({"kills": 1, f"at {life.moment}" if by_itself else "after a step": 1, "before its first step": steps == 0})
+        done[f"of {life.size} processes"] += 1
+        began = "nowhere yet" if began is None else f"from step {began}"
+        say(f"  kill {number + 1}: rank {killed} of {life.size} ({life.strategy}) {where}; it went {began}, {steps} steps")
     group, expected = begin(None, kills)
     assert not any(group.wait(300)), group.err
     say(f"  left alone it went from step {expected} to its end")
     same_figures(whole, parts, length, older)
-    same_model(whole, parts)
+    say(f"  differs from the undisturbed run by at most {same_model(whole, parts):.1e} of what its last steps changed")
     previous = list(parts.glob("checkpoints.previous*"))
     assert len(previous) == bool(before) and (not before or contents(previous[0]) == before), previous
     places = [path for place in (parts, parts / "checkpoints") for path in place.iterdir()]
@@ -238,30 +240,38 @@ def close(one: float, other: float) -> bool:
     return abs(one - other) <= TOLERANCE * abs(one)
 
 
-def same_model(whole: Path, parts: Path) -> None:
-    """The weights at the end are those of the undisturbed run, put together by PyTorch's own reader of such files."""
+def same_model(whole: Path, parts: Path) -> float:
+    """The weights and moments at the end are those of the undisturbed run, but for the order of sums: they differ by less than
+    a tenth of what its last few steps have changed in each tensor. Returns the largest such share.
+    """
+    *_, before, last = sorted((whole / "checkpoints").glob("step_*"))
+    former, expected = tensors_of(before), tensors_of(last)
+    found = tensors_of(parts / "checkpoints" / (parts / "checkpoints" / "latest").read_text().strip())
+    assert found.keys() == expected.keys() and len(found) > 40, found.keys() ^ expected.keys()
+    shares = {}
+    for name, tensor in expected.items():
+        changed, distance = float((tensor - former[name]).norm()), float((tensor - found[name]).norm())
+        shares[name] = distance / changed if distance else 0.0
+        assert distance <= 0.1 * changed, f"{name} differs by {distance}, where {last.name} and {before.name} do by {changed}"
+    return max(shares.values())
+
+
+def tensors_of(folder: Path) -> dict:
+    """All tensors of a checkpoint but the random states, put together by PyTorch's own reader of such files."""
     import torch
     import torch.distributed.checkpoint as dcp
 
-    found = []
-    for out_dir in (whole, parts):
-        folder = out_dir / "checkpoints" / (out_dir / "checkpoints" / "latest").read_text().strip()
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        described = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(tuple(about.size), dtype=about.properties.dtype)
-            for name, about in described.items()
-            if not name.startswith("rng.")
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that one process loads
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-        found.append(tensors)
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 40, found[0].keys() ^ found[1].keys()
-    for name, tensor in found[0].items():
-        scale = tensor.float().abs().max().item() or 1.0
-        distance = (tensor.float() - found[1][name].float()).abs().max().item()
-        assert distance <= 20 * TOLERANCE * scale, f"{name} differs by {distance} of {scale}"
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(tuple(about.size), dtype=about.properties.dtype)
+        for name, about in described.items()
+        if not name.startswith("rng.")
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that one process loads
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def random_starts(
