@@ -275,17 +275,22 @@ def tensors_of(folder: Path) -> dict:
 
 
 def random_starts(
-    folder: Path, dataset: Path, kills: int, seed: int = 0, patience: float = 2.0, starts: tuple[str, ...] = STARTS, say=print
+    launcher: Launcher,
+    folder: Path,
+    dataset: Path,
+    kills: int,
+    seed: int = 0,
+    patience: float = 2.0,
+    starts: tuple[str, ...] = STARTS,
+    say=print,
 ) -> Counter:
-    """Stories of all starts in turn, about ten kills each at most; AssertionError where one is not as it has to be."""
+    """A story of each start, in a random order, with so many kills in all; AssertionError where one is not as it has to be."""
     chance, done, left = random.Random(seed), Counter(), kills
     count = max(1, min(len(starts), kills))
-    order = chance.sample(starts, count)
-    with Launcher() as launcher:
-        for number, start in enumerate(order):
-            of_this = left // (count - number)
-            left -= of_this
-            done += story(launcher, folder / str(number), dataset, start, of_this, chance, patience, say)
+    for number, start in enumerate(chance.sample(starts, count)):
+        of_this = left // (count - number)
+        left -= of_this
+        done += story(launcher, folder / str(number), dataset, start, of_this, chance, patience, say)
     return done
 
 
@@ -293,7 +298,8 @@ def all_starts(folder: Path, kills: int, seed: int) -> int:
     """The command; 1 if something was not as it has to be."""
     started = time.monotonic()
     try:
-        done = random_starts(folder, folder / "data", kills, seed, say=lambda text: print(text, flush=True))
+        with Launcher() as launcher:
+            done = random_starts(launcher, folder, folder / "data", kills, seed, say=lambda text: print(text, flush=True))
     except AssertionError as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
