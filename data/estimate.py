@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from command_line import duration, labelled
 from data import tokenization
 from data.hub import Articles, HubRows
-from data.preparation import BPE_TRAINING_CHARACTERS, Options
+from data.plan import BPE_TRAINING_CHARACTERS, Options
 from data.sources import Reader, Source, Splits, TextFiles
 from data.token_dataset import DTYPES, UINT16_VOCAB
 

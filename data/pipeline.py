@@ -8,19 +8,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from command_line import duration, short
 from data.dataset_writer import DatasetWriter
 from data.encoding import DIGEST_BYTES, Batch, Encoded, Encoder
+from data.plan import Plan
 from data.sources import Piece, Position, Reader
 from data.token_dataset import SPLITS
 from data.tokenization import Tokenizer
-
-if TYPE_CHECKING:
-    from data.preparation import Job
 
 BATCH_CHARACTERS = 1_000_000  # encoded at a time by one process
 COMMIT_SECONDS = 10.0
@@ -42,17 +39,17 @@ class _About:
 
 
 class Pipeline:
-    """Reads, encodes and writes the documents of a job. `state` says what has been written; it is what is committed."""
+    """Reads, encodes and writes the documents of a plan. `state` says what has been written; it is what is committed."""
 
-    def __init__(self, job: Job, writer: DatasetWriter, coder: Tokenizer):
-        self.job, self.writer, self.coder = job, writer, coder
-        self.state = dict(writer.state) if writer.state is not None else self.at_the_start(job.moved)
-        self.joined = job.options.deduplicate or not coder.cuttable  # documents are encoded whole
+    def __init__(self, plan: Plan, writer: DatasetWriter, coder: Tokenizer, num_proc: int | None, progress: bool):
+        self.plan, self.writer, self.coder, self.num_proc, self.progress = plan, writer, coder, num_proc, progress
+        self.state = dict(writer.state) if writer.state is not None else self.at_the_start(plan.moved)
+        self.joined = plan.options.deduplicate or not coder.cuttable  # documents are encoded whole
         self.caps: dict[str, int] = {}
-        if (limit := job.options.max_tokens) is not None and job.cut is not None:  # the beginning of each split is kept
-            self.caps["val"] = min(limit - 1, max(1, round(limit * job.options.val_fraction)))
+        if (limit := plan.options.max_tokens) is not None and plan.cut is not None:  # the beginning of each split is kept
+            self.caps["val"] = min(limit - 1, max(1, round(limit * plan.options.val_fraction)))
             self.caps["train"] = limit - self.caps["val"]
-        self.digests = Digests(writer.staging / DIGESTS, self.state["kept"]) if job.options.deduplicate else None
+        self.digests = Digests(writer.staging / DIGESTS, self.state["kept"]) if plan.options.deduplicate else None
 
     @staticmethod
     def at_the_start(moved: dict[int, str]) -> dict:
@@ -68,10 +65,10 @@ class Pipeline:
 
     def run(self) -> None:
         """From where the state is to the end of the source, or until max_tokens is reached."""
-        reader = self.job.source.read(self.state["position"])
+        reader = self.plan.source.read(self.state["position"])
         progress, committed = Progress(self), time.monotonic()
         try:
-            with Encoder(self.coder, self.writer.staging, self.job.num_proc) as encoder:
+            with Encoder(self.coder, self.writer.staging, self.num_proc) as encoder:
                 for batch, encoded in encoder.encoded(self.batches(reader)):
                     self.write(batch.about, encoded)
                     progress.tell(batch.about.share)
@@ -85,21 +82,21 @@ class Pipeline:
 
     def commit(self) -> None:
         """Let what has been written survive, if its source can be read on from here."""
-        if self.job.identity is not None:
+        if self.writer.identity is not None:
             if self.digests is not None:
                 self.state["kept"] = self.digests.commit()
             self.writer.commit(self.state)
 
     def batches(self, reader: Reader) -> Iterator[Batch]:
         """Texts of about BATCH_CHARACTERS together, with what is known of them."""
-        job, characters, documents = self.job, self.state["characters"], self.state["documents"]
+        plan, characters, documents = self.plan, self.state["characters"], self.state["documents"]
         texts: list[str] = []
         parts: list[tuple[str, bool, bool]] = []
         held: list[str] = []
         size = 0
         if self.state["stopped"]:
             return
-        for piece in job.pieces(reader, documents):
+        for piece in plan.pieces(reader, documents):
             documents += piece.begins
             if self.joined:
                 held.append(piece.text)
@@ -107,7 +104,7 @@ class Pipeline:
                     continue
                 piece = Piece("".join(held), split=piece.split)
                 held.clear()
-            for split, part in job.parts_of(piece, characters):
+            for split, part in plan.parts_of(piece, characters):
                 if split not in self.caps or self.writer.tokens(split) < self.caps[split]:
                     texts.append(part.text)
                     parts.append((split, part.begins, part.ends))
@@ -120,7 +117,7 @@ class Pipeline:
 
     def write(self, about: _About, encoded: Encoded) -> None:
         """Append a batch to the splits that its documents belong to."""
-        state, limit = self.state, self.job.options.max_tokens
+        state, limit = self.state, self.plan.options.max_tokens
         for (split, begins, ends), ids, size, digest, key in zip(
             about.parts, encoded.ids, encoded.sizes, encoded.digests, encoded.keys
         ):
@@ -138,7 +135,7 @@ class Pipeline:
 
     def split_of(self, given: str, digest: bytes, key: bytes) -> str:
         """Where the next document goes: to the split its source gives, or that its key decides; or nowhere."""
-        state, job = self.state, self.job
+        state, plan = self.state, self.plan
         number, state["number"] = state["number"], state["number"] + 1
         if self.digests is not None and not self.digests.add(digest):
             state["dropped"] += 1
@@ -147,8 +144,8 @@ class Pipeline:
             return given
         if moved := state["moved"].get(str(number)):
             return moved
-        value = job.key(number, key)
-        split = job.side(value)
+        value = plan.key(number, key)
+        split = plan.side(value)
         distance = [value if split == "train" else -value, number]
         state["nearest"][split] = min(distance, state["nearest"].get(split, distance))
         return split
@@ -212,7 +209,7 @@ class Progress:
     """A line on stderr about how far a preparation is, every now and then; none if nobody asked for it."""
 
     def __init__(self, pipeline: Pipeline):
-        self.pipeline, self.enabled = pipeline, pipeline.job.progress and sys.stderr is not None
+        self.pipeline, self.enabled = pipeline, pipeline.progress and sys.stderr is not None
         self.live = self.enabled and sys.stderr.isatty()
         self.started = self.told = time.monotonic()
         self.first_tokens, self.first_share = self.tokens(), None
@@ -222,7 +219,7 @@ class Progress:
 
     def tell(self, share: float | None) -> None:
         """Tell it if it is time to. share: how much of the source has been read."""
-        now, limit, tokens = time.monotonic(), self.pipeline.job.options.max_tokens, self.tokens()
+        now, limit, tokens = time.monotonic(), self.pipeline.plan.options.max_tokens, self.tokens()
         if limit is not None:
             share = max(share or 0.0, min(1.0, tokens / limit))
         if self.first_share is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
+import runpy
 import shlex
 import signal
 import sys
@@ -16,7 +16,8 @@ from data import tokenization
 from data.dataset_writer import unfinished
 from data.estimate import estimate
 from data.hub import HUB_NAME
-from data.preparation import BPE_VOCAB_SIZE, EMBEDDED, Options, embedded_options, embedded_source, prepare
+from data.plan import BPE_VOCAB_SIZE, Options
+from data.preparation import EMBEDDED, embedded_options, embedded_source, prepare
 from data.sources import Source, TextFiles, find_text_files
 from data.token_dataset import DATA_DIR, DatasetError, TokenDataset
 
@@ -107,7 +108,7 @@ def recipe_called(name: str) -> Recipe:
     """The recipe of data/<name>/prepare.py. Raises DatasetError if there is none."""
     if not (DATA_DIR / name / "prepare.py").is_file() or name == "textfile":
         raise DatasetError(f"--fallback={name}: there is no data/{name}/prepare.py.")
-    return importlib.import_module(f"data.{name}.prepare").RECIPE
+    return runpy.run_path(str(DATA_DIR / name / "prepare.py"))["RECIPE"]
 
 
 def other_defaults(recipe: Recipe) -> argparse.Namespace:

@@ -16,7 +16,8 @@ import pytest
 from data import dataset_writer, encoding, pipeline, sources
 from data.corpora import hash01
 from data.dataset_writer import STAGING, unfinished
-from data.preparation import Options, prepare
+from data.plan import Options
+from data.preparation import prepare
 from data.sources import Splits, TextFiles
 from data.token_dataset import DATA_DIR, DatasetError, TokenDataset, is_prepared
 from data.tokenization import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from data import estimate, hub, pipeline, prepare_command
-from data.preparation import Options
+from data.plan import Options
 from data.prepare_command import run, run_textfile
 from data.sources import Documents, Splits, TextFiles
 from data.token_dataset import DATA_DIR, DatasetError, TokenDataset, is_prepared

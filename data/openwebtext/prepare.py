@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from any working directory
 
 from data.hub import HubRows
-from data.preparation import Options
+from data.plan import Options
 from data.prepare_command import Recipe, run
 
 RECIPE = Recipe(
