@@ -26,7 +26,7 @@ KEY_CHARACTERS = 100_000  # of a document decide its split
 
 
 @dataclass
-class Batch:
+class TextBatch:
     """Texts to be encoded together, and whatever the caller wants back with them."""
 
     texts: list[str]
@@ -75,13 +75,13 @@ class Encoder:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def encoded(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
+    def encoded(self, batches: Iterable[TextBatch]) -> Iterator[tuple[TextBatch, Encoded]]:
         """(batch, what it gives), in order; a few batches are under way at a time. Raises DatasetError if a process dies."""
         if self._pool is None:
             for batch in batches:
                 yield batch, encode(self.coder, batch.texts, threads=self.num_proc is None)
             return
-        under_way: deque[tuple[Batch, Future]] = deque()
+        under_way: deque[tuple[TextBatch, Future]] = deque()
         try:
             for batch in batches:
                 under_way.append((batch, self._pool.submit(_encode_here, batch.texts)))

@@ -21,7 +21,7 @@ WORKER_START = 2.0  # seconds until processes encode
 
 
 @dataclass
-class Place:
+class Stretch:
     """Texts that follow each other somewhere in a source. share: how much of the source they are."""
 
     texts: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Sample:
     total: UTF-8 bytes of the whole source, documents: how many it has; None where nobody knows.
     """
 
-    places: list[Place]
+    places: list[Stretch]
     seconds: float
     total: float | None
     documents: float | None
@@ -77,9 +77,9 @@ def take_sample(source: Source) -> list[Sample]:
     return [Sample(found, seconds, total, documents)]
 
 
-def _read(reader: Reader, characters: int | None) -> Place:
+def _read(reader: Reader, characters: int | None) -> Stretch:
     """So many characters from a reader on, or (None) everything. Where it begins somewhere, only the first piece tells where."""
-    place, begun, read = Place(), None, 0
+    place, begun, read = Stretch(), None, 0
     for piece in reader:
         if characters is not None and begun is None and reader.share() is not None:
             begun = reader.share()
@@ -95,7 +95,7 @@ def _read(reader: Reader, characters: int | None) -> Place:
 
 
 @dataclass
-class Estimate:
+class Forecast:
     """Of the whole source: text_bytes, download_bytes. Of what is asked for: tokens, disk_bytes, seconds. None: unknown."""
 
     download_bytes: int | None
@@ -132,7 +132,7 @@ def _size(value: float | None) -> str:
     return f"{value:.0f} bytes"
 
 
-def estimate(source: Source, options: Options, num_proc: int | None) -> Estimate:
+def forecast(source: Source, options: Options, num_proc: int | None) -> Forecast:
     """What preparing `source` with these options on so many processes will take."""
     samples = take_sample(source)
     several = sum(place.documents for sample in samples for place in sample.places) > 1
@@ -174,7 +174,7 @@ def estimate(source: Source, options: Options, num_proc: int | None) -> Estimate
             seconds = training + WORKER_START + tokens / per_byte * slowest
     width = DTYPES["uint16" if coder.vocab_size <= UINT16_VOCAB else "uint32"].itemsize
     downloads = [sample.download for sample in samples]
-    return Estimate(
+    return Forecast(
         download_bytes=None if None in downloads else max(downloads),  # each split tells the size of the whole dataset
         text_bytes=sums["bytes"] if known else None,
         tokens=tokens,

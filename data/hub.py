@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import DatasetError
-from data.sources import Documents, Piece, Position, Reader, Source, TextFiles, find_text_files
+from data.sources import Documents, Position, Reader, Source, TextFiles, TextPiece, find_text_files
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -201,7 +201,7 @@ class _RowsReader(Reader):
     def __init__(self, source: HubRows, rows: IterableDataset, state: Any):
         self.source, self.rows, self.state = source, rows, state
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TextPiece]:
         row, key = 0, self.source.text_key
         try:
             for record in self.rows:
@@ -213,7 +213,7 @@ class _RowsReader(Reader):
                         "with --text_key."
                     )
                 if text and text.strip():
-                    yield Piece(text)
+                    yield TextPiece(text)
         except (DatasetError, KeyboardInterrupt, GeneratorExit):
             raise
         except Exception as error:
@@ -267,12 +267,12 @@ class _ArticlesReader(Reader):
     def __init__(self, source: Articles, skipped: int):
         self.source, self.at = source, skipped
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TextPiece]:
         skipped = self.at
         for number, text in enumerate(self.texts(), 1):
             if number > skipped:
                 self.at = number
-                yield Piece(text)
+                yield TextPiece(text)
 
     def texts(self) -> Iterator[str]:
         """The documents: their lines as they are, an empty row is an empty line; nothing before the first head but space."""

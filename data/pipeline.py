@@ -13,9 +13,9 @@ import numpy as np
 
 from command_line import duration, short
 from data.dataset_writer import DatasetWriter
-from data.encoding import DIGEST_BYTES, Batch, Encoded, Encoder
+from data.encoding import DIGEST_BYTES, Encoded, Encoder, TextBatch
 from data.plan import Plan
-from data.sources import Piece, Position, Reader
+from data.sources import Position, Reader, TextPiece
 from data.token_dataset import SPLITS
 from data.tokenization import Tokenizer
 
@@ -66,7 +66,7 @@ class Pipeline:
     def run(self) -> None:
         """From where the state is to the end of the source, or until max_tokens is reached."""
         reader = self.plan.source.read(self.state["position"])
-        progress, committed = Progress(self), time.monotonic()
+        progress, committed = ProgressLine(self), time.monotonic()
         try:
             with Encoder(self.coder, self.writer.staging, self.num_proc) as encoder:
                 for batch, encoded in encoder.encoded(self.batches(reader)):
@@ -87,7 +87,7 @@ class Pipeline:
                 self.state["kept"] = self.digests.commit()
             self.writer.commit(self.state)
 
-    def batches(self, reader: Reader) -> Iterator[Batch]:
+    def batches(self, reader: Reader) -> Iterator[TextBatch]:
         """Texts of about BATCH_CHARACTERS together, with what is known of them."""
         plan, characters, documents = self.plan, self.state["characters"], self.state["documents"]
         texts: list[str] = []
@@ -102,7 +102,7 @@ class Pipeline:
                 held.append(piece.text)
                 if not piece.ends:
                     continue
-                piece = Piece("".join(held), split=piece.split)
+                piece = TextPiece("".join(held), split=piece.split)
                 held.clear()
             for split, part in plan.parts_of(piece, characters):
                 if split not in self.caps or self.writer.tokens(split) < self.caps[split]:
@@ -111,9 +111,9 @@ class Pipeline:
                     size += len(part.text)
             characters += len(piece.text)
             if size >= BATCH_CHARACTERS:
-                yield Batch(texts, _About(parts, reader.position(), reader.share(), characters, documents))
+                yield TextBatch(texts, _About(parts, reader.position(), reader.share(), characters, documents))
                 texts, parts, size = [], [], 0
-        yield Batch(texts, _About(parts, reader.position(), reader.share(), characters, documents))
+        yield TextBatch(texts, _About(parts, reader.position(), reader.share(), characters, documents))
 
     def write(self, about: _About, encoded: Encoded) -> None:
         """Append a batch to the splits that its documents belong to."""
@@ -205,7 +205,7 @@ class Digests:
         return len(self.seen)
 
 
-class Progress:
+class ProgressLine:
     """A line on stderr about how far a preparation is, every now and then; none if nobody asked for it."""
 
     def __init__(self, pipeline: Pipeline):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from data import corpora, tokenization
 from data.encoding import key_digest
 from data.files import DatasetError
-from data.sources import Piece, Reader, Source
+from data.sources import Reader, Source, TextPiece
 
 VAL_FRACTION = 0.1
 BPE_VOCAB_SIZE = 4096
@@ -84,7 +84,7 @@ class Plan:
             ((split, (_, nearest)),) = keys.items()
             self.moved = {nearest: "val" if split == "train" else "train"}
 
-    def pieces(self, reader: Reader | None = None, documents: int = 0) -> Iterator[Piece]:
+    def pieces(self, reader: Reader | None = None, documents: int = 0) -> Iterator[TextPiece]:
         """The pieces of the first max_samples documents, of which so many have begun before."""
         for piece in self.source.read() if reader is None else reader:
             documents += piece.begins
@@ -100,7 +100,7 @@ class Plan:
         """The split of a document of this key, as long as both splits get some."""
         return "val" if key < self.options.val_fraction else "train"
 
-    def parts_of(self, piece: Piece, before: int) -> list[tuple[str, Piece]]:
+    def parts_of(self, piece: TextPiece, before: int) -> list[tuple[str, TextPiece]]:
         """(split, part) of a piece that so many characters came before; "" is a split that the document's key decides."""
         if self.cut is None:
             return [(piece.split or "", piece)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data import tokenization
 from data.dataset_writer import unfinished
-from data.estimate import estimate
+from data.estimate import forecast
 from data.hub import HUB_NAME
 from data.plan import BPE_VOCAB_SIZE, Options
 from data.preparation import EMBEDDED, embedded_options, embedded_source, prepare
@@ -48,12 +48,12 @@ def embedded(name: str) -> Recipe:
     return Recipe(name, summary, lambda given: embedded_source(name), embedded_options(name), local=False)
 
 
-def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
+def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """The command of a recipe; returns the exit code: 1 after an error, 2 for wrong usage, 130 if interrupted."""
-    parser = make_parser(recipe)
+    parser = recipe_parser(recipe)
     given = parser.parse_args(arguments)
     options = options_of(parser, recipe, given)
-    return guarded(given, given.out or DATA_DIR / recipe.name, lambda folder: work(recipe, given, options, folder))
+    return report_errors(given, given.out or DATA_DIR / recipe.name, lambda folder: work(recipe, given, options, folder))
 
 
 def work(recipe: Recipe, given: argparse.Namespace, options: Options, folder: Path) -> None:
@@ -61,7 +61,7 @@ def work(recipe: Recipe, given: argparse.Namespace, options: Options, folder: Pa
     source, more = open_source(recipe, given)
     if given.dry_run:
         print(f"{'source':<11}{source.description}")
-        print(estimate(source, options, processes(given, source)).report())
+        print(forecast(source, options, processes(given, source)).report())
         if recipe.size:
             print(f"{'published':<11}{recipe.size}")
         return
@@ -113,7 +113,7 @@ def recipe_called(name: str) -> Recipe:
 
 def other_defaults(recipe: Recipe) -> argparse.Namespace:
     """The options of a recipe as if its command had been given none."""
-    return make_parser(recipe).parse_args([])
+    return recipe_parser(recipe).parse_args([])
 
 
 # ------------------------------------------------------------------------------------------- one's own texts
@@ -132,7 +132,7 @@ def run_textfile(arguments: Sequence[str] | None = None) -> int:
 
     summary = "your own texts: .txt (a file is one document), .jsonl and .jsonl.zst (a line), .csv and .parquet (a row)"
     recipe = Recipe("textfile", summary, open_files, arguments=more, local=False)
-    parser = make_parser(recipe)
+    parser = recipe_parser(recipe)
     given = parser.parse_args(arguments)
     options = options_of(parser, recipe, given)
     if (given.name is None) == (given.out is None):
@@ -141,7 +141,7 @@ def run_textfile(arguments: Sequence[str] | None = None) -> int:
     plain = name is None or (Path(name).name == name.strip() and name not in ("", ".", ".."))
     if not plain or (name is not None and (DATA_DIR / name / "prepare.py").exists()):
         parser.error(f"--name={name} is taken or not a plain name; choose another one, or give --out=DIR")
-    return guarded(given, given.out or DATA_DIR / name, lambda folder: work(recipe, given, options, folder))
+    return report_errors(given, given.out or DATA_DIR / name, lambda folder: work(recipe, given, options, folder))
 
 
 def open_files(given: argparse.Namespace) -> Source:
@@ -156,7 +156,7 @@ def open_files(given: argparse.Namespace) -> Source:
 # ------------------------------------------------------------------------------------------- options
 
 
-def make_parser(recipe: Recipe) -> argparse.ArgumentParser:
+def recipe_parser(recipe: Recipe) -> argparse.ArgumentParser:
     """The options that all have, and those of this recipe."""
     default = recipe.options
     parser = argparse.ArgumentParser(
@@ -269,7 +269,7 @@ def processes(given: argparse.Namespace, source: Source) -> int | None:
 # ------------------------------------------------------------------------------------------- failing
 
 
-def guarded(given: argparse.Namespace, folder: Path, job: Callable[[Path], None]) -> int:
+def report_errors(given: argparse.Namespace, folder: Path, job: Callable[[Path], None]) -> int:
     """Do a job; an error becomes one sentence on stderr. Returns the exit code."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # terminated, it cleans up as when interrupted
     try:

@@ -1,6 +1,6 @@
 """Sources of documents: read piece by piece from any place, so that memory stays small and an interrupted reading goes on.
 
-A `Source` says what it is (`identity`) and is read by a `Reader`, an iterator of `Piece`s. A document is one piece, or
+A `Source` says what it is (`identity`) and is read by a `Reader`, an iterator of `TextPiece`s. A document is one piece, or
 several if it is a long .txt file, which is cut where no tokenizer's word is cut in two (see `find_cut`). After any piece
 `reader.position()` is a small JSON value, and `source.read(position)` gives the pieces that follow.
 """
@@ -34,7 +34,7 @@ Position = Any  # JSON: where to go on; None is the start
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A text: a document, or its beginning, middle or end. `split`: "train" or "val" where the source says so."""
 
     text: str
@@ -48,7 +48,7 @@ class Reader:
 
     at: Position = None
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TextPiece]:
         raise NotImplementedError
 
     def position(self) -> Position:
@@ -105,12 +105,12 @@ class _DocumentsReader(Reader):
     def __init__(self, documents: Callable, skipped: int):
         self.documents, self.at = documents, skipped
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TextPiece]:
         skipped = self.at
         for number, (_, text) in enumerate(self.documents(), 1):
             if number > skipped:
                 self.at = number
-                yield Piece(text)
+                yield TextPiece(text)
 
 
 class Splits(Source):
@@ -144,10 +144,10 @@ class _SplitsReader(Reader):
         self.parts, self.number, self.inner = list(parts.items()), number, inner
         self.reader = self.parts[number][1].read(inner)
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TextPiece]:
         while True:
             for piece in self.reader:
-                yield Piece(piece.text, piece.begins, piece.ends, self.parts[self.number][0])
+                yield TextPiece(piece.text, piece.begins, piece.ends, self.parts[self.number][0])
             if self.number + 1 == len(self.parts):
                 return
             self.number += 1
@@ -215,7 +215,7 @@ class _FilesReader(Reader):
         self.ends = list(itertools.accumulate(file.stat().st_size for file in source.files))
         self.share_of_file = 0.0
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TextPiece]:
         for index in range(self.index, len(self.source.files)):
             path, start = self.source.files[index], self.inside if index == self.index else None
             empty = start is None
@@ -223,7 +223,7 @@ class _FilesReader(Reader):
                 if text.strip() or not (begins and ends):
                     empty = False
                     self.index, self.inside, self.share_of_file = index, inside, share
-                    yield Piece(text, begins, ends)
+                    yield TextPiece(text, begins, ends)
             if empty:
                 raise ValueError(f"{path} holds no text; leave it out, or check that it was written whole.")
 

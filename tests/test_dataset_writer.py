@@ -14,6 +14,7 @@ from data.dataset_writer import PUBLISHING, STAGING, DatasetWriter
 from data.preparation import prepare
 from data.token_dataset import DATA_DIR, DatasetError, TokenDataset, is_prepared
 from data.tokenization import ByteTokenizer, CharTokenizer
+from tests.preloaded import preloaded_python
 
 TEXT = "Once upon a time there was a little cat. " * 20
 
@@ -222,7 +223,7 @@ def test_the_first_use_of_a_corpus_does_not_replace_a_nanogpt_dataset_of_that_na
 
 def command(*arguments, cwd):
     script = str(DATA_DIR / "textfile" / "prepare.py")
-    return subprocess.run([sys.executable, script, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run([preloaded_python(), script, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def test_the_command_refuses_to_replace_and_replaces_when_told(tmp_path):

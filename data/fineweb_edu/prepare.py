@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from any w
 
 from data.hub import HubRows
 from data.plan import Options
-from data.prepare_command import Recipe, run
+from data.prepare_command import Recipe, run_recipe
 
 SAMPLES = ("10BT", "100BT", "350BT")
 RECIPE = Recipe(
@@ -24,4 +24,4 @@ RECIPE = Recipe(
 )
 
 if __name__ == "__main__":
-    sys.exit(run(RECIPE))
+    sys.exit(run_recipe(RECIPE))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from any working directory
 
-from data.prepare_command import embedded, run
+from data.prepare_command import embedded, run_recipe
 
 RECIPE = embedded("pydocs")
 
 if __name__ == "__main__":
-    sys.exit(run(RECIPE))
+    sys.exit(run_recipe(RECIPE))
