@@ -143,7 +143,7 @@ class TokenDataset:
 
     @classmethod
     def _open_with_meta(cls, folder: Path) -> TokenDataset:
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         dtype, splits = DTYPES[meta["dtype"]], {}
         for name, described in meta["splits"].items():
             paths = [folder / file["name"] for file in described["files"]]
@@ -291,7 +291,9 @@ class TokenDataset:
         ids = [i for i in split.read(0, min(len(split), DECODED_TOKENS)).tolist() if i != tokenizer.eos_id]
         try:
             tokenizer.encode(tokenizer.decode(ids))
-        except Exception as error:  # whatever it raises, it would raise after the training as well
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a library may even panic; whatever it does, it would do after the training as well
             raise DatasetError(
                 f"The tokenizer of {self.folder} cannot decode and encode the dataset's first tokens ({type(error).__name__}: "
                 f"{error}). {_how_to_prepare(self.folder)}"
@@ -342,7 +344,7 @@ def _how_to_prepare(folder: Path) -> str:
     return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}{again}"
 
 
-def _read_meta(folder: Path) -> dict:
+def read_meta(folder: Path) -> dict:
     """meta.json, checked for form: everything the readers rely on is there and of the right type."""
     path = folder / "meta.json"
     try:
