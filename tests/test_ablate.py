@@ -471,6 +471,7 @@ def test_after_kill_minus_9_finished_runs_are_not_repeated_and_the_half_finished
     assert not [event for event in events(out / FOLDERS[3]) if event["event"] == "run_start" and event["resumed_from"]]
 
 
+@pytest.mark.slow  # the runs that it compares are resumed bit for bit in test_resume.py
 def test_killed_or_not_one_or_two_at_a_time_the_losses_are_the_same(killed_study, whole_study):
     _, killed, _, _ = killed_study
     whole = whole_study[0]

@@ -159,18 +159,14 @@ CONFIGURATIONS = {
 
 DEFAULT = (
     "gpt2",
-    "gpt2-fp32",
-    "gpt2-fp32-full",
     "gpt2-selective",
     "gpt2-dropout-manual",
     "llama",
     "llama-muon",
     "gemma2-window",
-    "alibi",
     "heavy-tied-accumulating",
     "vocabulary-padded",
     "mixed-blocks",
-    "one-short-sequence",
 )
 
 
@@ -468,7 +464,7 @@ def test_strategies_shard_weights_optimizer_and_gradients_as_they_say():
 @pytest.mark.parametrize(
     "config, options, card_gb",
     (
-        (resolve("llama", **LLAMA), dict(checkpointing="none", dtype="float32"), 2.0),
+        pytest.param(resolve("llama", **LLAMA), dict(checkpointing="none", dtype="float32"), 2.0, marks=pytest.mark.slow),
         (resolve("gpt2", **{**GPT2, "block_size": 512}), dict(checkpointing="full"), 1.1),
     ),
     ids=("none", "full"),
