@@ -9,7 +9,7 @@ logits = model(tokens)                                     # (B, T) → (B, T, v
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from model_components import Attention, Constant, Context, Embedding, FirstValue, KVCache, Linear, Normal, build
 from model_config import ModelConfig, Part, component
 from model_parts.registry import renamed
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Transformer(nn.Module):
@@ -296,12 +298,18 @@ def one_of_each_block(config: ModelConfig) -> ModelConfig:
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+def initialize(
+    model: Transformer,
+    seed: int,
+    put: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+    but: Collection[str] = frozenset(),
+) -> None:
     """Set every parameter as its module's `initial(name)` says, random ones from a stream of their own.
 
     The stream is seeded by (seed, name) and drawn on the CPU, so the numbers do not depend on sharding, device or the rest of
     the model. `put(parameter, values)` stores the whole parameter's values, or the part of them that this process keeps.
-    Buffers that start at random are set too; the others have been since `to_empty`.
+    Buffers that start at random are set too; the others have been since `to_empty`. `but`: names of parameters and buffers
+    that somebody else fills.
     """
 
     def drawn(name: str, shape: torch.Size, std: float) -> Tensor:
@@ -310,6 +318,8 @@ def initialize(model: Transformer, seed: int, put: Callable[[Tensor, Tensor], ob
         return torch.randn(shape, generator=generator, device="cpu") * std
 
     for name, parameter, how in _starts(model, nn.Module.named_parameters):
+        if name in but:
+            continue
         if isinstance(how, Normal):
             put(parameter, drawn(name, parameter.shape, how.std))
         elif isinstance(how, Constant):
@@ -317,7 +327,7 @@ def initialize(model: Transformer, seed: int, put: Callable[[Tensor, Tensor], ob
         else:
             put(parameter, how)
     for name, buffer, how in _starts(model, nn.Module.named_buffers):
-        if isinstance(how, Normal):
+        if isinstance(how, Normal) and name not in but:
             buffer.copy_(drawn(name, buffer.shape, how.std))
 
 

@@ -26,7 +26,7 @@ from model_builder import build_model, initialize
 from model_components import auxiliary_losses
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeights, read_state
-from training.continuing import go_on, take_model
+from training.continuing import check_same_objective, go_on, take_model
 from training.data_loader import DataLoader, WindowOrder
 from training.evaluation import Evaluator
 from training.objectives import OBJECTIVES, Objective, Tally
@@ -36,11 +36,18 @@ from training.precision import LossScale, SkipCounter, dropout_seed, set_compute
 from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
 from training.progress import Diverged, Progress, check_outcome, stop_if_diverged
 from training.report import Display, Report, closing_lines, open_report
-from training.saving import BackgroundSaver, Checkpoints, Saver, describe, restore
+from training.saving import BackgroundSaver, Checkpoints, Saver, describe, restore, restored_names
 from training.schedules import learning_rate, run_length
 from training.signals import StopRequest
 from training.stages import Data, Learner, Machine, Start
-from training.starting import find_origin, imported_state, prepare_out_dir, resume_command, tokenizer_warnings
+from training.starting import (
+    find_origin,
+    imported_state,
+    launch_warnings,
+    prepare_out_dir,
+    resume_command,
+    tokenizer_warnings,
+)
 from training_logger import remove_leftovers
 
 # ------------------------------------------------------------------------------------------- set-up, step by step
@@ -161,6 +168,8 @@ def make_learner(start: Start, machine: Machine, data: Data) -> Learner:
     """Build the model, share it, and give it the weights that the run starts from."""
     config, device = start.config, machine.device
     objective = OBJECTIVES[config.objective](config, data.model_config)
+    if start.resumes:
+        check_same_objective(start.saved, objective.fingerprint(), str(start.origin.path))
     parallelism, why = choose_strategy(start, machine, data, objective)
     start.notes.extend([why] if why else [])
     model = build_model(data.model_config, device="meta")
@@ -170,7 +179,7 @@ def make_learner(start: Start, machine: Machine, data: Data) -> Learner:
     apply_activation_checkpointing(model, config.activation_checkpointing)
     parallel = parallelize(model, parallelism, machine.world, device, machine.compute_dtype, config.hsdp_shard_size)
     model.to_empty(device=device)
-    initialize(model, config.seed, parallel.put)
+    initialize(model, config.seed, parallel.put, but=restored_names(start, model))
     if objective.frozen is not None:
         objective.frozen.to(device).eval().requires_grad_(False)
     flops = flops_per_token(data.model_config, checkpointing=config.activation_checkpointing)
@@ -282,7 +291,7 @@ def run(configuration: Configuration, to_go_on: str) -> int:
         learner = make_learner(start, machine, data)
         identity = describe(start, machine, data, learner)
         report = open_report(start, machine, data, learner, identity, display)
-        for warning in data.warnings:
+        for warning in [*data.warnings, *world.from_main(launch_warnings)]:
             report.warn(warning)
         evaluate = Evaluator(start, machine, data, learner)
         outcome, stop = "failed", StopRequest(world, can_save=(config.save_interval or 0) >= 0)

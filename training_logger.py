@@ -258,6 +258,7 @@ class TrainingLogger:
         self._resumed_from = resumed_from
         self._file: int | None = None
         self._pending: collections.deque[bytes] = collections.deque(maxlen=PENDING_LINES)
+        self._seen = -math.inf  # when the log was last found where it was made
         self._may_fail = False  # true once the run has started
         self._warned = False
         self._reason = ""  # why lines wait
@@ -336,12 +337,17 @@ class TrainingLogger:
         for tracker in list(self.trackers):
             self._or_without(tracker, tracker.close)
 
-    def lost(self) -> str | None:
-        """A sentence if the log is no longer where it was made, as its folder was deleted or moved away; else None."""
-        if self._file is None:
+    def lost(self, seen_within: float = 0.0) -> str | None:
+        """A sentence if the log is no longer where it was made, as its folder was deleted or moved away; else None.
+
+        A log that was there less than `seen_within` seconds ago is not looked for again: a look costs a network's file system
+        a round trip.
+        """
+        if self._file is None or time.monotonic() - self._seen < seen_within:
             return None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self._file)):
+                self._seen = time.monotonic()
                 return None
         return (
             f"The run log {self.path} is gone: out_dir was deleted or moved while the run was writing to it, so the log and the "

@@ -18,8 +18,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flops_parameter_counting.memory_pieces import DTYPES, Piece, measured_pieces
+from flops_parameter_counting.memory_pieces import Piece, measured_pieces
 from flops_parameter_counting.memory_rules import TWO_MOMENTS, OptimizerRule, ShardingRule
+from model_builder import COMPUTE_DTYPES
 from model_config import ModelConfig
 from model_parts.losses import CHUNK_BYTES
 from model_parts.recomputation import CHECKPOINTING
@@ -153,7 +154,7 @@ def _check(
     problems = [
         f"{name}={value!r} is not known; use one of {', '.join(known)}."
         for name, value, known in (
-            ("dtype", dtype, DTYPES),
+            ("dtype", dtype, COMPUTE_DTYPES),
             ("checkpointing", checkpointing, CHECKPOINTING),
             ("device", device, CHUNK_BYTES),
         )

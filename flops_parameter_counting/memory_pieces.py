@@ -25,13 +25,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model_builder import Transformer, one_of_each_block
+from model_builder import COMPUTE_DTYPES, Transformer, one_of_each_block
 from model_components import Attention, Context
 from model_config import ModelConfig, components
 from model_parts.losses import summed_cross_entropy
 from model_parts.recomputation import recomputed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNKS = 3  # of the loss's logits, are enough to see how many of them are in memory at once
 
 _aten = torch.ops.aten
@@ -84,7 +83,7 @@ def _measured_pieces(
     on_device = _GpuKernels if device == "cuda" else nullcontext
     with FakeTensorMode(), torch.device("cpu"), torch.enable_grad():  # whatever the caller has set
         model = Transformer(one_of_each_block(config))
-        model.compute_dtype = DTYPES[dtype]
+        model.compute_dtype = COMPUTE_DTYPES[dtype]
         if config.attention_backend == "flex" and device == "cuda":
             _as_flash(model)
         positions = torch.arange(context)

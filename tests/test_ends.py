@@ -15,7 +15,7 @@ from conftest import TINY_RUN
 
 import command_line
 import train
-from training import objectives, signals
+from training import objectives, saving, signals
 from training.checkpoint import CheckpointStore, load_model
 from training.precision import SkipCounter, dropout_seed
 from training.processes import World
@@ -164,6 +164,7 @@ def test_an_out_dir_that_was_deleted_ends_the_run_and_its_state_can_be_rescued(
         return original(model, inputs, targets)
 
     monkeypatch.setattr(objectives, "next_token_loss", removing)
+    monkeypatch.setattr(saving, "LOOK_INTERVAL", 0.0)  # a second is many of these steps
     flags = [f"--rescue_dir={tmp_path / 'safe'}"] if rescue else []
     assert run(tiny_dataset, tmp_path / "out", "--max_iters=50", "--eval_interval=0", *flags) == 1
     err = capsys.readouterr().err

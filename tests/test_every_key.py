@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_parameters
-from model_builder import build_model
+from model_builder import COMPUTE_DTYPES, build_model
 from model_config import COMPONENT_KINDS, PRESETS, architecture_keys, components, resolve
 from training.activation_checkpointing import apply_activation_checkpointing
-from training.precision import DTYPES, set_compute_dtype
+from training.precision import set_compute_dtype
 from training.train_config import KEYS, TrainConfig, keys_of_the_model
 
 ARCHITECTURE_KEYS = architecture_keys()
@@ -280,7 +280,7 @@ def test_checkpointing_changes_no_bit_of_loss_or_gradients_with_dropout_on(prese
     for how in ("none", mode):
         model = perturbed(resolve(preset, **TINY, dropout=0.2, layer_pattern="transformer,mlp"))
         names = [name for name, _ in model.named_parameters()]
-        set_compute_dtype(model, DTYPES[dtype])
+        set_compute_dtype(model, COMPUTE_DTYPES[dtype])
         apply_activation_checkpointing(model, how)
         assert [name for name, _ in model.named_parameters()] == names
         results.append(loss_and_gradients(model))

@@ -23,7 +23,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from flops_parameter_counting import memory_pieces
 from flops_parameter_counting.memory import (
     CARD_SIZES_GB,
     HEADROOM_GB,
@@ -34,7 +33,7 @@ from flops_parameter_counting.memory import (
 )
 from flops_parameter_counting.memory_pieces import measured_pieces
 from flops_parameter_counting.parameters import count_active_parameters, count_parameters
-from model_builder import Transformer, build_model
+from model_builder import COMPUTE_DTYPES, Transformer, build_model
 from model_components import FeedForward
 from model_config import COMPONENT_KINDS, PRESETS, components, linear_part, register, resolve, unregister
 from model_parts.recomputation import CHECKPOINTING
@@ -42,7 +41,7 @@ from training.activation_checkpointing import apply_activation_checkpointing
 from training.objectives import next_token_loss
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
 from training.parallelism import STRATEGIES, parallelize
-from training.precision import DTYPES, set_compute_dtype
+from training.precision import set_compute_dtype
 from training.processes import World
 from training.train_config import TrainConfig
 
@@ -70,10 +69,10 @@ def measured_peak(
             model = Transformer(config)
         else:
             model = build_model(config, device="meta")
-        set_compute_dtype(model, DTYPES[dtype])
+        set_compute_dtype(model, COMPUTE_DTYPES[dtype])
         apply_activation_checkpointing(model, checkpointing)
         world = World(0, world_size, 0, world_size)
-        parallel = parallelize(model, parallelism, world, torch.device(device), DTYPES[dtype])
+        parallel = parallelize(model, parallelism, world, torch.device(device), COMPUTE_DTYPES[dtype])
         if parallelism != "none":
             model.to_empty(device=device)
         model.train()
@@ -299,18 +298,18 @@ def test_the_tracker_counts_what_a_sum_by_hand_says():
 
 REAL = """
 import json, resource, sys, torch
-from model_builder import build_model
+from model_builder import COMPUTE_DTYPES, build_model
 from model_config import resolve
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.objectives import next_token_loss
 from training.optimizers import Optimizer, clip_and_check
-from training.precision import DTYPES, set_compute_dtype
+from training.precision import set_compute_dtype
 from training.train_config import TrainConfig
 
 def steps(preset, shape, batch_size, dtype, checkpointing):
     config = resolve(preset, **shape)
     model = build_model(config)
-    set_compute_dtype(model, DTYPES[dtype])
+    set_compute_dtype(model, COMPUTE_DTYPES[dtype])
     apply_activation_checkpointing(model, checkpointing)
     optimizer = Optimizer(model, TrainConfig())
     optimizer.state()
@@ -514,10 +513,6 @@ def test_memory_grows_with_batch_context_and_precision():
     assert total() < total(batch_size=33) < total(batch_size=40)
     assert total(context=128) < total() < total(dtype="float32")
     assert total(optimizer="muon") < total() < total(gradient_accumulation_steps=2)
-
-
-def test_the_constants_are_those_of_training():
-    assert memory_pieces.DTYPES == DTYPES
 
 
 def test_an_estimate_does_not_depend_on_what_the_caller_has_set():

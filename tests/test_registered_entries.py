@@ -22,11 +22,14 @@ from data.token_dataset import TokenDataset
 from flops_parameter_counting.memory import estimate_memory
 from flops_parameter_counting.parameters import count_parameters
 from model_builder import build_model
-from model_config import resolve
+from model_config import register, resolve, unregister
+from training import parallelism
 from training.checkpoint import CheckpointStore, load_model
 from training.data_loader import DataLoader
+from training.objectives import OBJECTIVES
 from training.optimizers import OPTIMIZERS
 from training.parallelism import STRATEGIES
+from training.processes import World
 
 OURS = (*TINY_RUN, "--objective=odd_bytes", "--eval_interval=0")
 
@@ -145,3 +148,35 @@ def test_a_new_strategy_is_known_to_the_memory_model():
 def test_a_name_that_is_taken_is_refused(registry):
     with pytest.raises(ValueError, match="already registered"):
         registry.register(next(iter(registry)), None)
+
+
+def test_an_objective_that_means_something_else_is_refused_on_resume(tmp_path, tiny_dataset, monkeypatch, capsys):
+    """Its fingerprint was saved and not compared: the name alone is the same with another teacher. Issue 10.2."""
+    assert run(tiny_dataset, tmp_path, "--max_iters=2") == 0
+    monkeypatch.setattr(OBJECTIVES["odd_bytes"], "fingerprint", lambda self: "other teacher")
+    capsys.readouterr()
+    assert run(tiny_dataset, tmp_path, "--max_iters=3", "--resume") == 2
+    said = capsys.readouterr().err
+    assert "objective=odd_bytes means something else now" in said and "other teacher" in said and "odd)" in said
+    assert run(tiny_dataset, tmp_path / "new", "--max_iters=1", f"--init_from=weights:{tmp_path}") == 0
+
+
+def test_auto_takes_its_last_strategy_for_a_model_whose_memory_cannot_be_predicted(monkeypatch):
+    """It ended the run: a component whose shapes depend on the numbers runs, but not without numbers."""
+
+    @register("activation", "positive_share", short="Pos")
+    def positive_share(x):
+        """x, scaled by how many of its numbers are positive; nonzero's shape is theirs to decide."""
+        return x * (x.detach().flatten().nonzero().size(0) / x.numel())
+
+    monkeypatch.setattr(parallelism, "memory_of", lambda device, world: 1e12)
+    config = configure(["--ffn_type=standard", "--activation=positive_share", "--n_layer=1", "--vocab_size=99"]).train
+    try:
+        model, rule = config.model_config(), OPTIMIZERS["adamw"].rule
+        name, why = parallelism.choose(config, model, World(0, 2, 0, 2), torch.device("cpu"), "float32", rule)
+        assert name == "lazy" and "parallelism=lazy (auto)" in why and "cannot be predicted" in why
+        plain = configure(["--n_layer=1", "--vocab_size=99"]).train
+        chosen = parallelism.choose(plain, plain.model_config(), World(0, 2, 0, 2), torch.device("cpu"), "float32", rule)
+        assert chosen[0] == "ddp"
+    finally:
+        unregister("activation", "positive_share")

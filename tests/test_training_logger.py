@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -424,3 +426,16 @@ def test_hardware_facts_name_the_cpu_and_its_threads():
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         assert facts["memory_gb"] == pytest.approx(int(meminfo.read_text().split()[1]) * 1024 / 1e9, rel=0.01)
+
+
+def test_a_log_is_looked_for_at_most_once_in_the_time_that_is_given(tmp_path, monkeypatch):
+    """Each step asks whether the log is still there: two round trips to a network's file system, every time."""
+    logger = TrainingLogger(tmp_path / "out")
+    looks, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda *arguments, **options: looks.append(arguments) or stat(*arguments, **options))
+    assert [logger.lost(seen_within=60) for _ in range(100)] == [None] * 100 and len(looks) == 1
+    assert logger.lost() is None and len(looks) == 2
+    shutil.rmtree(tmp_path / "out")
+    assert logger.lost(seen_within=60) is None  # not looked for
+    assert "is gone" in logger.lost()
+    os.close(logger._file)

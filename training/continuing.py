@@ -104,6 +104,20 @@ def _check_same_run(merged: Configuration, saved: dict[str, Any], saved_origins:
     )
 
 
+def check_same_objective(state: dict[str, Any], fingerprint: str, where: str) -> None:
+    """Raise UsageError unless the checkpoint whose state.json is `state` was trained for the objective of this fingerprint.
+
+    Checkpoints of the first versions do not say.
+    """
+    objective = state.get("objective") or {}
+    if objective.get("fingerprint", fingerprint) != fingerprint:
+        raise UsageError(
+            f"objective={objective.get('name')} means something else now than in {where} (its fingerprint is {fingerprint}, the "
+            f"checkpoint has {objective['fingerprint']}): another teacher, or other code. Go on with what it was then, or start "
+            f"a new run from the weights with --init_from=weights:{where}."
+        )
+
+
 def _sequences(saved: dict[str, Any]) -> int:
     """Sequences in the global batch of a saved configuration."""
     if saved.get("total_batch_tokens") is not None:

@@ -19,6 +19,7 @@ reduced in fp32.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -30,11 +31,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from command_line import UsageError
+from command_line import Failure, UsageError
 from flops_parameter_counting.memory_rules import OptimizerRule, ShardingRule
 from model_config import ModelConfig
 from training.processes import World
 from training.registry import STRATEGIES
+from training.tensor_files import as_bytes
 from training.train_config import TrainConfig
 
 T = TypeVar("T")
@@ -89,6 +91,7 @@ class Sharded(Alone):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.model, self.rule, self.world = model, rule, world
+        self.steps = 0  # of this start
         mesh = data_mesh(rule, world, device, shard_size)
         as_stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = as_stored if dtype == torch.float32 else replace(as_stored, param_dtype=dtype)
@@ -109,6 +112,9 @@ class Sharded(Alone):
 
     def accumulate(self, micro_batches: Iterable[T]) -> Iterator[T]:
         """The micro-batches of one step, the model told before each what to do with its gradients."""
+        if self.steps == 1:  # what training changes has changed
+            check_buffers(self.model, self.world)
+        self.steps += 1
         micro_batches = list(micro_batches)
         rule, model = self.rule, self.model
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -133,6 +139,33 @@ class Sharded(Alone):
 
         mesh = parameter.device_mesh
         parameter.copy_(distribute_tensor(values.to(parameter.device), mesh, parameter.placements, src_data_rank=None))
+
+
+def check_buffers(model: nn.Module, world: World) -> None:
+    """Raise Failure, in every process, unless the model's saved buffers are the same in all that train the same parameters.
+
+    Gradients are added up over the processes and buffers are not: one that follows a process's own share of the batch (running
+    statistics) would be another in each, and a checkpoint would keep one of them.
+    """
+    if world.data_size == 1 or not model.saved_buffers():
+        return
+
+    def digests() -> tuple[tuple[int, ...], dict[str, str]]:
+        others = world.other_dimensions()
+        where = tuple(world.mesh.get_local_rank(name) for name in others)
+        buffers = {name: local(buffer).detach().cpu().contiguous() for name, buffer in model.saved_buffers().items()}
+        return where, {name: hashlib.sha256(as_bytes(buffer)).hexdigest() for name, buffer in buffers.items()}
+
+    first: dict[tuple[int, ...], tuple[int, dict[str, str]]] = {}
+    for rank, (where, theirs) in enumerate(world.everywhere(digests)):
+        other, expected = first.setdefault(where, (rank, theirs))
+        for name, digest in theirs.items():
+            if digest != expected[name]:
+                raise Failure(
+                    f"The buffer {name} is not the same in rank {other} and rank {rank}: training changes it by what each "
+                    "process reads, and nothing adds buffers up. Make it the same in all of them (an all_reduce where it is "
+                    "changed), register it with persistent=False, or train in one process."
+                )
 
 
 def register_sharding(name: str, summary: str, rule: ShardingRule, automatic: bool = True) -> None:
@@ -229,7 +262,9 @@ def choose(
     """The strategy that parallelism='auto' means here, and why, in one sentence.
 
     The first of the automatic ones whose predicted peak fits into nine tenths of a process's memory, else the last of
-    them. `model_config` is the model as it will be built, with the dataset's vocabulary; `extra_bytes` is what the objective
+    them; the last one also for a model whose memory cannot be predicted.
+
+    `model_config` is the model as it will be built, with the dataset's vocabulary; `extra_bytes` is what the objective
     needs besides it.
     """
     if world.data_size == 1:
@@ -239,13 +274,10 @@ def choose(
     available = memory_of(device, world)
     sequences = config.sequences_per_iteration(model_config.block_size)
     micro_batches = -(-sequences // (world.data_size * config.batch_size))  # of one process
-    for name, strategy in STRATEGIES.items():
-        if not strategy.automatic:
-            continue
-        last, needed = (
-            name,
-            extra_bytes
-            + estimate_memory(
+    automatic = {name: strategy for name, strategy in STRATEGIES.items() if strategy.automatic}
+    for name, strategy in automatic.items():
+        try:
+            needed = estimate_memory(
                 model_config,
                 batch_size=config.batch_size,
                 dtype=dtype,
@@ -255,14 +287,17 @@ def choose(
                 world_size=world.data_size,
                 device=device.type,
                 gradient_accumulation_steps=micro_batches,
-            ).total,
-        )
+            ).total
+        except ValueError as error:  # a component that cannot be run without numbers
+            last = list(automatic)[-1]
+            return last, f"parallelism={last} (auto), the last of those that auto tries: {error}"
+        needed += extra_bytes
         if needed <= 0.9 * available:
             return name, (
                 f"parallelism={name} (auto): {strategy.summary}; about {needed / 1e9:.1f} of {available / 1e9:.1f} GB a process"
             )
-    return last, (
-        f"parallelism={last} (auto): even so about {needed / 1e9:.1f} GB a process are needed, and there are "
+    return name, (
+        f"parallelism={name} (auto): even so about {needed / 1e9:.1f} GB a process are needed, and there are "
         f"{available / 1e9:.1f}; a smaller --batch_size or --activation_checkpointing=full needs less"
     )
 

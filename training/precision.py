@@ -11,8 +11,6 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Make the model's residual stream, and with it every matrix product, run in `dtype`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from command_line import Failure
+from model_builder import Transformer
 from training.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -22,12 +23,14 @@ from training.checkpoint import (
     set_random_state,
 )
 from training.huggingface_files import load_weights
+from training.parallelism import check_buffers
 from training.progress import Progress
 from training.report import Report
 from training.stages import Data, Learner, Machine, Start
 from training.starting import launch_names
 from training_logger import versions
 
+LOOK_INTERVAL = 1.0  # seconds between two looks whether the folder of the run is still there
 Done = Callable[[Path, float], None]  # called in the loop's thread: (path, seconds that it took)
 
 
@@ -160,6 +163,18 @@ def restore(start: Start, machine: Machine, learner: Learner) -> None:
         load_tensors(origin.path, model_tensors(learner.model), of_its_own, machine.world)
 
 
+def restored_names(start: Start, model: Transformer) -> set[str]:
+    """The parameters and saved buffers that `restore` fills, all of each, so that they need no first values.
+
+    Given weights may lack an objective's heads, and a Hugging Face folder has no buffers.
+    """
+    if start.origin is None:
+        return set()
+    buffers = set() if start.origin.huggingface else set(model.saved_buffers())
+    names = buffers | {name for name, _ in model.named_parameters()}
+    return names if start.resumes else {name for name in names if not name.startswith("objective.")}
+
+
 def describe(start: Start, machine: Machine, data: Data, learner: Learner) -> dict[str, Any]:
     """What stays the same all run long, as checkpoints and run log have it."""
     model, dataset = data.model_config, data.dataset
@@ -178,7 +193,7 @@ def describe(start: Start, machine: Machine, data: Data, learner: Learner) -> di
             name=start.config.dataset, fingerprint=dataset.fingerprint, order=data.loader.order.version, **dataset.facts()
         ),
         versions=versions(),
-        launch=machine.world.from_main(launch_names),
+        launch=launch_names(machine.world),
         source=start.saved.get("source"),
     )
 
@@ -222,7 +237,7 @@ class Checkpoints:
     @property
     def failed(self) -> bool:
         """Whether a save in the background came to nothing, or the folder of the run is gone; `finish` raises why."""
-        return self.saver.failed or self.report.logger.lost() is not None
+        return self.saver.failed or self.report.logger.lost(seen_within=LOOK_INTERVAL) is not None
 
     def due(self, progress: Progress) -> bool:
         """Whether this step ends with a checkpoint: at its interval, or for a new best; not while updates fail."""
@@ -239,6 +254,7 @@ class Checkpoints:
         """
         world = self.machine.world
         with self.report.meter.excluded():
+            check_buffers(self.learner.model, world)
             if not self.started_here and (aside := world.from_main(self.saver.store.set_aside, "moving checkpoints aside")):
                 self.report.warn(f"the checkpoints of another run in {self.config.out_dir} are now in {aside}")
             self.started_here = True

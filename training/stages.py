@@ -15,14 +15,14 @@ import torch
 from data.token_dataset import TokenDataset
 from flops_parameter_counting.flops import FlopsPerToken
 from flops_parameter_counting.hardware import Peak
-from model_builder import Transformer
+from model_builder import COMPUTE_DTYPES, Transformer
 from model_config import ModelConfig
 from training.checkpoint import CheckpointStore
 from training.data_loader import DataLoader
 from training.objectives import Objective
 from training.optimizers import Optimizer
 from training.parallelism import Alone
-from training.precision import DTYPES, LossScale, SkipCounter
+from training.precision import LossScale, SkipCounter
 from training.processes import World
 from training.progress import Progress
 from training.starting import Origin
@@ -63,7 +63,7 @@ class Machine:
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the residual stream and of the matrix products."""
-        return DTYPES[self.dtype]
+        return COMPUTE_DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)

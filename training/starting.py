@@ -41,7 +41,7 @@ def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str
     All processes of `world` call this, and share the checking of a checkpoint's files.
     """
     needed = "model" if config.eval_only else None
-    if (known_by := world.from_main(_restarted)) and (
+    if (known_by := _known_by(launch_names(world), world.from_main(_counted_restarts))) and (
         found := store.newest_intact(warn, needed, world, lambda checkpoint: _is_of_launch(checkpoint, known_by))
     ):
         return Origin(found)
@@ -63,35 +63,88 @@ def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str
     return None
 
 
-def launch_names() -> dict[str, str | None]:
-    """What identifies this launch of the run, over all its restarts: SLURM's job and torchrun's run id, where there are any.
+def launch_names(world: World) -> dict[str, Any]:
+    """What identifies this launch of the run, over all its restarts: SLURM's job, torchrun's run id, and its processes.
 
     torchrun's run id is "none" unless it makes one up (--standalone) or is told one (--rdzv-id); then its process on this
-    machine stands for it.
+    machine stands for it. Machines may be told different things, so it is rank 0's names that all processes use.
     """
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id in ("none", ""):
-        run_id = f"{socket.gethostname()}:{os.getppid()}"
-    return {"slurm_job": os.environ.get("SLURM_JOB_ID"), "torchrun": run_id}
+
+    def names() -> dict[str, Any]:
+        run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+        if run_id in ("none", ""):
+            run_id = f"{socket.gethostname()}:{os.getppid()}"
+        return {"slurm_job": os.environ.get("SLURM_JOB_ID"), "torchrun": run_id}
+
+    return {**world.from_main(names), "agents": sorted(set(world.everywhere(agent)) - {None})}
 
 
-def _restarted() -> dict[str, str]:
-    """The part of `launch_names()` by which a checkpoint of an earlier start can be known; empty if this is no restart.
+def agent() -> str | None:
+    """The torchrun that started this process, by a name that no other process has or had; None where it cannot be known."""
+    if _arguments_of_torchrun() is None:
+        return None
+    try:
+        started = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]  # clock ticks since the boot
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (OSError, IndexError):
+        return None
+    return f"{socket.gethostname()}:{boot}:{os.getppid()}:{started}"
 
-    Machines may count restarts differently, so rank 0's answer is the one that all processes use.
+
+def _arguments_of_torchrun() -> list[str] | None:
+    """The command line of the torchrun that started this process; None where it is another program, or unknown."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:  # not Linux, or hidden
+        return None
+    return words if any(os.path.basename(word) in ("torchrun", "torch.distributed.run") for word in words) else None
+
+
+def launch_warnings() -> list[str]:
+    """What is wrong with how torchrun was started: with a range of machines it ends the run where another machine joins.
+
+    Its first round's store is kept, and a machine that joins looks for the address in another one (seen with torchrun 2.13;
+    `DistStoreError` about MASTER_ADDR), unless every torchrun's environment has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
-    this, counts = launch_names(), {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm_job": "SLURM_RESTART_COUNT"}
-    restarted = [who for who, name in counts.items() if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 0]
-    return {who: this[who] for who in restarted if this[who]}
+    words = _arguments_of_torchrun()
+    if words is None or os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":
+        return []
+    texts = [word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""]) if word.startswith("--nnodes")]
+    least, _, most = (texts[0] if texts else os.environ.get("PET_NNODES", "")).partition(":")
+    if not most or least == most:
+        return []
+    return [
+        f"a machine that joins this run (--nnodes={least}:{most}) would end it: start every torchrun with "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/CLUSTER.md)"
+    ]
 
 
-def _is_of_launch(checkpoint: Path, known_by: dict[str, str]) -> bool:
+def _counted_restarts() -> list[str]:
+    """Whose counts say that this is a restart: 'torchrun', 'slurm_job'. torchrun does not count those for a new machine."""
+    counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm_job": "SLURM_RESTART_COUNT"}
+    return [who for who, name in counts.items() if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 0]
+
+
+def _known_by(launch: dict[str, Any], restarted: list[str]) -> dict[str, Any]:
+    """The part of a launch's names by which a checkpoint of an earlier start can be known; empty if there can be none.
+
+    Whatever a torchrun has started before is an earlier start of the same launch, counted or not.
+    """
+    return {who: name for who, name in launch.items() if name and (who in restarted or who == "agents")}
+
+
+def _is_of_launch(checkpoint: Path, known_by: dict[str, Any]) -> bool:
     """Whether an earlier start of this very launch has written the checkpoint."""
     try:
         theirs = read_state(checkpoint).get("launch")
     except CheckpointError:
         return False
-    return isinstance(theirs, dict) and any(theirs.get(who) == this for who, this in known_by.items())
+    if not isinstance(theirs, dict):
+        return False
+    agents = theirs.get("agents") if isinstance(theirs.get("agents"), list) else []
+    return any(set(agents) & set(this) if who == "agents" else theirs.get(who) == this for who, this in known_by.items())
 
 
 def imported_state(folder: Path) -> dict[str, Any]:

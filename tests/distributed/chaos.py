@@ -4,10 +4,12 @@
     python -m tests.distributed.chaos --kills 10 --strategy fsdp --async --restart torchrun --seed 7
 
 Two processes train with a checkpoint every 5 steps. A kill is `kill -9` of one of them or of both, at a random step or in the
-middle of a save. Those left over go down by themselves; then the run is started again with --init_from=auto, by hand or
+middle of a save. Those left over go down by themselves; then the run is started again with --resume=auto, by hand or
 by torchrun --max-restarts. In the end the weights, optimizer state and random states equal those of a run that nobody
 disturbed, bit for bit; no temporary file is left; the logs, joined, have every step with the loss that it has there, and no
 log has a step twice.
+
+    python -m tests.distributed.chaos --kills 60 --start random         # see chaos_starts.py
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,10 +65,10 @@ def chaos(
         undisturbed = launcher.start(*options, f"--out_dir={whole}")
         if restart == "torchrun":
             assert undisturbed.wait(600) == [0, 0], undisturbed.err
-            done = under_torchrun((*options, f"--out_dir={parts}", "--init_from=auto"), parts, kills, random.Random(seed), say)
+            done = under_torchrun((*options, f"--out_dir={parts}", "--resume=auto"), parts, kills, random.Random(seed), say)
         else:
             done = by_hand(
-                launcher, (*options, f"--out_dir={parts}", "--init_from=auto"), parts, kills, random.Random(seed), patience, say
+                launcher, (*options, f"--out_dir={parts}", "--resume=auto"), parts, kills, random.Random(seed), patience, say
             )
             assert undisturbed.wait(600) == [0, 0], undisturbed.err
     same_tensors(whole, parts)
@@ -208,10 +211,13 @@ def same_logs(whole: Path, parts: Path, length: int) -> None:
     }
 
 
-def joined(out_dir: Path) -> dict[str, dict[int, float]]:
-    """{'step': {step: loss}, 'eval': …} over all logs of a folder in the order of their starts; the last one of a step counts."""
+def joined(out_dir: Path, without: Collection[Path] = ()) -> dict[str, dict[int, float]]:
+    """{'step': {step: loss}, 'eval': …} over all logs of a folder in the order of their starts; the last one of a step counts.
+
+    `without`: logs of other runs.
+    """
     logs = []
-    for file in out_dir.glob("run_*.jsonl"):
+    for file in set(out_dir.glob("run_*.jsonl")) - set(without):
         lines = [json.loads(line) for line in file.read_text().split("\n")[:-1]]  # what a kill cut short has no line break
         if lines:
             assert lines[0]["event"] == "run_start", file
@@ -222,7 +228,7 @@ def joined(out_dir: Path) -> dict[str, dict[int, float]]:
         source = lines[0]["resumed_from"]
         first = source["step"] + 1 if source else 1
         assert steps == list(range(first, first + len(steps))), f"{file} has a gap, or a step twice: {steps}"
-        assert source is None or source["step"] in found["step"], f"{file} goes on from a step that no log before it has"
+        assert first == 1 or source["step"] in found["step"], f"{file} goes on from a step that no log before it has"
         for line in lines:
             if line["event"] in found:
                 found[line["event"]][line["step"]] = line["loss" if line["event"] == "step" else "val_loss"]
@@ -237,6 +243,12 @@ def main() -> int:
     parser.add_argument("--strategy", default="zero1", choices=("ddp", "zero1", "zero2", "fsdp"))
     parser.add_argument("--async", action="store_true", dest="asynchronous", help="save in the background")
     parser.add_argument("--restart", default="both", choices=("hand", "torchrun", "both"), help="both: half of the kills each")
+    parser.add_argument(
+        "--start",
+        default="auto",
+        choices=("auto", "random"),
+        help="random: begin in every way, over an older run, under another strategy and in another number of processes each time",
+    )
     given = parser.parse_args()
     from data.preparation import prepare
 
@@ -247,6 +259,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(argparse.__file__).read_text(encoding="utf-8")[:67_000]
         prepare(lambda: iter([("argparse.py", text)]), Path(folder) / "data", tokenizer="byte")
+        if given.start == "random":
+            from tests.distributed.chaos_starts import all_starts
+
+            return all_starts(Path(folder), given.kills, given.seed)
         for restart, kills in by:
             print(
                 f"restarted by {restart}: {kills} kills, strategy {given.strategy}, seed {given.seed}"

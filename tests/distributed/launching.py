@@ -242,19 +242,18 @@ def agent(folder: str, arguments: list[str], size: int, inject: str) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LONGEST))
 
     def end(*_) -> None:
-        for pid in pids:
+        for pid in running:
             os.kill(pid, signal.SIGKILL)
         os._exit(0)
 
+    running = {pid: rank for rank, pid in enumerate(pids)}
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGALRM, end)
     signal.alarm(int(LONGEST))
     write(Path(folder) / "pids", json.dumps(pids))
-    running = {pid: rank for rank, pid in enumerate(pids)}
     while running:
         pid, status = os.wait()
-        write(Path(folder) / f"code.{running[pid]}", str(os.waitstatus_to_exitcode(status)))
-        del running[pid]
+        write(Path(folder) / f"code.{running.pop(pid)}", str(os.waitstatus_to_exitcode(status)))
     del store
     os._exit(0)
 
