@@ -65,7 +65,7 @@ def test_forward_and_backward_are_pytorchs_count_but_for_what_a_window_hides(kin
     assert backward == 2 * T * (sum(row.backward for row in rows) + 2 * beyond_windows(config))
 
 
-@pytest.mark.parametrize("preset", map(crossed, PRESETS))
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -121,7 +121,7 @@ def test_every_component_costs_what_its_own_module_does(preset, overrides):
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("context", [1, 7, T, 300])
-@pytest.mark.parametrize("preset", map(crossed, PRESETS))
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 def test_the_parts_add_up_to_the_three_figures_and_to_n(preset, context, checkpointing):
     config = resolve(preset, **TINY)
     rows, flops = breakdown(config, context, checkpointing), flops_per_token(config, context, checkpointing)

@@ -391,7 +391,7 @@ def test_flash_attention_on_a_gpu_keeps_no_scores_and_what_cannot_use_it_says_so
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("preset", map(crossed, PRESETS))
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 def test_every_preset_is_predicted_on_a_gpu_and_checkpointing_saves_memory(preset, checkpointing):
     config = resolve(preset, n_layer=4, n_embd=128, n_head=4, head_dim=32, block_size=128, vocab_size=512)
     modes = CHECKPOINTING[: CHECKPOINTING.index(checkpointing) + 1]
