@@ -117,6 +117,7 @@ LONG = (
     "test_readme.py",
     "test_registered_entries.py",
     "test_restarts.py",
+    "test_restoring.py",
     "test_resume.py",
     "test_sample.py",
     "test_saving.py",

@@ -4,13 +4,14 @@
 
 A story is one run: it begins from scratch, with a checkpoint's or a Hugging Face folder's weights, or goes on with what an
 older start left (`resume` yes, or auto with and without something there). Where it does not go on, an older run's
-checkpoints are in its out_dir. Each of its lives has 1, 2 or 4 processes and another strategy, and ends with `kill -9` of
-some of them: after so many steps, at any point where it changes a file, while it loads, or while it puts the older run's
-checkpoints aside. Then it is started again with the same command, as torchrun or SLURM restart it, or by hand.
+checkpoints are in its out_dir. Each of its lives has 1, 2 or 4 processes and another strategy, saves while training waits
+or in the background, and ends with `kill -9` of some of them: after so many steps, at any point where it changes a file,
+while it loads, or while it puts the older run's checkpoints aside. Then it is started again with the same command, as
+torchrun or SLURM restart it, or by hand.
 
-In the end the weights and all losses are those of an undisturbed run on one process, but for the order of sums; each life
-began with the last checkpoint that was published before it, or, without one, as configured; the older run's checkpoints
-are whole and in one place; nothing temporary is left.
+In the end the weights, the optimizer's moments and all losses are those of an undisturbed run on one process, but for the
+order of sums; each life began with the last checkpoint that was published before it, or, without one, as configured; the
+older run's checkpoints are whole and in one place; nothing temporary is left.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Life:
     victims: tuple[int, ...]
     moment: str  # 'step', 'file', 'load', 'aside'
     number: int  # of steps, changes of files or files read before it is killed
+    asynchronous: bool  # whether it saves in the background
 
     def inject(self, out_dir: Path, loaded: Path) -> str:
         """What its processes run first."""
@@ -101,15 +103,16 @@ def a_life(chance: random.Random, moments: tuple[str, ...]) -> Life:
     if moment == "aside" or (moment == "file" and chance.random() < 0.8):
         victims = (0,)  # who does it
     number = {"step": LONGEST_LIFE, "file": 60, "load": 12, "aside": 3}[moment]
-    return Life(size, strategy, victims, moment, chance.randint(0 if moment == "step" else 1, number))
+    number = chance.randint(0 if moment == "step" else 1, number)
+    return Life(size, strategy, victims, moment, number, chance.random() < 0.3)
 
 
 def story(
     launcher: Launcher, folder: Path, dataset: Path, start: str, kills: int, chance: random.Random, patience: float, say
 ) -> Counter:
     """One run that begins in this way and is killed so often; AssertionError where something is not as it has to be."""
-    run = [*OPTIONS, f"--dataset={dataset}", f"--max_iters={kills * STEPS_A_KILL + OLDER_STEPS + 4}"]
     length = kills * STEPS_A_KILL + OLDER_STEPS + 4
+    run = [*OPTIONS, f"--dataset={dataset}", f"--max_iters={length}"]
     whole, parts, source = folder / "whole", folder / "parts", folder / "parts" / "checkpoints"
     goes_on = start in ("yes", "auto")
     if start in ("weights", "hf"):
@@ -130,19 +133,20 @@ def story(
     say(f"{start}, restarted by {how}, {kills} kills")
 
     def begin(life: Life | None, number: int) -> tuple[Group, int]:
-        """Start it, and see that it begins with what was published last; returns it and the step that it has."""
+        """Start it; returns it, and the step that it has to begin with: what was published last."""
         expected = published(parts, older=bool(before) and not (parts / "checkpoints.previous").exists())
         size, strategy = (life.size, life.strategy) if life else chance.choice(WORLDS)
         loaded = parts / "checkpoints" if expected or start not in ("weights", "hf") else source
         inject = impatient + environment(how, number) + (life.inject(parts, loaded) if life else "")
-        return launcher.start(*command, f"--parallelism={strategy}", size=size, inject=inject), expected
+        how_it_saves = f"--async_checkpoint={bool(life and life.asynchronous)}"
+        return launcher.start(*command, f"--parallelism={strategy}", how_it_saves, size=size, inject=inject), expected
 
     for number in range(kills):
         moments = ("step", "file", "file", "load")
         aside_is_due = bool(before) and not (parts / "checkpoints.previous").exists()
         life = a_life(chance, ("aside",) if aside_is_due else moments)
-        group, expected = begin(life, number)
         logs = set(parts.glob("run_*.jsonl"))
+        group, expected = begin(life, number)
         wait_for(
             lambda: group.codes or group.out.count("\nstep ") > (life.number if life.moment == "step" else LONGEST_LIFE),
             120,
@@ -162,10 +166,14 @@ def story(
         where = f"at {life.moment} {life.number}" if by_itself else "after a step"
         done.update({"kills": 1, f"at {life.moment}" if by_itself else "after a step": 1, "before its first step": steps == 0})
         done[f"of {life.size} processes"] += 1
+        done["saving in the background"] += life.asynchronous
         began = "nowhere yet" if began is None else f"from step {began}"
-        say(f"  kill {number + 1}: rank {killed} of {life.size} ({life.strategy}) {where}; it went {began}, {steps} steps")
+        group_in_words = f"{life.size} ({life.strategy}{', async' * life.asynchronous})"
+        say(f"  kill {number + 1}: rank {killed} of {group_in_words} {where}; it went {began}, {steps} steps")
+    logs = set(parts.glob("run_*.jsonl"))
     group, expected = begin(None, kills)
     assert not any(group.wait(300)), group.err
+    assert where_it_began(set(parts.glob("run_*.jsonl")) - logs) == expected, group.out
     say(f"  left alone it went from step {expected} to its end")
     same_figures(whole, parts, length, older)
     say(f"  differs from the undisturbed run by at most {same_model(whole, parts):.1e} of what its last steps changed")
@@ -275,17 +283,22 @@ def tensors_of(folder: Path) -> dict:
 
 
 def random_starts(
-    folder: Path, dataset: Path, kills: int, seed: int = 0, patience: float = 2.0, starts: tuple[str, ...] = STARTS, say=print
+    launcher: Launcher,
+    folder: Path,
+    dataset: Path,
+    kills: int,
+    seed: int = 0,
+    patience: float = 2.0,
+    starts: tuple[str, ...] = STARTS,
+    say=print,
 ) -> Counter:
-    """Stories of all starts in turn, about ten kills each at most; AssertionError where one is not as it has to be."""
+    """A story of each start, in a random order, with so many kills in all; AssertionError where one is not as it has to be."""
     chance, done, left = random.Random(seed), Counter(), kills
     count = max(1, min(len(starts), kills))
-    order = chance.sample(starts, count)
-    with Launcher() as launcher:
-        for number, start in enumerate(order):
-            of_this = left // (count - number)
-            left -= of_this
-            done += story(launcher, folder / str(number), dataset, start, of_this, chance, patience, say)
+    for number, start in enumerate(chance.sample(starts, count)):
+        of_this = left // (count - number)
+        left -= of_this
+        done += story(launcher, folder / str(number), dataset, start, of_this, chance, patience, say)
     return done
 
 
@@ -293,7 +306,8 @@ def all_starts(folder: Path, kills: int, seed: int) -> int:
     """The command; 1 if something was not as it has to be."""
     started = time.monotonic()
     try:
-        done = random_starts(folder, folder / "data", kills, seed, say=lambda text: print(text, flush=True))
+        with Launcher() as launcher:
+            done = random_starts(launcher, folder, folder / "data", kills, seed, say=lambda text: print(text, flush=True))
     except AssertionError as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
