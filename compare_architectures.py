@@ -21,6 +21,7 @@ from comparison.groups import METRICS, Comparison, Group, NotComparable, compare
 from comparison.pictures import write_html, write_plot
 from comparison.report import SORT_KEYS, table, write_csv, write_json, write_markdown
 from comparison.runs import RunSummary, load_runs
+from comparison.scores import scores_table
 
 __all__ = [
     "Comparison",
@@ -99,6 +100,8 @@ def run(options: argparse.Namespace) -> None:
     groups = group_runs(runs, [key for key in options.group_by.split(",") if key])
     comparison = compare(groups, options.baseline, metric=options.metric, force=options.force)
     print(table(comparison, options.sort))
+    if scores := scores_table(runs):
+        print(f"\n{scores}")
     for name, (write, _) in WRITERS.items():
         if path := getattr(options, name):
             write(comparison, path)

@@ -17,6 +17,7 @@ LAYERS = (
     (
         "train",
         "sample",
+        "score",
         "convert",
         "ablate",
         "compare_architectures",
