@@ -6,7 +6,7 @@
     python compare_architectures.py out/ablation --baseline=out/ablation/gpt2 --html report.html --plot loss.png
 
 Runs that differ only in seeds are repetitions: they become one row with mean and standard deviation, and rows are
-compared by a paired t test over matching seeds (Welch's where they do not match), adjusted by Holm for the number of
+compared by a paired t test over matching seeds, from 5 on (by Welch's otherwise), adjusted by Holm for the number of
 comparisons. Runs that do not compare (other data, tokens or validation set, unfinished) are refused; --force flags
 them. A killed run is read from its .jsonl, a resumed one with what it continued.
 """
