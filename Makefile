@@ -2,8 +2,9 @@
 # make check          while you work: lint, and the tests that take milliseconds each
 # make test           the tests
 # make test-slow      the tests that take minutes each, or come in hundreds
-# make test-versions  the tests under the oldest and the newest Python, the oldest PyTorch and the oldest transformers that are
-#                     supported, in an environment (.venv-…) each: several GB, and make test four times
+# make test-versions  the tests of make check under the oldest and the newest Python, the oldest PyTorch and the oldest
+#                     transformers that are supported, each in an environment of its own (.venv-…, several GB); under the
+#                     oldest PyTorch also training and several processes, under the oldest transformers also conversion
 # make lint           ruff: lint, and whether everything is formatted
 # make clean          removes the environments and caches; runs (out/) and datasets stay
 #
@@ -60,12 +61,16 @@ PYTHON_OF_python-oldest := $(PYTHON_OLDEST)
 PYTHON_OF_python-newest := $(PYTHON_NEWEST)
 OTHER_torch-oldest = s/^torch==[^ ]*/torch==$(shell sed -n 's/^ *"torch>=\([^"]*\)".*/\1/p' pyproject.toml)/
 OTHER_transformers-oldest := s/^transformers>=/transformers==/
+# … and what of `make test` runs there as well.
+ALSO_torch-oldest := tests/distributed tests/test_resume.py tests/test_train.py tests/test_saving.py
+ALSO_transformers-oldest := tests/test_huggingface.py tests/test_huggingface_foreign.py tests/test_huggingface_random.py
 
 test-versions:
 	$(MAKE) --keep-going $(VERSIONS:%=test-%)
 
 $(VERSIONS:%=test-%): test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest -q $(SIDE_BY_SIDE) tests
+	.venv-$*/bin/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and not long" tests
+	$(if $(ALSO_$*),.venv-$*/bin/python -m pytest -q $(SIDE_BY_SIDE) $(ALSO_$*))
 
 $(VERSIONS:%=.venv-%/.installed): .venv-%/.installed: requirements.txt pyproject.toml
 	$(or $(PYTHON_OF_$*),$(PYTHON)) -m venv .venv-$*

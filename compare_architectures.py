@@ -6,7 +6,7 @@
     python compare_architectures.py out/ablation --baseline=out/ablation/gpt2 --html report.html --plot loss.png
 
 Runs that differ only in seeds are repetitions: they become one row with mean and standard deviation, and rows are
-compared by a paired t test over matching seeds (Welch's where they do not match), adjusted by Holm for the number of
+compared by a paired t test over matching seeds, from 5 on (by Welch's otherwise), adjusted by Holm for the number of
 comparisons. Runs that do not compare (other data, tokens or validation set, unfinished) are refused; --force flags
 them. A killed run is read from its .jsonl, a resumed one with what it continued.
 """
@@ -21,6 +21,7 @@ from comparison.groups import METRICS, Comparison, Group, NotComparable, compare
 from comparison.pictures import write_html, write_plot
 from comparison.report import SORT_KEYS, table, write_csv, write_json, write_markdown
 from comparison.runs import RunSummary, load_runs
+from comparison.scores import scores_table
 
 __all__ = [
     "Comparison",
@@ -99,6 +100,8 @@ def run(options: argparse.Namespace) -> None:
     groups = group_runs(runs, [key for key in options.group_by.split(",") if key])
     comparison = compare(groups, options.baseline, metric=options.metric, force=options.force)
     print(table(comparison, options.sort))
+    if scores := scores_table(runs):
+        print(f"\n{scores}")
     for name, (write, _) in WRITERS.items():
         if path := getattr(options, name):
             write(comparison, path)

@@ -94,7 +94,7 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     from model_config import ModelConfig
     from training.checkpoint import find_checkpoint, load_tensors, read_state, tokenizer_files
     from training.huggingface import config_to_hf, tensor_rules
-    from training.huggingface_families import ConversionError
+    from training.huggingface_parts import ConversionError
 
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty; choose a new folder.")
@@ -183,7 +183,7 @@ def push(folder: Path, name: str, public: bool) -> None:
 
     Raises ConversionError with the reason if that fails, and where the repository is there and public without being asked.
     """
-    from training.huggingface_families import ConversionError
+    from training.huggingface_parts import ConversionError
 
     try:
         from huggingface_hub import HfApi

@@ -50,20 +50,23 @@ class Transformer(nn.Module):
         attentions = [module for module in self.blocks.modules() if isinstance(module, Attention)]
         self.windows = tuple(dict.fromkeys(attention.window for attention in attentions))  # each needs a mask
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, last_only: bool = False, documents: Tensor | None = None
+    ) -> Tensor:
         """Token ids (B, T) → logits (B, T, vocab_size) in the compute dtype; padded rows are cut off.
 
         With a cache, the tokens continue those whose keys it holds. `last_only` gives the logits of the last position
-        alone, (B, 1, vocab_size). Raises ValueError beyond block_size.
+        alone, (B, 1, vocab_size). `documents` (B, T), rising: tokens with the same number are a document, whose logits are
+        those of the document alone. Raises ValueError beyond block_size, and for documents with a cache.
         """
-        x, context = self.front(tokens, cache)
+        x, context = self.front(tokens, cache, documents)
         for block in self.blocks:
             x = block(x, context)
         if cache is not None:
             cache.length += tokens.size(1)
         return self.tail(x, last_only)
 
-    def front(self, tokens: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Context]:
+    def front(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> tuple[Tensor, Context]:
         """What comes before the blocks: token ids (B, T) → the residual stream (B, T, D) and what the blocks share.
 
         Raises ValueError where tokens and cache together are longer than block_size.
@@ -72,20 +75,27 @@ class Transformer(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"a sequence of {start + T} tokens is longer than block_size={self.config.block_size}.")
         positions = torch.arange(start, start + T, device=tokens.device)
+        if documents is not None:
+            if cache is not None:
+                raise ValueError("documents packed into a sequence cannot go on from a cache.")
+            positions = positions_in(documents)
         x = self.embed(tokens, positions)
-        return x, self.context(positions, x.dtype, cache)
+        return x, self.context(positions, x.dtype, cache, documents)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token ids (B, T) at positions (T,) → the residual stream before the first block, (B, T, D) in the compute dtype."""
+        """Token ids (B, T) at positions (T,) or (B, T) → the residual stream before the first block, (B, T, D) in the compute
+        dtype."""
         x = self.embedding(tokens)
         x = x.to(self.compute_dtype or x.dtype)
         if self.config.embedding_scale:
             x = x * self.config.n_embd**0.5
         return self.dropout(self.embedding_norm(self.position.embed(x, positions)))
 
-    def context(self, positions: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Context:
-        """What the blocks share at these positions (T,), the masks of all their windows included."""
-        context = Context(self.config, self.position, positions, dtype, cache)
+    def context(
+        self, positions: Tensor, dtype: torch.dtype, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Context:
+        """What the blocks share at these positions (T,) or (B, T), the masks of all their windows included."""
+        context = Context(self.config, self.position, positions, dtype, cache, documents)
         for window in self.windows:  # here, so that a compiled block finds its mask made
             context.mask(window)
         return context
@@ -229,6 +239,14 @@ class Transformer(nn.Module):
         """Prompt (B, T) → prompt and continuation (B, T + new). Options as for `stream`."""
         new = list(self.stream(tokens, max_new_tokens, **options))
         return torch.cat((tokens, torch.stack(new, dim=1)), dim=1) if new else tokens
+
+
+def positions_in(documents: Tensor) -> Tensor:
+    """Numbers of documents (B, T), rising along T → how far each token stands from the start of its document, (B, T)."""
+    places = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
 
 
 def sample_next(

@@ -18,8 +18,9 @@ import torch
 
 from command_line import Failure, choose_device, guarded
 from configurator import ConfigError, Configuration, configure, print_config, print_help, switches_in
+from data.mixture import dataset_names, open_dataset, portable_spec
 from data.preparation import ensure_prepared
-from data.token_dataset import DATA_DIR, DatasetError, TokenDataset
+from data.token_dataset import DatasetError
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.hardware import best_dtype, device_peak
 from model_builder import build_model, initialize
@@ -27,7 +28,7 @@ from model_components import auxiliary_losses
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeights, read_state
 from training.continuing import check_same_objective, go_on, take_model
-from training.data_loader import DataLoader, WindowOrder
+from training.data_loader import DataLoader, WindowOrder, document_end, repetitions
 from training.evaluation import Evaluator
 from training.objectives import OBJECTIVES, Objective, Tally
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
@@ -114,8 +115,14 @@ def prepare_machine(start: Start, world: World, device: torch.device) -> Machine
 def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     """The dataset and its reader: what is read next depends on (data_seed, sequences read) and nothing else."""
     config, world = start.config, machine.world
-    world.everywhere(lambda: ensure_prepared(config.dataset) if world.local_rank == 0 else None, "preparing the dataset")
-    dataset = TokenDataset.open(config.dataset, vocab_size=config.vocab_size)
+    names = dataset_names(config.dataset) if world.local_rank == 0 else ()
+    world.everywhere(lambda: [ensure_prepared(name) for name in names] and None, "preparing the dataset")
+    dataset = open_dataset(
+        config.dataset,
+        vocab_size=config.vocab_size,
+        max_train_tokens=config.max_train_tokens,
+        schedule=config.mixture_schedule,
+    )
     world.check_same("dataset", dict(dataset=dataset.fingerprint))
     if start.resumes and start.saved["dataset"]["fingerprint"] != dataset.fingerprint:
         raise Failure(
@@ -131,26 +138,29 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
             f"{sequences} sequences an iteration (batch_size × gradient_accumulation_steps) cannot be "
             f"shared equally by {world.data_size} processes. Use a multiple of {world.data_size}."
         )
-    if len(dataset.split("val")) < 2:
-        raise DatasetError(
-            f"The validation split of {dataset.folder} has {len(dataset.split('val'))} tokens, too few to "
-            "validate on; prepare the dataset with a larger --val_fraction or more text."
-        )
+    for part in dataset.parts:
+        if len(part.split("val")) < 2:
+            raise DatasetError(
+                f"The validation split of {part.folder} has {len(part.split('val'))} tokens, too few to "
+                "validate on; prepare the dataset with a larger --val_fraction or more text."
+            )
+    eos_id = document_end(config, dataset)
     loader = DataLoader(
-        dataset.split("train"),
+        [part.split("train") for part in dataset.parts],
         model_config.block_size,
         config.data_seed,
         vocab_size=model_config.vocab_size,
         rank=world.data_rank,
         world_size=world.data_size,
         order_version=start.saved["dataset"].get("order", 1) if start.resumes else WindowOrder.VERSION,
+        phases=[(-(-tokens // model_config.block_size), shares) for tokens, shares in dataset.phases],
+        eos_id=eos_id,
     )
     resources.callback(loader.close)
     done = start.progress
     length = run_length(config, model_config.block_size, loader.order.sequences_per_epoch, done.step, done.sequences)
-    inside = dataset.folder.resolve().is_relative_to(DATA_DIR)
-    name = config.dataset if inside else str(dataset.folder.resolve())  # a path from wherever the run is resumed
-    return Data(dataset, name, loader, model_config, sequences, length, warnings)
+    warnings += repetitions(dataset, loader, done.sequences + max(0, length - done.step) * sequences)
+    return Data(dataset, portable_spec(dataset, config.dataset), loader, model_config, sequences, length, warnings)
 
 
 def choose_strategy(start: Start, machine: Machine, data: Data, objective: Objective) -> tuple[str, str]:

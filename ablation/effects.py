@@ -1,20 +1,20 @@
-"""What each factor of a grid does: averaged over the rest of the grid, with the error bars that paired seeds give."""
+"""What each factor of a grid does: contrasts of its variants' means, to be tested together with all other comparisons."""
 
 from __future__ import annotations
 
 import itertools
-import statistics
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ablation.planning import StudyPlan
 from ablation.variants import readable
 from comparison.groups import METRICS, Difference
-from comparison.inference import Verdict, adjust, compare_means
+from comparison.inference import Verdict, contrast
 from comparison.report import p_text, percent, sentence
 
-Values = Mapping[tuple, float]  # seeds → a figure
+Weights = Mapping[str, float]  # variant's name → its weight in a contrast
 
 
 @dataclass(frozen=True)
@@ -31,84 +31,95 @@ class Factor:
         return f"{self.key}={readable(self.other)}"
 
 
-def effects_in_words(plan: StudyPlan, values: Mapping[str, Values], metric: str) -> list[str]:
-    """Sentences: each factor's effect; of each two, which does more; and whether one's effect depends on the other.
+@dataclass(frozen=True)
+class Effect:
+    """One question to a grid. `test`: the contrast that answers it, not adjusted; `say`: the adjusted one → a sentence."""
 
-    `values`: of each variant by name. The effect of a value is the difference of two means over the rest of the grid,
-    one with it and one with the factor's first value, seed by seed. All tests are adjusted together (Holm). Empty for
-    anything but a grid of several keys.
+    test: Verdict
+    say: Callable[[Verdict], str]
+
+
+def grid_effects(
+    plan: StudyPlan, values: Mapping[str, Mapping[tuple, float]], metric: str, lost: Mapping[str, str]
+) -> tuple[list[Effect], list[str]]:
+    """(effects, notes): each factor's effect; of each two, which does more; and whether one's effect depends on the other.
+
+    values: variant's name → figures by seed. lost: variant's name → which of its runs failed, in words. The effect of a
+    value is the difference of two means over the rest of the grid, one with it and one with the factor's first value. No
+    effects for anything but a grid of several keys, or where a combination has no run.
     """
     if not plan.grid or len(plan.levels) < 2:
-        return []
+        return [], []
     missing = [variant.name for variant in plan.variants if not values.get(variant.name)]
-    seeds = [] if missing else sorted(set.intersection(*(set(values[variant.name]) for variant in plan.variants)))
-    if not seeds:
-        return [
-            "The factors' effects need every combination of the grid with a common seed"
-            + (f"; not finished: {'; '.join(missing)}." if missing else ".")
-        ]
+    if missing:
+        return [], [f"The factors' effects need every combination of the grid; not finished: {'; '.join(missing)}."]
+    withheld = "; ".join(f"{name}, {how}" for name, how in lost.items() if how)
 
-    def effect(factor: Factor, **where: Any) -> Values:
-        """By how much the factor's other value is above its first one, averaged over the variants that are so."""
+    def test(weights: Weights) -> Verdict:
+        return contrast([(weight, values[name]) for name, weight in weights.items() if weight])
 
-        def mean(level: Any) -> Values:
-            names = [
-                variant.name
-                for variant in plan.variants
-                if all(variant.choice[key] == value for key, value in {**where, factor.key: level}.items())
-            ]
-            return {seed: statistics.fmean(values[name][seed] for name in names) for seed in seeds}
-
-        before, after = mean(factor.first), mean(factor.other)
-        return {seed: after[seed] - before[seed] for seed in seeds}
-
-    zero = dict.fromkeys(seeds, 0.0)
     factors = [Factor(key, levels[0], other) for key, levels in plan.levels.items() for other in levels[1:]]
     pairs = [(one, two) for one, two in itertools.combinations(factors, 2) if one.key != two.key]
-    inside = [(effect(one, **{two.key: two.first}), effect(one, **{two.key: two.other})) for one, two in pairs]
-    tests = adjust(
-        [compare_means(zero, effect(factor)) for factor in factors]
-        + [compare_means(effect(one), effect(two)) for one, two in pairs]
-        + [compare_means(*sides) for sides in inside]
-    )
-    alone, between, depending = (tests[: len(factors)], tests[len(factors) : -len(pairs)], tests[-len(pairs) :])
-    size = {factor: f"{test.difference:+.4f}" for factor, test in zip(factors, alone)}
-    said = []
-    for factor, test in zip(factors, alone):
+    alone = {factor: _weights(plan, factor) for factor in factors}
+    size = {factor: f"{test(weights).difference:+.4f}" for factor, weights in alone.items()}
+    effects = []
+    for factor, weights in alone.items():
         others = ", ".join(key for key in plan.levels if key != factor.key)
         first = f"{factor.key}={readable(factor.first)}"
-        said.append(f"averaged over {others}: {sentence(Difference(first, factor.name, test), metric)}")
-    for (one, two), test in zip(pairs, between):
-        more, less = (one, two) if test.difference > 0 else (two, one)
-        said.append(
-            _judged(
-                f"{more.name} ({size[more]}) does more for the {METRICS[metric]} than {less.name} ({size[less]})",
-                f"between {one.name} ({size[one]}) and {two.name} ({size[two]})",
-                test,
-            )
+
+        def say(found: Verdict, others=others, first=first, name=factor.name) -> str:
+            return f"averaged over {others}: {sentence(Difference(first, name, found, withheld=withheld), metric)}"
+
+        effects.append(Effect(test(weights), say))
+    for one, two in pairs:
+
+        def say(found: Verdict, one=one, two=two) -> str:
+            more, less = (one, two) if found.difference < 0 else (two, one)
+            claim = f"{more.name} ({size[more]}) does more for the {METRICS[metric]} than {less.name} ({size[less]})"
+            return _judged(claim, f"between {one.name} ({size[one]}) and {two.name} ({size[two]})", found, withheld)
+
+        effects.append(Effect(test(_minus(alone[one], alone[two])), say))
+    for one, two in pairs:
+        sides = [_weights(plan, one, **{two.key: level}) for level in (two.first, two.other)]
+        where = " and ".join(
+            f"{test(side).difference:+.4f} with {two.key}={readable(level)}" for side, level in zip(sides, (two.first, two.other))
         )
-    for (one, two), sides, test in zip(pairs, inside, depending):
-        where = [
-            f"{statistics.fmean(side.values()):+.4f} with {two.key}={readable(level)}"
-            for side, level in zip(sides, (two.first, two.other))
-        ]
-        said.append(
-            _judged(
-                f"what {one.name} does depends on {two.key}: {' and '.join(where)}",
-                f"in what {one.name} does: {' and '.join(where)}",
-                test,
-            )
-        )
-    return said
+
+        def say(found: Verdict, one=one, two=two, where=where) -> str:
+            claim = f"what {one.name} does depends on {two.key}: {where}"
+            return _judged(claim, f"in what {one.name} does: {where}", found, withheld)
+
+        effects.append(Effect(test(_minus(sides[1], sides[0])), say))
+    return effects, []
 
 
-def _judged(claim: str, between: str, test: Verdict) -> str:
-    """The claim with its error bars, or that no difference is shown."""
+def _weights(plan: StudyPlan, factor: Factor, **where: Any) -> Weights:
+    """The contrast 'mean of the variants with the factor's other value − mean of those with its first one'.
+
+    where: keys and values to which the variants are restricted.
+    """
+    weights: dict[str, float] = defaultdict(float)
+    for level, sign in ((factor.first, -1), (factor.other, 1)):
+        wanted = {**where, factor.key: level}
+        names = [v.name for v in plan.variants if all(v.choice[key] == value for key, value in wanted.items())]
+        for name in names:
+            weights[name] += sign / len(names)
+    return weights
+
+
+def _minus(one: Weights, other: Weights) -> Weights:
+    return {name: one.get(name, 0.0) - other.get(name, 0.0) for name in {**one, **other}}
+
+
+def _judged(claim: str, between: str, test: Verdict, withheld: str) -> str:
+    """The claim with its error bars, or that no difference is shown, or why nothing is claimed."""
     if test.p_holm is None:
-        return f"nothing can be said with one seed of a difference {between}."
-    made = f"{percent(test.level)} interval {{}} to {{}}; {test.method} over {test.n[0]} seeds, {p_text(test.p_holm)}"
-    if not test.shown:
+        reason = "one seed" if test.untested == "seeds" else "figures that do not vary from seed to seed"
+        return f"nothing can be said with {reason} of a difference {between}."
+    made = f"{percent(test.level)} interval {{}} to {{}}; {test.method} over {test.seeds}, {p_text(test.p_holm)}"
+    if not test.shown or withheld:
         interval = made.format(f"{test.low:+.4f}", f"{test.high:+.4f}")
-        return f"no difference shown {between}, difference {test.difference:+.4f} ({interval})."
+        why = f"nothing is claimed of a difference {between}, as runs failed ({withheld})" if test.shown else ""
+        return f"{why or f'no difference shown {between}'}, difference {test.difference:+.4f} ({interval})."
     least, most = sorted((abs(test.low), abs(test.high)))
     return f"{claim}, difference {abs(test.difference):.4f} ({made.format(f'{least:.4f}', f'{most:.4f}')})."

@@ -87,18 +87,18 @@ class Study:
     def __init__(self, plan: StudyPlan):
         """Looks at what is there already. Raises UsageError where a folder holds something else."""
         self.plan, self.display, self.stopped = plan, Display(), 0
-        varied = list(plan.levels)
+        varied = [*plan.levels, *plan.crossed]
         self.jobs = [
             Job(
-                variant,
+                setting,
                 seeds,
-                plan.folder(variant, seeds),
-                plan.arguments(variant, seeds),
-                variant.experiment(varied) | dict(zip(("seed", "data_seed"), seeds)),
+                plan.folder(setting, seeds),
+                plan.arguments(setting, seeds),
+                setting.experiment(varied) | dict(zip(("seed", "data_seed"), seeds)),
             )
-            for seeds in plan.seeds
-            for variant in plan.variants
-        ]  # seed by seed: soon something to compare
+            for seeds in plan.seeds  # seed by seed: soon something to compare
+            for setting in plan.trained
+        ]
         problems = [problem for job in self.jobs if (problem := job.look())]
         if problems:
             raise UsageError("\n".join(problems))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import model_components  # noqa: F401  registers what a model can be made of
 from ablation.sizes import MEASURES, SAYS, TOLERANCE, deviation, matched
-from ablation.variants import Variant, make_variant
+from ablation.variants import Variant, folder_name, make_variant, readable
 from command_line import UsageError
 from configurator import convert, describe_type, parse_command_line
 from model_config import COMPONENT_KINDS, component, did_you_mean
@@ -26,12 +27,18 @@ NOT_VARIED = {
     "init_from": "every run starts from its seed's own weights, and goes on where it stopped",
     "resume": "every run goes on where it stopped",
 }
+DONE = {"vary": "varied", "cross": "crossed"}  # options, as they are said of a key
 Seeds = tuple[int, int]  # (seed, data_seed)
+PILOT_SEEDS = 3  # of --seeds=auto
 
 
 @dataclass(frozen=True, eq=False)
 class StudyPlan:
-    """All that a study will run. `levels`: the values of each varied key, the config's own first where it is one."""
+    """All that a study will run.
+
+    `levels`: the values of each varied key, the config's own first where it is one. `settings`: what is trained of each
+    variant: itself alone, or itself at each combination of the values that --cross lists (`crossed`).
+    """
 
     config_file: str | None
     levels: dict[str, list]
@@ -41,7 +48,16 @@ class StudyPlan:
     out_dir: Path
     match: str
     grid: bool
+    force: bool  # compare also what does not compare
+    detect: float | None  # with --seeds=auto: the difference that is to be seen; `seeds` are the pilot's then
+    crossed: tuple[str, ...]
+    settings: dict[Variant, tuple[Variant, ...]]
     notes: tuple[str, ...]  # what a reader must know, a sentence each
+
+    @property
+    def trained(self) -> list[Variant]:
+        """What is trained with every seed: the settings of all variants."""
+        return [setting for variant in self.variants for setting in self.settings[variant]]
 
     @property
     def baseline(self) -> Variant | None:
@@ -71,11 +87,16 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
     """
     config_file, given, switches = parse_command_line(list(rest))
     problems = [f"--{name} is train.py's; --dry_run shows what this command would do." for name in switches - {"debug"}]
-    problems += [
-        f"--{name}={getattr(options, name)} must be at least 1." for name in ("seeds", "jobs") if getattr(options, name) < 1
-    ]
+    problems += option_problems(options)
     problems += [f"--{key} cannot be given: {NOT_VARIED[key]}." for key in ("init_from", "resume", "eval_only") if key in given]
-    asked = read_varied(options.vary, problems)
+    asked = read_varied("vary", options.vary, problems)
+    crossed = read_varied("cross", options.cross, problems)
+    problems += [f"{key} is both varied and crossed; choose one." for key in crossed if key in asked]
+    problems += [
+        f"--cross {key}: only keys of the optimizer and its schedule can be crossed; --vary compares {key}."
+        for key in crossed
+        if KEYS[key].metadata["group"] not in ("optimizer", "schedule")
+    ]
     try:
         base = make_variant(config_file, given)
     except ValueError as error:
@@ -94,12 +115,13 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
     variants = make_variants(config_file, given, asked, base, options.grid, problems)
     if options.match != "none":
         variants = [_or_problem(variant, base, options.match, config_file, problems) for variant in variants]
+    settings = {variant: crossed_settings(variant, crossed, config_file, problems) for variant in variants}
     if not options.force:
-        problems += comparison_problems(variants, base)
+        problems += comparison_problems([setting for found in settings.values() for setting in found], base)
     if problems:
         raise UsageError("\n".join(dict.fromkeys(problems)))
     levels = {key: sorted(values.values(), key=lambda value: value != base.choice[key]) for key, values in asked.items()}
-    seeds = tuple((base.train.seed + i, base.train.data_seed + i) for i in range(options.seeds))
+    seeds = seeds_from(base, 0, PILOT_SEEDS if options.seeds == "auto" else options.seeds)
     return StudyPlan(
         config_file,
         levels,
@@ -109,12 +131,57 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
         Path(options.out_dir or f"out/ablate_{base.name}").expanduser(),
         options.match,
         options.grid,
-        tuple(sizes_in_words(variants, base, options.match)),
+        options.force,
+        options.detect,
+        tuple(crossed),
+        settings,
+        (*sizes_in_words(variants, base, options.match), *rate_in_words(base, {*asked, *crossed})),
     )
 
 
-def read_varied(texts: Sequence[str], problems: list[str]) -> dict[str, dict[str, Any]]:
-    """--vary's arguments → {key: {text of a value: the value}}. What cannot be used is added to the problems.
+def option_problems(options: argparse.Namespace) -> list[str]:
+    """What is wrong with ablate.py's own options."""
+    found = [f"--jobs={options.jobs} must be at least 1."] if options.jobs < 1 else []
+    if options.seeds == "auto":
+        if options.detect is None:
+            found.append("--seeds=auto needs the difference that is to be seen: --detect=0.02.")
+        elif not 0 < options.detect < math.inf:
+            found.append(f"--detect={options.detect:g} must be a positive loss difference.")
+    elif options.detect is not None:
+        found.append("--detect says which difference --seeds=auto has to show; give both or neither.")
+    elif options.seeds < 1:
+        found.append(f"--seeds={options.seeds} must be at least 1.")
+    return found
+
+
+def seeds_from(base: Variant, first: int, count: int) -> tuple[Seeds, ...]:
+    """`count` pairs of seeds, the first one `first` after the configuration's own."""
+    return tuple((base.train.seed + i, base.train.data_seed + i) for i in range(first, first + count))
+
+
+def crossed_settings(
+    variant: Variant, crossed: dict[str, dict[str, Any]], config_file: str | None, problems: list[str]
+) -> tuple[Variant, ...]:
+    """The variant at each combination of the crossed values; itself where nothing is crossed. Adds to the problems."""
+    found = []
+    for words in itertools.product(*crossed.values()):
+        changed = dict(zip(crossed, words))
+        if not changed:
+            return (variant,)
+        suffix = ", ".join(f"{key}={readable(crossed[key][word])}" for key, word in changed.items())
+        try:
+            setting = make_variant(config_file, variant.given, changed)
+        except ValueError as error:
+            problems += [f"{suffix}: {line}" for line in str(error).split("\n")]
+            continue
+        folder = f"{variant.folder},{folder_name(suffix)}"
+        name = f"{variant.name}, {suffix}"
+        found.append(replace(setting, name=name, folder=folder, choice=variant.choice, resized=variant.resized))
+    return tuple(found)
+
+
+def read_varied(option: str, texts: Sequence[str], problems: list[str]) -> dict[str, dict[str, Any]]:
+    """The arguments of --vary or --cross → {key: {text of a value: the value}}. Adds what cannot be used to the problems.
 
     Values are separated by commas, or by semicolons where one holds commas itself.
     """
@@ -123,15 +190,15 @@ def read_varied(texts: Sequence[str], problems: list[str]) -> dict[str, dict[str
         key, _, listed = text.partition("=")
         key = key.strip().replace("-", "_")
         if key in ALIASES:
-            problems.append(f"--vary {text}: vary {ALIASES[key][0]} itself.")
+            problems.append(f"--{option} {text}: {option} {ALIASES[key][0]} itself.")
         elif key not in KEYS:
-            problems.append(f"--vary {text}: {key!r} is not a key{did_you_mean(key, KEYS)}. train.py --help lists all.")
+            problems.append(f"--{option} {text}: {key!r} is not a key{did_you_mean(key, KEYS)}. train.py --help lists all.")
         elif key in NOT_VARIED:
-            problems.append(f"--vary {text}: {key} cannot be varied; {NOT_VARIED[key]}.")
+            problems.append(f"--{option} {text}: {key} cannot be {DONE[option]}; {NOT_VARIED[key]}.")
         elif key in found:
-            problems.append(f"--vary {key} is given twice; give all its values at once: --vary {key}=a,b,c.")
+            problems.append(f"--{option} {key} is given twice; give all its values at once: --{option} {key}=a,b,c.")
         elif not listed.strip():
-            problems.append(f"--vary {text} names no values ({describe_type(key)}); write --vary {key}=a,b.")
+            problems.append(f"--{option} {text} names no values ({describe_type(key)}); write --{option} {key}=a,b.")
         else:
             found[key] = {}
             for word in map(str.strip, listed.split(";" if ";" in listed else ",")):
@@ -140,10 +207,10 @@ def read_varied(texts: Sequence[str], problems: list[str]) -> dict[str, dict[str
                     if key in COMPONENT_KINDS:
                         component(key, value)
                 except ValueError as error:
-                    problems.append(f"--vary {text}: {error}")
+                    problems.append(f"--{option} {text}: {error}")
                     continue
                 if value in found[key].values():
-                    problems.append(f"--vary {text}: {word} is given twice.")
+                    problems.append(f"--{option} {text}: {word} is given twice.")
                 found[key][word] = value
     return found
 
@@ -207,6 +274,11 @@ def _or_problem(variant: Variant, base: Variant, match: str, config_file: str | 
 def comparison_problems(variants: Sequence[Variant], base: Variant) -> list[str]:
     """Why losses of these variants would say nothing about each other, as far as it is known before training."""
     found = []
+    if base.train.patience:
+        found.append(
+            f"patience={base.train.patience} ends runs after different numbers of tokens, so their losses do not compare; leave "
+            "it out, or --force."
+        )
     for variant in variants:
         if variant.tokens != base.tokens:
             found.append(
@@ -232,6 +304,16 @@ def comparison_problems(variants: Sequence[Variant], base: Variant) -> list[str]
                 f"{base.val_tokens:,}; give --eval_iters=0 to validate on all there are, or --force."
             )
     return found
+
+
+def rate_in_words(base: Variant, chosen: set[str]) -> list[str]:
+    """That all variants have one learning rate, where they do."""
+    if "learning_rate" in chosen:
+        return []
+    return [
+        f"All variants have learning_rate={readable(base.train.learning_rate)}; one that prefers another rate is not at its "
+        "best. --cross learning_rate=a,b,c trains every variant at each of them and compares each at its best."
+    ]
 
 
 def sizes_in_words(variants: Sequence[Variant], base: Variant, match: str) -> list[str]:

@@ -15,6 +15,7 @@ from model_config import ModelConfig
 from training.train_config import ALIASES, EXCLUSIVE, FIELDS, TrainConfig
 
 if TYPE_CHECKING:
+    from data.mixture import MixedDataset
     from data.token_dataset import TokenDataset
 
 # Keys that may differ between a finished run and the plan, as they change nothing in what is compared.
@@ -37,7 +38,7 @@ class Variant:
     train: TrainConfig
     values: dict[str, Any]
     model: ModelConfig
-    dataset: TokenDataset
+    dataset: TokenDataset | MixedDataset
     folder: str  # below the study's out_dir
     resized: str = ""  # what --match changed: 'd_ff 3072 → 2048'
 
@@ -62,8 +63,9 @@ class Variant:
         from training.data_loader import WindowOrder
         from training.schedules import run_length
 
-        order = WindowOrder(len(self.dataset.split("train")), self.model.block_size, self.train.data_seed)
-        return run_length(self.train, self.model.block_size, order.sequences_per_epoch)
+        splits = [part.split("train") for part in self.dataset.parts]
+        orders = [WindowOrder(len(split), self.model.block_size, self.train.data_seed) for split in splits]
+        return run_length(self.train, self.model.block_size, sum(order.sequences_per_epoch for order in orders))
 
     @property
     def val_tokens(self) -> int:
@@ -93,7 +95,7 @@ def make_variant(
     given = overridden(given, changed)
     words = [f"--{key}={text}" for key, text in given.items()]
     configuration = configure([*([config_file] if config_file else []), *words])
-    dataset = open_dataset(configuration.train.dataset, configuration.train.vocab_size)
+    dataset = opened_dataset(configuration.train)
     model = configuration.train.model_config(dataset.vocab_size)
     values, _ = configuration.resolved(model)
     name = ", ".join(f"{key}={readable(choice[key])}" for key in changed) if choice else ""
@@ -113,15 +115,18 @@ def overridden(given: Mapping[str, str | bool], changed: Mapping[str, str]) -> d
 _OPEN: dict[tuple, Any] = {}
 
 
-def open_dataset(name: str, vocab_size: int | None) -> TokenDataset:
-    """The dataset, prepared if it is one that prepares itself; checked once."""
+def opened_dataset(train: TrainConfig) -> TokenDataset | MixedDataset:
+    """The dataset of a configuration, prepared if it is one that prepares itself; checked once."""
+    from data.mixture import dataset_names, open_dataset
     from data.preparation import ensure_prepared
-    from data.token_dataset import TokenDataset
 
-    if (name, vocab_size) not in _OPEN:
-        ensure_prepared(name)
-        _OPEN[name, vocab_size] = TokenDataset.open(name, vocab_size=vocab_size)
-    return _OPEN[name, vocab_size]
+    asked = (train.dataset, train.vocab_size, train.max_train_tokens, train.mixture_schedule)
+    if asked not in _OPEN:
+        for name in dataset_names(train.dataset):
+            ensure_prepared(name)
+        name, vocab_size, max_train_tokens, schedule = asked
+        _OPEN[asked] = open_dataset(name, vocab_size=vocab_size, max_train_tokens=max_train_tokens, schedule=schedule)
+    return _OPEN[asked]
 
 
 def measure(what: str, model: ModelConfig) -> int:

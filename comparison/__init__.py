@@ -8,7 +8,7 @@ runs.py: logs → RunSummary, resumed chains joined; inference.py: error bars an
 is comparable, the comparison; report.py: table, Markdown, CSV, JSON; pictures.py: PNG and the HTML page.
 """
 
-from comparison.groups import Comparison, Group, NotComparable, compare, group_runs
+from comparison.groups import Comparison, Group, NotComparable, compare, default_metric, group_runs
 from comparison.pictures import write_html, write_plot
 from comparison.report import table, write_csv, write_json, write_markdown
 from comparison.runs import RunSummary, load_runs
@@ -19,6 +19,7 @@ __all__ = [
     "NotComparable",
     "RunSummary",
     "compare",
+    "default_metric",
     "group_runs",
     "load_runs",
     "table",

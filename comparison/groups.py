@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,9 @@ _NO_EXPERIMENT = _BY_EFFECT | {
 }
 
 
+OTHER_TOKENIZER = "other tokenizer"  # reason of a Problem
+
+
 class NotComparable(Failure):
     """Runs that cannot be set side by side; a sentence a line, each naming two runs."""
 
@@ -57,11 +61,13 @@ class Problem:
 class Group:
     """Runs that differ in nothing but seeds and what changes no result: repetitions of one experiment.
 
-    `name` may be replaced (dataclasses.replace) by one that says what was varied; names must differ.
+    `name` may be replaced (dataclasses.replace) by one that says what was varied; names must differ. `failed`: a few words
+    about each repetition that is not in `runs` because it did not come to its end.
     """
 
     name: str
     runs: tuple[RunSummary, ...]
+    failed: tuple[str, ...] = ()
 
     def values(self, metric: str) -> dict[tuple, float]:
         """A figure of the runs by (seed, data_seed); unknown ones are left out.
@@ -78,8 +84,21 @@ class Group:
 
     def mean(self, metric: str) -> float | None:
         """The mean of a figure over the seeds; None where no run has it."""
-        found = self.estimate(metric)
-        return found.mean if found else None
+        values = self.values(metric).values()
+        return statistics.fmean(values) if values else None
+
+    def lost(self, metric: str) -> str:
+        """Which repetitions did not come to their end or have no such figure, in words; '' if all did.
+
+        A configuration that diverges now and then has low losses in the runs that survive. So a group that lost a
+        repetition is never said to be better than another one.
+        """
+        words = [*self.failed]
+        for run in self.runs:
+            if not run.finished or getattr(run, metric) is None:
+                how = f"no finite {METRICS.get(metric, metric)}" if run.finished else run.state
+                words.append(f"seed {run.seeds[0]}: {how}")
+        return "; ".join(words)
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,12 @@ class Difference:
     b: str
     test: Verdict
     problems: tuple[str, ...] = ()  # why the two are not comparable, where that was forced
+    withheld: str = ""  # why the side with the lower figure is not said to be better
+
+    @property
+    def claimed(self) -> bool:
+        """Whether it is said that one side is better."""
+        return bool(self.test.shown) and not self.withheld
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +128,8 @@ class Comparison:
     problems: tuple[Problem, ...]  # only where they were forced
     notes: tuple[str, ...]  # what differs besides the model, and what a reader must know
     component_rows: tuple[tuple, ...]  # (key, value of each group …): what differs in the models
-    config_rows: tuple[tuple, ...]  # the same of everything else in the configuration
+    config_rows: tuple[tuple, ...]  # (key, value of each group …): what else differs in the configuration
+    also: tuple[Verdict, ...] = ()  # further tests, adjusted together with the differences
 
     @property
     def runs(self) -> list[RunSummary]:
@@ -132,12 +158,25 @@ class Comparison:
             for name in [problem.run] + [g.name for g in self.groups if any(run.name == problem.run for run in g.runs)]:
                 if problem.reason not in reasons[name]:
                     reasons[name].append(problem.reason)
+        for group in self.groups:
+            if group.failed:
+                reasons[group.name].append(f"{len(group.failed)} of {len(group.failed) + len(group.runs)} seeds failed")
         return {name: ", ".join(found) for name, found in reasons.items()}
+
+    @property
+    def tokenizers_differ(self) -> bool:
+        """Whether a loss in nats per token means different things in different groups."""
+        datasets = {run.dataset.get("fingerprint") for run in self.runs}
+        return len(datasets) > 1 and len({_tokenizer(run) for run in self.runs}) > 1
 
     @property
     def best(self) -> Group | None:
         """The group with the lowest mean of the metric among those that can be compared."""
-        eligible = [g for g in self.groups if g.name not in self.flagged and g.mean(self.metric) is not None]
+        eligible = [
+            group
+            for group in self.groups
+            if group.name not in self.flagged and group.mean(self.metric) is not None and not group.lost(self.metric)
+        ]
         return min(eligible, key=lambda group: group.mean(self.metric)) if len(eligible) > 1 else None
 
 
@@ -203,8 +242,11 @@ def _different(dicts: Iterable[dict]) -> list[str]:
 # ------------------------------------------------------------------------------------------- what is comparable
 
 
-def problems_between(run: RunSummary, other: RunSummary) -> list[Problem]:
-    """Why the loss of `run` cannot be set against that of `other`, which is taken to be sound."""
+def problems_between(run: RunSummary, other: RunSummary, metric: str | None = None) -> list[Problem]:
+    """Why the loss of `run` cannot be compared with that of `other`, which is taken to be sound.
+
+    metric: the figure that is asked for; None: validation loss, or bits per byte where tokenizers differ.
+    """
 
     def problem(reason: str, sentence: str) -> Problem:
         return Problem(run.name, reason, sentence)
@@ -231,7 +273,7 @@ def problems_between(run: RunSummary, other: RunSummary) -> list[Problem]:
             problem("no validation loss", f"{run.name} has no finite validation loss to compare with that of {other.name}.")
         )
     if run.dataset.get("fingerprint") != other.dataset.get("fingerprint"):
-        found += _data_problems(run, other, problem)
+        found += _data_problems(run, other, problem, metric)
     elif run.val_tokens != other.val_tokens:
         found.append(
             problem(
@@ -243,8 +285,10 @@ def problems_between(run: RunSummary, other: RunSummary) -> list[Problem]:
     return found
 
 
-def _data_problems(run: RunSummary, other: RunSummary, problem) -> list[Problem]:
-    """The same for runs whose datasets differ: comparable in bits per byte if only the tokenizer does."""
+def _data_problems(
+    run: RunSummary, other: RunSummary, problem: Callable[[str, str], Problem], metric: str | None
+) -> list[Problem]:
+    """The problems of runs whose datasets differ: they compare in bits per byte, if only the tokenizer is another one."""
     mine, its = (f"{r.dataset.get('name')} ({r.dataset.get('fingerprint')})" for r in (run, other))
     if not _same_text(run, other):
         return [
@@ -255,10 +299,18 @@ def _data_problems(run: RunSummary, other: RunSummary, problem) -> list[Problem]
         ]
     found = []
     lacking = [r.name for r in (run, other) if r.bits_per_byte is None]
-    if lacking:
+    if metric not in (None, "bits_per_byte"):
         found.append(
             problem(
-                "other tokenizer",
+                OTHER_TOKENIZER,
+                f"{run.name} and {other.name} have different tokenizers, so {METRICS.get(metric, metric)}, in nats per token, "
+                "does not compare; --metric=bits_per_byte does.",
+            )
+        )
+    elif lacking:
+        found.append(
+            problem(
+                OTHER_TOKENIZER,
                 f"{run.name} and {other.name} have different tokenizers, so only bits per byte compare, "
                 f"and {' and '.join(lacking)} has none.",
             )
@@ -282,14 +334,19 @@ def _same_text(run: RunSummary, other: RunSummary) -> bool:
     for dataset in (run.dataset, other.dataset):
         splits = dataset.get("splits") or {}
         sizes.append({name: (split.get("bytes"), split.get("documents")) for name, split in splits.items()})
-    tokenizers = [(r.dataset.get("tokenizer") or {}).get("fingerprint") for r in (run, other)]
+    tokenizers = [_tokenizer(run), _tokenizer(other)]
     return bool(sizes[0]) and sizes[0] == sizes[1] and None not in tokenizers and tokenizers[0] != tokenizers[1]
 
 
-def find_problems(runs: Sequence[RunSummary], reference: Sequence[RunSummary] = ()) -> list[Problem]:
-    """What keeps these runs from being compared, each against one that most others agree with.
+def _tokenizer(run: RunSummary) -> str | None:
+    """Fingerprint of the tokenizer that the run's dataset was made with."""
+    return (run.dataset.get("tokenizer") or {}).get("fingerprint")
 
-    reference: the runs among which that one is looked for (a baseline's).
+
+def find_problems(runs: Sequence[RunSummary], reference: Sequence[RunSummary] = (), metric: str | None = None) -> list[Problem]:
+    """What keeps these runs from being compared, each with one that most others agree with.
+
+    reference: the runs among which that one is looked for (a baseline's). metric: as for `problems_between`.
     """
     if len(runs) < 2:
         return []
@@ -298,10 +355,10 @@ def find_problems(runs: Sequence[RunSummary], reference: Sequence[RunSummary] = 
         kind = (run.finished, run.tokens, run.dataset.get("fingerprint"), run.val_tokens, run.val_loss is None)
         candidates.setdefault(kind, run)
     found = [
-        [problem for run in runs if run is not sound for problem in problems_between(run, sound)]
+        [problem for run in runs if run is not sound for problem in problems_between(run, sound, metric)]
         + [
             problem
-            for problem in problems_between(sound, next(run for run in runs if run is not sound))
+            for problem in problems_between(sound, next(run for run in runs if run is not sound), metric)
             if problem.reason in ("unfinished", "no validation loss")
         ]
         for sound in candidates.values()
@@ -317,38 +374,36 @@ def _count(number: int | None) -> str:
 
 
 def compare(
-    groups: Sequence[Group], baseline: str | None = None, *, metric: str | None = None, force: bool = False
+    groups: Sequence[Group],
+    baseline: str | None = None,
+    *,
+    metric: str | None = None,
+    force: bool = False,
+    also: Sequence[Verdict] = (),
 ) -> Comparison:
     """Groups set side by side: differences with error bars, best first.
 
     baseline: a group's name (or a part of one that no other has, its preset, the out_dir of one of its runs): every
-    other group is compared with it; without one, each with each. metric: 'val_loss' (default), 'best_val_loss',
-    'bits_per_byte' (default where tokenizers differ), 'train_loss'. Raises NotComparable, unless `force`: then those
-    runs are flagged. UsageError for a baseline or metric that is not there.
+    other group is compared with it; without one, each with each. metric: one of METRICS, by default as `default_metric`.
+    also: further tests of the same runs; all p are adjusted together, so that the chance of any false claim is ALPHA.
+    Raises NotComparable, unless `force`: then those runs are flagged. UsageError for a baseline or metric that is not there.
     """
     if not groups:
         raise Failure("There are no runs to compare; train some with train.py, or name their folders.")
+    if metric is not None and metric not in METRICS:
+        raise UsageError(f"metric={metric!r} is not one of {', '.join(METRICS)}.")
     base = _find_baseline(groups, baseline) if baseline is not None else None
     runs = [run for group in groups for run in group.runs]
-    problems = find_problems(runs, base.runs if base else ())
+    problems = find_problems(runs, base.runs if base else (), metric)
     if problems and not force:
         raise NotComparable("\n".join(_refusal(runs, problems)))
-    tokenized_otherwise = len({run.dataset.get("fingerprint") for run in runs}) > 1 and all(
-        run.bits_per_byte is not None for run in runs
-    )
-    metric = metric or ("bits_per_byte" if tokenized_otherwise else "val_loss")
-    if metric not in METRICS:
-        raise UsageError(f"metric={metric!r} is not one of {', '.join(METRICS)}.")
+    metric = metric or default_metric(runs)
     values = {group.name: group.values(metric) for group in groups}
     ordered = sorted(groups, key=lambda group: (group.mean(metric) is None, group.mean(metric)))
     pairs = [(base, group) for group in ordered if group is not base] if base else itertools.combinations(ordered, 2)
     pairs = [(a, b) for a, b in pairs if values[a.name] and values[b.name]]
-    tests = adjust([compare_means(values[a.name], values[b.name]) for a, b in pairs])
-    sentences = {run.name: [p.sentence for p in problems if p.run == run.name] for run in runs}
-    differences = tuple(
-        Difference(a.name, b.name, test, tuple(s for group in (a, b) for run in group.runs for s in sentences[run.name]))
-        for (a, b), test in zip(pairs, tests)
-    )
+    tests = adjust([*(compare_means(values[a.name], values[b.name]) for a, b in pairs), *also])
+    differences = tuple(_difference(a, b, test, metric, problems) for (a, b), test in zip(pairs, tests))
     components, others = _rows(ordered)
     return Comparison(
         tuple(ordered),
@@ -359,7 +414,25 @@ def compare(
         tuple(_notes(ordered, others)),
         components,
         others,
+        tuple(tests[len(pairs) :]),
     )
+
+
+def default_metric(runs: Sequence[RunSummary]) -> str:
+    """Validation loss; bits per byte where the datasets differ and all runs have them."""
+    differ = len({run.dataset.get("fingerprint") for run in runs}) > 1
+    return "bits_per_byte" if differ and all(run.bits_per_byte is not None for run in runs) else "val_loss"
+
+
+def _difference(a: Group, b: Group, test: Verdict, metric: str, problems: Sequence[Problem]) -> Difference:
+    """The difference of two groups, with what speaks against a claim."""
+    own = [problem for problem in problems if any(problem.run == run.name for group in (a, b) for run in group.runs)]
+    lower = b if test.difference < 0 else a
+    if any(problem.reason == OTHER_TOKENIZER for problem in own):
+        withheld = "their tokenizers differ, and only bits per byte compare then"
+    else:
+        withheld = lower.lost(metric)
+    return Difference(a.name, b.name, test, tuple(problem.sentence for problem in own), withheld)
 
 
 def _find_baseline(groups: Sequence[Group], wanted: str) -> Group:

@@ -35,6 +35,7 @@ class Column:
     show: Callable[[float | None], str]
     better: int = 0
     scatter: bool = False  # with its standard deviation over the seeds
+    of_tokens: bool = False  # in nats per token, so comparable between runs of one tokenizer only
     of_hardware: bool = False  # comparable on one kind of hardware only
 
 
@@ -42,8 +43,8 @@ COLUMNS = (
     Column("parameters", "N", short),
     Column("flops_per_token", "FLOP/token", short),
     Column("tokens", "tokens", short),
-    Column("train_loss", "train loss", _fixed(4), -1),
-    Column("val_loss", "val loss", _fixed(4), -1, scatter=True),
+    Column("train_loss", "train loss", _fixed(4), -1, of_tokens=True),
+    Column("val_loss", "val loss", _fixed(4), -1, scatter=True, of_tokens=True),
     Column("bits_per_byte", "bits/byte", _fixed(4), -1),
     Column("tokens_per_s", "tok/s", _fixed(0), 1, of_hardware=True),
     Column("mfu", "MFU", lambda value: "–" if value is None else f"{value:.1%}", 1, of_hardware=True),
@@ -69,15 +70,18 @@ def cells(comparison: Comparison, sort: str = "loss") -> tuple[list[str], list[l
     columns = list(COLUMNS)
     if comparison.metric == "best_val_loss":
         place = next(i for i, column in enumerate(columns) if column.key == "val_loss")
-        columns.insert(place + 1, Column("best_val_loss", "best val loss", _fixed(4), -1, scatter=True))
+        columns.insert(place + 1, Column("best_val_loss", "best val loss", _fixed(4), -1, scatter=True, of_tokens=True))
     rows = [[column_text(column, group) for column in columns] for group in groups]
     flagged = comparison.flagged
+    lossy = {group.name for group in groups if group.lost(comparison.metric)}
     same_hardware = len({run.hardware for run in comparison.runs}) == 1
     best = set()
     for number, column in enumerate(columns):
-        values = {row: group.mean(column.key) for row, group in enumerate(groups) if group.name not in flagged}
+        values = {row: group.mean(column.key) for row, group in enumerate(groups) if group.name not in {*flagged, *lossy}}
         shown = {row: column.show(value) for row, value in values.items() if value is not None}
-        if column.better and len(set(shown.values())) > 1 and (same_hardware or not column.of_hardware):
+        if column.of_hardware and not same_hardware or column.of_tokens and comparison.tokenizers_differ:
+            continue
+        if column.better and len(set(shown.values())) > 1:
             winner = shown[max(shown, key=lambda row: column.better * values[row])]
             best |= {(row, number + 1) for row, text in shown.items() if text == winner}
     header = ["seeds", *[column.header for column in columns], "architecture"]
@@ -136,18 +140,20 @@ def verdicts(comparison: Comparison) -> list[str]:
     labels = comparison.labels
     tested = [found for found in comparison.differences if found.test.p is not None]
     lines = [sentence(found, comparison.metric, labels) for found in tested]
-    if len(tested) > 1:
+    further = sum(test.p is not None for test in comparison.also)
+    if len(tested) + further > 1:
         lines.append(
-            f"{len(tested)} comparisons: p and intervals are adjusted by Holm's procedure, so that the chance "
-            "of any false claim among them is at most 5 %."
+            f"{len(tested) + further} comparisons{f' ({further} of them of factors)' if further else ''}: p and intervals are "
+            "adjusted by Holm's procedure, so that the chance of any false claim among them is at most 5 %."
         )
-    if len(tested) < len(comparison.differences):
+    untested = [found for found in comparison.differences if found.test.p is None]
+    if any(found.test.untested == "seeds" for found in untested):
         alone = [labels[group.name] for group in comparison.groups if len(group.values(comparison.metric)) == 1]
         lines.append(
             f"nothing can be said of the difference between one that has a single seed ({', '.join(alone)}) "
             "and any other: error bars need at least two seeds of each (--seed, --data_seed)."
         )
-    return lines
+    return lines + [sentence(found, comparison.metric, labels) for found in untested if found.test.untested == "scatter"]
 
 
 def sentence(found: Difference, metric: str, labels: dict[str, str] | None = None) -> str:
@@ -155,13 +161,17 @@ def sentence(found: Difference, metric: str, labels: dict[str, str] | None = Non
     test, name = found.test, METRICS[metric]
     a, b = (labels or {}).get(found.a, found.a), (labels or {}).get(found.b, found.b)
     flag = " (not comparable, but forced)" if found.problems else ""
+    if test.untested == "scatter":
+        return (
+            f"{a} and {b}{flag}: {name} {test.difference:+.4f} from the first to the second with every seed. Figures that do "
+            "not vary from seed to seed are no independent repetitions, so nothing is claimed."
+        )
     if test.p_holm is None:
         return (
             f"{a} and {b}{flag}: {name} {test.difference:+.4f} from the first to the second, of which nothing can "
             f"be said with {test.n[0]} and {test.n[1]} seeds; error bars need at least two of each."
         )
-    seeds = f"{test.n[0]} seeds" if test.method == "paired t" else f"{test.n[0]} and {test.n[1]} seeds"
-    made = f"{test.method} over {seeds}, {p_text(test.p_holm)}"
+    made = f"{test.method} over {test.seeds}, {p_text(test.p_holm)}"
     if not test.shown:
         return (
             f"no difference shown between {a} and {b}{flag}: {name} {test.difference:+.4f} from the first to the "
@@ -170,10 +180,10 @@ def sentence(found: Difference, metric: str, labels: dict[str, str] | None = Non
         )
     lower, higher = (b, a) if test.difference < 0 else (a, b)
     least, most = sorted((abs(test.low), abs(test.high)))
-    return (
-        f"{lower} has a lower {name} than {higher}{flag}: by {abs(test.difference):.4f} ({percent(test.level)} "
-        f"interval {least:.4f} to {most:.4f}; {made})."
-    )
+    size = f"by {abs(test.difference):.4f} ({percent(test.level)} interval {least:.4f} to {most:.4f}; {made})"
+    if found.withheld:
+        return f"nothing better is claimed of {lower}{flag}, whose {name} is lower than {higher}'s {size}: {found.withheld}."
+    return f"{lower} has a lower {name} than {higher}{flag}: {size}."
 
 
 def percent(level: float) -> str:
@@ -326,6 +336,8 @@ def write_json(comparison: Comparison, path: str | os.PathLike) -> None:
                 "b": found.b,
                 **dataclasses.asdict(found.test),
                 "shown": found.test.shown,
+                "claimed": found.claimed,
+                "withheld": found.withheld,
                 "sentence": sentence(found, comparison.metric),
             }
             for found in comparison.differences

@@ -1,7 +1,7 @@
 """nanoGPT's CPU example: Shakespeare by characters, a small GPT-2; its own run reached a validation loss of 1.88.
 
-Prepare the text first (1.1 MB, https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt):
-    python data/textfile/prepare.py input.txt --tokenizer=char --name=shakespeare_char
+Prepare the text first (1.1 MB to download):
+    python data/shakespeare_char/prepare.py
 """
 
 out_dir = "out/shakespeare_char_cpu"

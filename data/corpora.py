@@ -1,21 +1,17 @@
-"""Where texts come from: iterators of documents as (name, text), and which of them are for validation.
-
-Two corpora come with every Python, so training needs no download: its documentation (`pydocs_documents`, real English)
-and the sources of its standard library (`pystdlib_documents`, real code). Both are the same on every run of one Python
-version. `text_documents` reads your own .txt, .jsonl and .parquet files.
+"""What comes with every Python, so that training needs no download: its documentation (`pydocs_documents`, real English) and
+the sources of its standard library (`pystdlib_documents`, real code). Both are the same on every run of one Python version.
+Besides: which documents are for validation.
 """
 
 from __future__ import annotations
 
 import ast
-import glob
 import inspect
-import json
 import os
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +24,6 @@ MIN_DOCUMENT = 200  # characters; shorter documentation is mostly a heading
 STDLIB_ENOUGH = 10_000_000  # characters of code; below it the tests of the library are added
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 # ------------------------------------------------------------------------------------------- what comes with Python
@@ -123,142 +118,17 @@ def _docstrings(source: str) -> str:
     return "\n\n".join(paragraphs).encode("utf-8", errors="ignore").decode()  # "\ud800" in a docstring is no text
 
 
-# ------------------------------------------------------------------------------------------- files of one's own
-
-
-def text_documents(paths: Sequence[str | os.PathLike], text_key: str = "text") -> Iterator[Document]:
-    """Documents of files, folders and globs: .jsonl (a line is one), .parquet (a row is one), else text (a file is one).
-
-    `text_key` is the field or column that holds the text. Empty texts and lines are passed over. ValueError names the
-    file, and the line where there is one.
-    """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for path in find_text_files(paths):
-        empty = True
-        for name, text in readers.get(path.suffix.lower(), _read_txt)(path, text_key):
-            if text.strip():
-                empty = False
-                yield name, text
-        if empty:
-            raise ValueError(f"{path} holds no text; leave it out, or check that it was written whole.")
-
-
-def find_text_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """The files that paths, folders (their .txt, .jsonl and .parquet, to the bottom) and globs stand for, each once."""
-    kinds = ", ".join(TEXT_SUFFIXES)
-    found: dict[Path, None] = {}
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()]
-            if not files:
-                raise ValueError(f"The folder {path} has no {kinds} files; give another folder, or the files themselves.")
-        elif path.is_file():
-            files = [path]
-        else:
-            files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
-            if not files:
-                raise ValueError(f"There is no file {path}; check the path.")
-        found.update(dict.fromkeys(files))
-    return list(found)
-
-
-def _read_txt(path: Path, text_key: str) -> Iterator[Document]:
-    try:
-        yield path.name, path.read_bytes().decode("utf-8-sig")  # line ends stay as they are
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start:,}: {error.reason}); convert it, for example with iconv."
-        ) from None
-
-
-def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
-                raise ValueError(f"{where} is not JSON ({error}); repair or remove the line.") from None
-            if not isinstance(record, dict):
-                raise ValueError(f'{where} is no JSON object; each line has to be one, such as {{"{text_key}": "…"}}.')
-            if text_key not in record:
-                raise ValueError(
-                    f"{where} has no field {text_key!r} (it has: "
-                    f"{', '.join(map(str, record)) or 'none'}); name the field with --text_key."
-                )
-            text = record[text_key]
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{where}: the field {text_key!r} is {type(text).__name__}, not a string; name another field with --text_key."
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError(
-                    f"{where}: the field {text_key!r} has half of a surrogate pair, which is no text; repair or remove the line."
-                ) from None
-            yield f"{path.name}:{number}", text
-
-
-def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"Reading {path} needs the package 'pyarrow', which is not installed: pip install pyarrow") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet ({error}); it may be truncated: fetch or write it again.") from None
-    with file:
-        columns = file.schema_arrow.names
-        if text_key not in columns:
-            raise ValueError(
-                f"{path} has no column {text_key!r} (it has: {', '.join(columns)}); name the column with --text_key."
-            )
-        kind = file.schema_arrow.field(text_key).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise ValueError(f"{path}: the column {text_key!r} is {kind}, not text; name another column with --text_key.")
-        row = 0
-        try:
-            for batch in file.iter_batches(columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield f"{path.name}:{row}", text or ""
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read beyond row {row} ({error}); fetch or write it again.") from None
-
-
 # ------------------------------------------------------------------------------------------- training and validation
 
 
-def validation_documents(count: int, val_fraction: float, seed: int = 0) -> np.ndarray:
-    """Which of `count` documents (two or more) are for validation, as booleans.
-
-    A hash of each document's index decides, so the choice neither depends on the texts nor on their number. At least
-    one document goes to each side.
-    """
-    if count < 2:
-        raise ValueError(f"{count} documents cannot be split by documents; at least 2 are needed.")
-    drawn = _hash01(np.arange(count), seed)
-    chosen = drawn < val_fraction
-    if not chosen.any():
-        chosen[drawn.argmin()] = True
-    if chosen.all():
-        chosen[drawn.argmax()] = False
-    return chosen
-
-
-def split_position(text: str, val_fraction: float) -> int:
-    """Where a single document is cut, in characters: training before it, validation after it (as nanoGPT does)."""
-    if len(text) < 2:
+def split_position(characters: int, val_fraction: float) -> int:
+    """Where a single document of so many characters is cut: training before it, validation after it (as nanoGPT does)."""
+    if characters < 2:
         raise ValueError("A text of fewer than 2 characters cannot be split; give a longer one.")
-    return min(max(1, int(len(text) * (1 - val_fraction))), len(text) - 1)
+    return min(max(1, int(characters * (1 - val_fraction))), characters - 1)
 
 
-def _hash01(values: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each value and seed, from the upper 53 bits of a hash."""
-    return (mix64(values.astype(np.uint64) * GOLDEN + np.uint64(seed)) >> np.uint64(11)) / 2.0**53
+def hash01(number: int, seed: int = 0) -> float:
+    """A number in [0, 1) that looks random for each document's number and seed: the upper 53 bits of a hash."""
+    x = np.array([number], dtype=np.uint64) * GOLDEN + np.uint64(seed)
+    return float((mix64(x) >> np.uint64(11))[0] / 2.0**53)

@@ -1,9 +1,10 @@
 """Writing a dataset: into a folder that holds nothing else, and shown to readers only when it is whole.
 
-While a dataset is being prepared its files grow in `.staging` inside of its folder. Then a list of them is put into the
-folder (`.publishing`), they are moved up, meta.json last, and the list is removed. What is killed in between is finished by
-the next one that prepares there. Only files that a prepare wrote are ever replaced or removed: those that the folder's
-meta.json or such a list names.
+While a dataset is being prepared its files grow in `.staging` inside of its folder; `preparation.json` there says how much
+of them counts (`commit`), and the next writer of the same thing goes on after it. Then a list of them is put into the folder
+(`.publishing`), they are moved up, meta.json last, and the list is removed; what is killed in between is finished by the
+next one that prepares there. Only files that a prepare wrote are ever replaced or removed: those that the folder's meta.json
+or such a list names.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from data.files import fsync
+from data.files import chunks, fsync
 from data.token_dataset import DATA_DIR, DTYPES, FORMAT_VERSION, PUBLISHING, SPLITS, UINT16_VOCAB, DatasetError
 
 STAGING = ".staging"  # where a writer works; readers never look into it
@@ -177,6 +179,8 @@ class DatasetWriter:
     append_eos, prepend_bos: end and begin each document with these ids of the tokenizer's (for corpora of more than one).
     shard_tokens: start a new file (train_00000.bin, train_00001.bin, …) after this many tokens.
     overwrite: replace a dataset that is there; see `check_folder`, whose DatasetError this raises.
+    identity: JSON that says what is being written. What has been given to `commit` then survives the end of the writer, and
+    the next one with the same identity goes on after it: `state` is what the last commit was given (None: from the start).
     """
 
     def __init__(
@@ -189,22 +193,39 @@ class DatasetWriter:
         prepend_bos: bool = False,
         shard_tokens: int | None = None,
         overwrite: bool = False,
+        identity: dict | None = None,
     ):
         for wanted, which in ((append_eos, "eos"), (prepend_bos, "bos")):
             if wanted and getattr(tokenizer, f"{which}_id") is None:
                 raise ValueError(f"{tokenizer.name!r} has no {which} id to put between documents.")
-        self.folder, self.overwrite = Path(folder), overwrite
+        self.folder, self.overwrite, self.identity = Path(folder), overwrite, identity
         finish_publishing(self.folder)
         check_folder(self.folder, overwrite)
         self.tokenizer, self.source = tokenizer, source
-        self._before = np.array([tokenizer.bos_id] if prepend_bos else [], dtype=np.int64)
-        self._after = np.array([tokenizer.eos_id] if append_eos else [], dtype=np.int64)
         self.dtype = "uint16" if tokenizer.vocab_size <= UINT16_VOCAB else "uint32"
-        self._staging = self.folder / STAGING
-        _remove_staging(self.folder)  # what a killed writer left
-        self._staging.mkdir(parents=True)
-        (self._staging / STAGED_BY).write_text(json.dumps({"format_version": FORMAT_VERSION}) + "\n", encoding="utf-8")
-        self._splits = {split: _SplitWriter(self._staging, split, DTYPES[self.dtype], shard_tokens) for split in SPLITS}
+        self._before, self._after = (
+            np.array(ids, dtype=DTYPES[self.dtype]) for ids in ([tokenizer.bos_id] * prepend_bos, [tokenizer.eos_id] * append_eos)
+        )
+        self.staging = self.folder / STAGING
+        self.shard_tokens = shard_tokens
+        left = unfinished(self.folder)
+        self.state = left["state"] if left is not None and identity is not None and left["identity"] == identity else None
+        if self.state is None:
+            self._begin()
+        else:
+            self._splits = {split: self._split_writer(split, left["splits"][split]) for split in SPLITS}
+
+    def _begin(self) -> None:
+        """Make the hidden folder, which first of all says whose it is, with the tokenizer and empty splits."""
+        forget(self.folder)
+        self.staging.mkdir(parents=True)
+        (self.staging / STAGED_BY).write_text(json.dumps({"format_version": FORMAT_VERSION}) + "\n", encoding="utf-8")
+        self.state = None
+        self.tokenizer.save(self.staging)
+        self._splits = {split: self._split_writer(split) for split in SPLITS}
+
+    def _split_writer(self, split: str, committed: dict | None = None) -> _SplitWriter:
+        return _SplitWriter(self.staging, split, DTYPES[self.dtype], self.shard_tokens, committed)
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -212,18 +233,51 @@ class DatasetWriter:
     def __exit__(self, *exception) -> None:
         self.discard()
 
-    def add(self, split: str, ids: Sequence[int], text_bytes: int) -> None:
-        """Append one document to "train" or "val": its token ids, and how many UTF-8 bytes of text they stand for."""
-        ids = np.concatenate([self._before, np.asarray(ids, dtype=np.int64), self._after])
+    def add(self, split: str, ids: Sequence[int], text_bytes: int, *, begins: bool = True, ends: bool = True) -> None:
+        """Append a document to "train" or "val": its token ids, and how many UTF-8 bytes of text they stand for.
+
+        A long document may come in parts, one after the other: `begins` and `ends` say which part this is.
+        """
+        ids = np.asarray(ids)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
             raise ValueError(
                 f"the tokenizer {self.tokenizer.name!r} gave ids from {ids.min()} to {ids.max()}, outside "
                 f"of its vocabulary of {self.tokenizer.vocab_size:,}."
             )
-        self._splits[split].write(ids, text_bytes)
+        parts = [self._before] * begins + [ids.astype(DTYPES[self.dtype], copy=False)] + [self._after] * ends
+        self._splits[split].write(np.concatenate(parts), text_bytes, begins)
 
-    def publish(self) -> dict:
-        """Finish the files, move them into place, and return the content of meta.json."""
+    def restart(self) -> None:
+        """Drop everything that has been added or committed, and begin with the first document again."""
+        for writer in self._splits.values():
+            writer.close()
+        self._begin()
+
+    def tokens(self, split: str) -> int:
+        """How many tokens a split has so far, those between documents included."""
+        return self._splits[split].tokens
+
+    def documents(self, split: str) -> int:
+        """How many documents a split has so far."""
+        return self._splits[split].documents
+
+    def commit(self, state: dict) -> None:
+        """Make what has been added so far survive a kill or a power cut, with `state` (JSON): what to go on with."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "identity": self.identity,
+            "state": state,
+            "splits": {split: writer.commit() for split, writer in self._splits.items()},
+        }
+        new = self.staging / f"{STAGED_BY}.new"
+        new.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        fsync(new)
+        os.replace(new, self.staging / STAGED_BY)
+        fsync(self.staging)
+        self.state = state
+
+    def publish(self, **more) -> dict:
+        """Finish the files, move them into place, and return the content of meta.json, to which `more` is added."""
         meta = {
             "format_version": FORMAT_VERSION,
             "dtype": self.dtype,
@@ -235,48 +289,63 @@ class DatasetWriter:
             },
             "splits": {split: writer.finish() for split, writer in self._splits.items()},
             "source": self.source,
+            **more,
         }
         for split, described in meta["splits"].items():
             if not described["tokens"]:
                 raise DatasetError(f"The {split} split of {self.folder} would be empty; give more text or another val_fraction.")
-        self.tokenizer.save(self._staging)
         nanogpt = {"vocab_size": self.tokenizer.vocab_size}
         if hasattr(self.tokenizer, "characters"):
             nanogpt["itos"] = dict(enumerate(self.tokenizer.characters))
             nanogpt["stoi"] = {character: i for i, character in enumerate(self.tokenizer.characters)}
-        (self._staging / "meta.pkl").write_bytes(pickle.dumps(nanogpt))
-        (self._staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        (self.staging / "meta.pkl").write_bytes(pickle.dumps(nanogpt))
+        (self.staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         self._start_publishing()
         finish_publishing(self.folder)
         return meta
 
     def _start_publishing(self) -> None:
         """Make sure that every file is on the disk, then put the list of what is to be moved into the folder."""
-        new = sorted(path.name for path in self._staging.iterdir() if path.name != STAGED_BY)
+        new = sorted(path.name for path in self.staging.iterdir() if _is_dataset_file(path.name))
         for name in new:
-            fsync(self._staging / name)
+            fsync(self.staging / name)
         check_folder(self.folder, self.overwrite)  # somebody may have put something there meanwhile
         old = sorted(_written_files(self.folder) - set(new))
-        todo = self._staging / PUBLISHING
+        todo = self.staging / PUBLISHING
         todo.write_text(json.dumps({"new": new, "old": old}) + "\n", encoding="utf-8")
         fsync(todo)
-        fsync(self._staging)
+        fsync(self.staging)
         os.replace(todo, self.folder / PUBLISHING)
         fsync(self.folder)
 
     def discard(self) -> None:
-        """Close and remove what has not been published. Harmless after `publish`."""
+        """Close, and remove what has been neither committed nor published. Harmless after `publish`."""
         for writer in self._splits.values():
             with contextlib.suppress(OSError):  # a full disk refuses the last bytes once more
                 writer.close()
         _remove_staging(self.folder)
 
 
-def _remove_staging(folder: Path) -> None:
-    """Remove what an unfinished writer left, unless it is being published: that is for the next one to finish."""
+def unfinished(folder: Path) -> dict | None:
+    """What a writer that did not finish has committed: its `identity`, `state`, and the files of each of its `splits`."""
+    try:
+        content = json.loads((folder / STAGING / STAGED_BY).read_text(encoding="utf-8"))
+        return content if content["state"] is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def forget(folder: Path) -> None:
+    """Remove what an unfinished writer left, be it committed; not what is being published, which is for the next to finish."""
     staging = folder / STAGING
     if staging.exists() and _is_staging(staging) and not (folder / PUBLISHING).exists():
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_staging(folder: Path) -> None:
+    """Remove what an unfinished writer left and has not committed."""
+    if unfinished(folder) is None:
+        forget(folder)
 
 
 def finish_publishing(folder: Path) -> None:
@@ -298,9 +367,9 @@ def finish_publishing(folder: Path) -> None:
         if (staging / name).exists():
             os.replace(staging / name, folder / name)
     fsync(folder)
+    shutil.rmtree(staging, ignore_errors=True)
     (folder / PUBLISHING).unlink()
     fsync(folder)
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _read_list(path: Path) -> dict[str, list[str]] | None:
@@ -314,14 +383,17 @@ def _read_list(path: Path) -> dict[str, list[str]] | None:
 
 
 class _SplitWriter:
-    """The files of one split while they grow, with their sha256."""
+    """The files of one split while they grow, with their sha256. `committed`: go on after what `commit` returned."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None):
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None, committed: dict | None = None):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.tokens = self.bytes = self.documents = 0
         self.files: list[dict] = []
-        self._file = None
-        self._next_file()
+        self._file: BinaryIO | None = None
+        if committed is None:
+            self._next_file()
+        else:
+            self._go_on(committed)
 
     def _next_file(self) -> None:
         self.close()
@@ -330,10 +402,33 @@ class _SplitWriter:
         self._file = open(self.folder / self.files[-1]["name"], "wb")
         self._hash = hashlib.sha256()
 
-    def write(self, ids: np.ndarray, text_bytes: int) -> None:
+    def _go_on(self, committed: dict) -> None:
+        """Cut the files back to what was committed, and open the last one again."""
+        self.tokens, self.bytes, self.documents, self.files = (
+            committed[key] for key in ("tokens", "bytes", "documents", "files")
+        )
+        for path in self.folder.glob(f"{self.split}*.bin"):
+            if path.name not in {file["name"] for file in self.files}:
+                path.unlink()
+        for file in self.files:
+            path = self.folder / file["name"]
+            size = path.stat().st_size if path.is_file() else -1
+            if size < file["size"] or (file["sha256"] and size != file["size"]):
+                raise DatasetError(
+                    f"{path} is not as the interrupted preparation left it, so it cannot go on; begin anew with --overwrite."
+                )
+        last = self.files[-1]
+        os.truncate(self.folder / last["name"], last["size"])
+        self._hash, last["sha256"] = hashlib.sha256(), ""
+        for chunk in chunks(self.folder / last["name"]):
+            self._hash.update(chunk)
+        self._file = open(self.folder / last["name"], "ab")
+
+    def write(self, ids: np.ndarray, text_bytes: int, begins: bool) -> None:
+        """Append ids, of the dtype of the files, to the split. `begins`: with them begins a document."""
         self.tokens += len(ids)
         self.bytes += text_bytes
-        self.documents += 1
+        self.documents += begins
         while len(ids):
             room = len(ids)
             if self.shard_tokens is not None:
@@ -341,16 +436,25 @@ class _SplitWriter:
                 if room <= 0:
                     self._next_file()
                     continue
-            chunk, ids = ids[:room].astype(self.dtype).tobytes(), ids[room:]
+            chunk, ids = ids[:room].tobytes(), ids[room:]
             self._file.write(chunk)
             self._hash.update(chunk)
             self.files[-1]["size"] += len(chunk)
+
+    def commit(self) -> dict:
+        """Bring everything onto the disk; returns what `_go_on` needs. Files before the last one have been synced before."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "files": self.files}
 
     def finish(self) -> dict:
         self.close()
         return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "files": self.files}
 
     def close(self) -> None:
+        """Close the open file, on the disk, with its checksum."""
         if self._file is not None and not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
             self._file.close()
             self.files[-1]["sha256"] = self._hash.hexdigest()

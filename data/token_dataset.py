@@ -5,9 +5,10 @@ A dataset is a folder:
     train.bin, val.bin   little-endian uint16 or uint32 token ids, no header (or shards train_00000.bin, …)
     meta.json            dtype, vocab_size, tokenizer, and per split tokens, bytes of text, documents, files with sha256
     tokenizer.json       the tokenizer itself, so that the folder needs nothing else
-    meta.pkl             for nanoGPT's tools; never read here
+    meta.pkl             for nanoGPT's tools; not read where there is a meta.json
 
-A folder without meta.json is nanoGPT's own: it is read as uint16. Inspect or check a dataset with
+A folder without meta.json is nanoGPT's own: its ids are uint16, or uint32 where the bytes say so, and a meta.pkl of its
+character vocabulary gives the tokenizer (data/nanogpt.py). Inspect or check a dataset with
 
     python -m data.token_dataset info DIR
     python -m data.token_dataset verify DIR
@@ -15,10 +16,13 @@ A folder without meta.json is nanoGPT's own: it is read as uint16. Inspect or ch
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +31,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.files import READ_BYTES, DatasetError, chunks, sha256
+from data.nanogpt import Vocabulary, looks_like_uint32, read_vocabulary
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -35,6 +40,7 @@ UINT16_VOCAB = 2**16  # the largest vocabulary whose ids fit in uint16
 FULL_CHECK_BYTES = 256 * 2**20  # splits below this are checked whole when opened (~0.2 s), of larger ones a sample
 
 DECODED_TOKENS = 256  # to see that a tokenizer works
+OPEN_FILES = 100  # of a split at a time: a corpus of 10¹² tokens has more shards than a process may have files open
 
 DATA_DIR = Path(__file__).resolve().parent
 PUBLISHING = ".publishing"  # exists while finished files are moved into place: the folder is not consistent
@@ -59,7 +65,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 class TokenSplit:
-    """One split of a dataset: `len()` tokens, read by position across its files through memory maps."""
+    """One split of a dataset: `len()` tokens, read by position across its files."""
 
     def __init__(self, name: str, files: Sequence[Path], dtype: np.dtype, text_bytes: int | None = None):
         self.name, self.files, self.dtype = name, list(files), dtype
@@ -67,10 +73,24 @@ class TokenSplit:
         self.size = sum(path.stat().st_size for path in self.files)
         # ends[i]: position after the last token of file i
         self._ends = np.cumsum([path.stat().st_size // dtype.itemsize for path in self.files])
-        self._maps: dict[int, tuple[BinaryIO, np.memmap | None]] = {}
+        self._limit: int | None = None
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()  # the last used one last
+        self._lock = threading.Lock()  # the loader's thread and the loop may read at the same time
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self._limit is None else self._limit
+
+    def head(self, tokens: int) -> TokenSplit:
+        """The first `tokens` of this split, as a split. DatasetError where it has fewer."""
+        if not 1 <= tokens <= len(self):
+            raise DatasetError(
+                f"max_train_tokens={tokens:,} asks for more than {self.label} has ({len(self):,} tokens); use fewer."
+                if tokens > 0
+                else f"max_train_tokens={tokens:,} is not a number from 1 on."
+            )
+        part = copy.copy(self)
+        part._limit, part.bytes = tokens, None
+        return part
 
     def __repr__(self) -> str:
         return f"TokenSplit({self.name!r}, {len(self):,} tokens, {self.files[0].parent})"
@@ -89,26 +109,39 @@ class TokenSplit:
         while done < len(out):
             shard = int(np.searchsorted(self._ends, start + done, side="right"))
             first = start + done - (int(self._ends[shard - 1]) if shard else 0)
-            chunk = self._map(shard)[first : first + len(out) - done]
-            out[done : done + len(chunk)] = chunk
-            done += len(chunk)
+            last = min(first + len(out) - done, self._tokens_of(shard))
+            out[done : done + last - first] = np.frombuffer(self._read_file(shard, first, last), self.dtype)
+            done += last - first
         return out
 
-    def _map(self, shard: int) -> np.memmap:
-        """The memory map of one file, opened on first use. Touching pages beyond a truncated file's end would kill the
-        process, so its size is asked for at each read."""
-        tokens = int(self._ends[shard]) - (int(self._ends[shard - 1]) if shard else 0)
-        if shard not in self._maps:
-            file = open(self.files[shard], "rb")
-            whole = os.fstat(file.fileno()).st_size >= tokens * self.dtype.itemsize
-            self._maps[shard] = (file, np.memmap(file, self.dtype, "r", shape=(tokens,)) if whole else None)
-        file, array = self._maps[shard]
-        if array is None or os.fstat(file.fileno()).st_size < tokens * self.dtype.itemsize:
-            raise DatasetError(
-                f"{self.files[shard]} became shorter while it was in use ({tokens:,} tokens expected); "
-                f"prepare or copy the dataset again."
-            )
-        return array
+    def _tokens_of(self, shard: int) -> int:
+        return int(self._ends[shard]) - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _read_file(self, shard: int, first: int, last: int) -> bytes:
+        """The bytes of tokens [first, last) of one file, which is opened on first use."""
+        width = self.dtype.itemsize
+        with self._lock:
+            if shard not in self._open:
+                self._open[shard] = open(self.files[shard], "rb", buffering=0)
+                if len(self._open) > OPEN_FILES:
+                    self._open.popitem(last=False)[1].close()
+            self._open.move_to_end(shard)
+            file = self._open[shard]
+            if os.fstat(file.fileno()).st_size < self._tokens_of(shard) * width:
+                raise DatasetError(
+                    f"{self.files[shard]} became shorter while it was in use ({self._tokens_of(shard):,} tokens expected); "
+                    f"prepare or copy the dataset again."
+                )
+            file.seek(first * width)
+            content = file.read((last - first) * width)
+            while len(content) < (last - first) * width:  # one call gives 2 GB at most
+                more = file.read((last - first) * width - len(content))
+                if not more:
+                    raise DatasetError(
+                        f"{self.files[shard]} became shorter while it was read; prepare or copy the dataset again."
+                    )
+                content += more
+        return content
 
     def largest_id(self, full: bool) -> int:
         """Largest token id: of all tokens, or of samples spread over the split."""
@@ -124,6 +157,7 @@ class TokenDataset:
 
     def __init__(self, folder: Path, meta: dict | None, splits: dict[str, TokenSplit], note: str | None = None):
         self.folder, self.meta, self.note = folder, meta, note
+        self.vocabulary: Vocabulary | None = None  # of a folder of nanoGPT's with a meta.pkl
         self._splits = splits
 
     @classmethod
@@ -143,7 +177,7 @@ class TokenDataset:
 
     @classmethod
     def _open_with_meta(cls, folder: Path) -> TokenDataset:
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         dtype, splits = DTYPES[meta["dtype"]], {}
         for name, described in meta["splits"].items():
             paths = [folder / file["name"] for file in described["files"]]
@@ -164,19 +198,51 @@ class TokenDataset:
     def _open_nanogpt(cls, folder: Path) -> TokenDataset:
         if not (folder / "train.bin").exists():
             raise DatasetError(f"{folder} holds no prepared dataset (no train.bin). {_how_to_prepare(folder)}")
-        splits = {}
-        for name in SPLITS:
-            path = folder / f"{name}.bin"
-            if path.exists():
-                _check_size(path, path.stat().st_size, DTYPES["uint16"])
-                splits[name] = split = TokenSplit(name, [path], DTYPES["uint16"])
-                head = split.read(0, min(len(split), READ_BYTES))
-                if len(head) >= 64 and head[::2].any() and not head[1::2].any():
-                    raise DatasetError(
-                        f"{path} has a zero at every second place, so it seems to hold uint32 ids, and "
-                        f"without a meta.json it would be read as uint16. {_how_to_prepare(folder)}"
-                    )
-        return cls(folder, None, splits)
+        vocabulary = read_vocabulary(folder / "meta.pkl") if (folder / "meta.pkl").exists() else None
+        paths = {name: folder / f"{name}.bin" for name in SPLITS if (folder / f"{name}.bin").exists()}
+        wide = vocabulary is not None and vocabulary.size > UINT16_VOCAB
+        for path in paths.values():
+            _check_size(path, path.stat().st_size, DTYPES["uint16"])
+            with open(path, "rb") as file:
+                wide = wide or (path.stat().st_size % 4 == 0 and looks_like_uint32(file.read(READ_BYTES)))
+        dtype = DTYPES["uint32" if wide else "uint16"]
+        for path in paths.values():
+            _check_size(path, path.stat().st_size, dtype)
+        splits = {name: TokenSplit(name, [path], dtype) for name, path in paths.items()}
+        dataset = cls(folder, None, splits)
+        dataset.vocabulary = vocabulary
+        return dataset
+
+    names, phases = [""], [(0, [1])]  # as of a mixture with one part, see data/mixture.py
+
+    @property
+    def parts(self) -> list[TokenDataset]:
+        """The datasets that it consists of: itself."""
+        return [self]
+
+    @property
+    def shares(self) -> list[int]:
+        """The share of each part."""
+        return [1]
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """The fingerprint of the tokenizer it was made with; None where nothing says which that was."""
+        if self.meta is not None:
+            return self.meta["tokenizer"]["fingerprint"]
+        return self.tokenizer().fingerprint if self.vocabulary is not None and self.vocabulary.characters else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """How messages call its tokenizer."""
+        size = "unknown" if self.vocab_size is None else f"{self.vocab_size:,}"
+        return f"{self.meta['tokenizer']['name'] if self.meta else 'tokenizer unknown'}, vocabulary {size}"
+
+    def shortened(self, train_tokens: int) -> TokenDataset:
+        """This dataset with only the first so many tokens of its training split; DatasetError where it has fewer."""
+        short = copy.copy(self)
+        short._splits = {**self._splits, "train": self.split("train").head(train_tokens)}
+        return short
 
     def facts(self) -> dict:
         """What a run's log keeps of it, so that runs on another tokenization of the same text are recognised: the tokenizer,
@@ -184,10 +250,10 @@ class TokenDataset:
         if self.meta is None:
             return {}
         kept = ("tokens", "bytes", "documents")
-        return {
-            "tokenizer": self.meta.get("tokenizer"),
-            "splits": {name: {key: split.get(key) for key in kept} for name, split in self.meta["splits"].items()},
-        }
+        splits = {name: {key: split.get(key) for key in kept} for name, split in self.meta["splits"].items()}
+        if len(train := self._splits["train"]) < splits["train"]["tokens"]:
+            splits["train"] = {"tokens": len(train), "bytes": None, "documents": None}
+        return {"tokenizer": self.meta.get("tokenizer"), "splits": splits}
 
     def _check_ids(self, model_vocab: int | None) -> None:
         """Compare ids and vocabularies; without meta.json, write the note that says how the files were read."""
@@ -205,7 +271,7 @@ class TokenDataset:
                 continue  # too large to scan: the loader checks each batch
             found = split.largest_id(full)
             if limits and found >= min(limits):
-                owner = "its meta.json" if min(limits) == self.vocab_size else "the model"
+                owner = f"its meta.{'json' if self.meta else 'pkl'}" if min(limits) == self.vocab_size else "the model"
                 raise DatasetError(
                     f"{split.label} holds the token id {found:,}, but {owner} has "
                     f"vocab_size={min(limits):,}; the dataset is damaged or was prepared for another "
@@ -213,9 +279,11 @@ class TokenDataset:
                 )
             largest, whole = max(largest, found), whole and full
         if self.meta is None:
+            dtype = self._splits["train"].dtype.name
+            known = "" if self.vocabulary is None else f", vocabulary {self.vocabulary.size:,} by its meta.pkl"
             self.note = (
-                f"{self.folder} has no meta.json: read as uint16 (largest id {largest:,}"
-                f"{'' if whole else ' in samples'}); bits per byte are not known."
+                f"{self.folder} has no meta.json: read as {dtype} (largest id {largest:,}"
+                f"{'' if whole else ' in samples'}{known}); bits per byte are not known."
             )
 
     def split(self, name: str) -> TokenSplit:
@@ -229,8 +297,10 @@ class TokenDataset:
 
     @property
     def vocab_size(self) -> int | None:
-        """The tokenizer's vocabulary, special ids included; None without meta.json."""
-        return self.meta["vocab_size"] if self.meta else None
+        """The tokenizer's vocabulary, special ids included; None without meta.json and meta.pkl."""
+        if self.meta is None:
+            return self.vocabulary.size if self.vocabulary else None
+        return self.meta["vocab_size"]
 
     @property
     def eos_id(self) -> int | None:
@@ -253,9 +323,11 @@ class TokenDataset:
     def tokenizer(self):
         """The tokenizer the dataset was made with, or None when the folder does not hold it."""
         if not hasattr(self, "_tokenizer"):
-            from data.tokenization import load_tokenizer
+            from data.tokenization import CharTokenizer, load_tokenizer
 
             self._tokenizer = load_tokenizer(self.folder)
+            if self._tokenizer is None and self.vocabulary is not None and self.vocabulary.characters:
+                self._tokenizer = CharTokenizer(self.vocabulary.characters)
             expected = self.meta["tokenizer"]["fingerprint"] if self.meta and self._tokenizer else None
             if expected and self._tokenizer.fingerprint != expected:
                 raise DatasetError(
@@ -291,7 +363,9 @@ class TokenDataset:
         ids = [i for i in split.read(0, min(len(split), DECODED_TOKENS)).tolist() if i != tokenizer.eos_id]
         try:
             tokenizer.encode(tokenizer.decode(ids))
-        except Exception as error:  # whatever it raises, it would raise after the training as well
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a library may even panic; whatever it does, it would do after the training as well
             raise DatasetError(
                 f"The tokenizer of {self.folder} cannot decode and encode the dataset's first tokens ({type(error).__name__}: "
                 f"{error}). {_how_to_prepare(self.folder)}"
@@ -342,7 +416,7 @@ def _how_to_prepare(folder: Path) -> str:
     return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}{again}"
 
 
-def _read_meta(folder: Path) -> dict:
+def read_meta(folder: Path) -> dict:
     """meta.json, checked for form: everything the readers rely on is there and of the right type."""
     path = folder / "meta.json"
     try:

@@ -28,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.sources import find_cut
+
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"  # Hugging Face's name for what tokenizer.json has no room for
@@ -73,6 +75,15 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as an array of integers, (tokens,), on one core and without a Python number for each token where it can."""
         return np.array(self.encode(text), dtype=np.uint32)
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_array` of each text, on all cores where the library can."""
+        return [self.encode_array(text) for text in texts]
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether a text may be cut where `data.sources.find_cut` says: the ids of its parts are then those of the whole."""
+        return self.byte_level
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for; they may end inside a character."""
@@ -179,6 +190,8 @@ class TiktokenTokenizer(Tokenizer):
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def encode_array(self, text: str) -> np.ndarray:
+        if not hasattr(self._encoding, "encode_to_numpy"):  # before 0.9
+            return super().encode_array(text)
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -340,6 +353,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return self.encode_arrays([text])[0]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
+
+    @cached_property
+    def cuttable(self) -> bool:
+        """Tried out, as a byte-level vocabulary may come with any rule for where a word begins."""
+        text = "It's 1 a.b  two,\n three\n\nfour4\t five \n six1\nseven. Eight\r\n nine:\n"
+        cuts = [cut for cut in range(1, len(text)) if find_cut(text, cut) == cut]
+        whole = self.encode(text)
+        return self.byte_level and all(self.encode(text[:cut]) + self.encode(text[cut:]) == whole for cut in cuts)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         if self.byte_level:

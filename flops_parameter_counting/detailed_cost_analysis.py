@@ -163,7 +163,7 @@ def read_model(options: argparse.Namespace) -> tuple[str, ModelConfig, dict]:
     if path.suffix == ".py":
         return (name, *_read_recipe(path, options.overrides))
     from training.huggingface import config_from_hf
-    from training.huggingface_families import ConversionError
+    from training.huggingface_parts import ConversionError
 
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))

@@ -40,7 +40,7 @@ class AttentionRules(NamedTuple):
     """What an attention does besides looking back: factor on the scores, dropout, and what may limit it.
 
     `softcap`: scores s become softcap·tanh(s / softcap). `window`: a token sees itself and the window - 1 before it.
-    `slopes` (H,): what a score loses per token of distance.
+    `slopes` (H,): what a score loses per token of distance. `documents` (B, T): a token sees those with the same number.
     """
 
     scale: float
@@ -48,16 +48,20 @@ class AttentionRules(NamedTuple):
     softcap: float | None = None
     window: int | None = None
     slopes: Tensor | None = None
+    documents: Tensor | None = None
 
     def penalty(self, new: int, seen: int, device: torch.device) -> Tensor | None:
-        """For the last `new` of `seen` tokens: what is added to the scores, fp32 (new, seen) or (H, new, seen).
+        """For the last `new` of `seen` tokens: what is added to the scores, fp32 (new, seen), (H, new, seen), or with documents
+        (B, 1 or H, seen, seen).
 
         None where nothing but a plain causal mask, or none at all, is needed.
         """
-        if self.slopes is None and new in (1, seen) and (self.window is None or seen <= self.window):
+        if self.documents is None and self.slopes is None and new in (1, seen) and (self.window is None or seen <= self.window):
             return None
         distance = torch.arange(seen - new, seen, device=device)[:, None] - torch.arange(seen, device=device)
         hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+        if self.documents is not None:
+            hidden = hidden | (self.documents[:, None, :, None] != self.documents[:, None, None, :])
         penalty = torch.zeros((), device=device) if self.slopes is None else -self.slopes[:, None, None] * distance.clamp(min=0)
         return torch.where(hidden, float("-inf"), penalty)
 
@@ -146,11 +150,14 @@ class FlexAttention:
         """The BlockMask of what is visible."""
         from torch.nn.attention.flex_attention import create_block_mask
 
+        documents = rules.documents
+
         def visible(b, h, i, j):
             distance = i + seen - new - j
-            return distance >= 0 if rules.window is None else (distance >= 0) & (distance < rules.window)
+            seen_by = distance >= 0 if rules.window is None else (distance >= 0) & (distance < rules.window)
+            return seen_by if documents is None else seen_by & (documents[b, i] == documents[b, j])
 
-        return create_block_mask(visible, None, None, new, seen, device=device.type)
+        return create_block_mask(visible, None if documents is None else len(documents), None, new, seen, device=device.type)
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules, mask: Any) -> Tensor:
@@ -183,7 +190,8 @@ class Context:
 
     `model_builder.Transformer.front` makes one for each forward pass and hands it to every block. It holds what depends
     on the positions of the tokens and not on the layer, so that each of it is computed once and not once a layer.
-    `positions` (T,): where the new tokens stand; `seen`: how many tokens there are with those in the cache.
+    `positions` (T,): where the new tokens stand, or (B, T) where each sequence has its own `documents` (B, T), whose numbers
+    say which tokens see each other; `seen`: how many tokens there are with those in the cache.
     """
 
     def __init__(
@@ -193,9 +201,10 @@ class Context:
         positions: Tensor,
         dtype: torch.dtype,
         cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ):
-        self.encoding, self.cache, self.positions, self.dtype = encoding, cache, positions, dtype
-        self.seen = positions.numel() + (cache.length if cache is not None else 0)
+        self.encoding, self.cache, self.positions, self.dtype, self.documents = encoding, cache, positions, dtype, documents
+        self.seen = positions.size(-1) + (cache.length if cache is not None else 0)
         self.backend = component("attention_backend", config.attention_backend).build
         self.softcap = config.attention_softcap
         self.tables = encoding.tables(positions)
@@ -205,8 +214,8 @@ class Context:
     def mask(self, window: int | None) -> Any:
         """What the attention backend needs to limit a layer with this window (None: no window) to what it may see."""
         if window not in self.masks:
-            rules = AttentionRules(1.0, softcap=self.softcap, window=window, slopes=self.slopes)
-            self.masks[window] = self.backend.mask(rules, self.positions.numel(), self.seen, self.positions.device, self.dtype)
+            rules = AttentionRules(1.0, softcap=self.softcap, window=window, slopes=self.slopes, documents=self.documents)
+            self.masks[window] = self.backend.mask(rules, self.positions.size(-1), self.seen, self.positions.device, self.dtype)
         return self.masks[window]
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

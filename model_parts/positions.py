@@ -19,6 +19,7 @@ class NoPosition(nn.Module):
 
     `embed` may add something to the embeddings (B, T, D), once; `tables` computes what attention needs, once a forward
     for all layers; `rotate` uses it on queries (B, H, T, d) and keys (B, K, T, d), `slopes` for a penalty on distance.
+    Positions are (T,), or (B, T) where documents are packed into sequences.
     """
 
     def __init__(self, config: ModelConfig):
@@ -68,8 +69,8 @@ class SinusoidalPosition(NoPosition):
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         D = x.size(-1)
         even = torch.arange(0, D, 2, dtype=torch.float32, device=x.device)
-        angle = positions.float()[:, None] / 10000.0 ** (even / D)  # (T, ⌈D/2⌉)
-        return x + torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :D].to(x.dtype)
+        angle = positions.float()[..., None] / 10000.0 ** (even / D)  # (…, T, ⌈D/2⌉)
+        return x + torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[..., :D].to(x.dtype)
 
 
 @register("position_encoding", "alibi", short="ALiBi")
@@ -113,12 +114,13 @@ class RotaryPosition(NoPosition):
     """Rotary position embedding (Su et al. 2021), half-split pairs (i, i + d/2) as Hugging Face stores them."""
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (T,) → cos, sin (T, d), fp32."""
+        """positions (T,) → cos, sin (T, d), fp32; of positions (B, T) (B, 1, T, d), the same for all heads."""
         d = self.config.head_dim
         exponent = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device) / d
         frequencies = build("rope_scaling", self.config.rope_scaling, self.config, 1.0 / self.config.rope_theta**exponent)
-        angle = positions.float()[:, None] * frequencies
+        angle = positions.float()[..., None] * frequencies
         angle = torch.cat((angle, angle), dim=-1)
+        angle = angle if positions.dim() == 1 else angle[:, None]
         return angle.cos(), angle.sin()
 
     @staticmethod

@@ -68,6 +68,30 @@ def pytorchs_flops(config) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+@functools.cache
+def chosen_presets() -> tuple[str, ...]:
+    """The presets that `make test` crosses with every key and component; `make test-slow` crosses the others too.
+
+    GPT-2 and LLaMA; then, one at a time, the preset with most of the parts that none of those chosen has, until every part of
+    every preset occurs. A part is a component, or another key that is on, or off.
+    """
+    from model_config import COMPONENT_KINDS, PRESETS
+
+    def parts(preset: str) -> set:
+        return {(key, value if key in COMPONENT_KINDS else bool(value)) for key, value in PRESETS[preset][1].items()}
+
+    chosen = ["gpt2", "llama"]
+    while missing := set().union(*map(parts, PRESETS)) - set().union(*map(parts, chosen)):
+        chosen.append(max(PRESETS, key=lambda preset: len(parts(preset) & missing)))
+    return tuple(chosen)
+
+
+def crossed(preset: str, *part: str):
+    """A case (*part, preset) of a test that takes every preset with other things too: slow if the preset is not a chosen one."""
+    slow = () if preset in chosen_presets() else (pytest.mark.slow,)
+    return pytest.param(*part, preset, id="-".join(filter(None, ("=".join(part), preset))), marks=slow)
+
+
 # What `make check` leaves out, by the start of the name: what trains, compiles, starts processes, or comes in hundreds.
 LONG = (
     "distributed/",
@@ -88,8 +112,13 @@ LONG = (
     "test_frozen_formats.py",
     "test_huggingface",
     "test_memory.py",
+    "test_mixture.py::test_a_run",
+    "test_mixture.py::test_max_train",
+    "test_mixture.py::test_repeated",
     "test_model_components.py::test_a_token_changes_no_logits",
     "test_new_parts.py",
+    "test_preparation.py",
+    "test_prepare_command.py",
     "test_readme.py",
     "test_registered_entries.py",
     "test_restarts.py",
@@ -97,6 +126,8 @@ LONG = (
     "test_resume.py",
     "test_sample.py",
     "test_saving.py",
+    "test_score.py",
+    "test_show.py",
     "test_starting.py",
     "test_tokenization.py",
     "test_trackers.py",

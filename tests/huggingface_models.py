@@ -25,7 +25,14 @@ SHAPE = {
     "llama": SMALL,
     "mistral": dict(SMALL, num_key_value_heads=2),
     "qwen3": dict(SMALL, num_key_value_heads=2, head_dim=8),
+    "qwen2": dict(SMALL, num_key_value_heads=2),
     "olmo2": SMALL,
+    "olmo3": SMALL,
+    "gemma": dict(SMALL, num_key_value_heads=2, head_dim=8),
+    "phi3": SMALL,
+    "arcee": SMALL,
+    "starcoder2": dict(SMALL, num_key_value_heads=2),
+    "opt": dict(vocab_size=61, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=T),
     "gemma2": dict(SMALL, num_key_value_heads=2, head_dim=8),
 }
 

@@ -67,6 +67,7 @@ def preloaded_python() -> str:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # a process with threads must not fork
         start_new_session=True,
     )
     assert server.stdout.readline() == b"ready\n"
@@ -179,15 +180,19 @@ def become(order: dict, files: list[int], executable: str) -> None:
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
     sys.executable = executable
+    what, *arguments = order["arguments"]
+    at_once = what == "-u"  # torchrun starts its processes so
+    if at_once:
+        what, *arguments = arguments
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")
     sys.stdin = sys.stdout = sys.stderr = None
     if 0 in order["files"]:
         sys.stdin = open(0, encoding=encoding, errors=errors or "strict", closefd=False)
     if 1 in order["files"]:
         sys.stdout = open(1, "w", 1 if os.isatty(1) else -1, encoding, errors or "strict", closefd=False)
+        sys.stdout.reconfigure(write_through=at_once)
     if 2 in order["files"]:
         sys.stderr = open(2, "w", 1, encoding, "backslashreplace", closefd=False)
-    what, *arguments = order["arguments"]
     sys.path[:1] = [*os.environ.get("PYTHONPATH", "").split(os.pathsep)] if os.environ.get("PYTHONPATH") else []
     if what == "-c":
         text, *arguments = arguments

@@ -23,6 +23,7 @@ import compare_architectures
 import training_logger
 from command_line import Failure, UsageError
 from comparison import NotComparable, compare, group_runs, load_runs, table
+from comparison.groups import Difference
 from comparison.inference import ALPHA, POWER, Verdict, adjust, compare_means, detectable, estimate
 from comparison.report import sentence
 from configurator import configure
@@ -167,30 +168,39 @@ def test_students_sleep_data_gives_the_published_welch_test():
     assert test.shown is False
 
 
-@pytest.mark.parametrize("a, b", [(2, 2), (3, 3), (3, 5), (10, 4)])
+@pytest.mark.parametrize("a, b", [(2, 2), (3, 3), (3, 5), (10, 4), (6, 6)])
 def test_tests_and_intervals_are_scipys(a, b):
+    """With the degrees of freedom of two sides of the smaller size where Welch's own are more."""
     random = numpy.random.default_rng(a * 100 + b)
     left, right = random.normal(3, 0.1, a), random.normal(3.1, 0.3, b)
-    [test] = adjust([compare_means({("a", i): x for i, x in enumerate(left)}, {("b", i): x for i, x in enumerate(right)})])
     expected = scipy.stats.ttest_ind(right, left, equal_var=False)
-    assert test.p == pytest.approx(expected.pvalue, rel=1e-9)
-    assert (test.low, test.high) == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
+    freedom = min(expected.df, 2 * (min(a, b) - 1))
+    error = (right.mean() - left.mean()) / expected.statistic
+    half = scipy.stats.t.ppf(0.975, freedom) * error
+    [test] = adjust([compare_means({("a", i): x for i, x in enumerate(left)}, {("b", i): x for i, x in enumerate(right)})])
+    assert test.method == "Welch t" and test.p == pytest.approx(2 * scipy.stats.t.sf(abs(expected.statistic), freedom), rel=1e-9)
+    assert (test.low, test.high) == pytest.approx((test.difference - half, test.difference + half), rel=1e-9)
     if a == b:
-        [test] = adjust([compare_means(dict(enumerate(left)), dict(enumerate(right)))])
-        expected = scipy.stats.ttest_rel(right, left)
-        assert test.p == pytest.approx(expected.pvalue, rel=1e-9)
-        assert (test.low, test.high) == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
+        [paired] = adjust([compare_means(dict(enumerate(left)), dict(enumerate(right)))])
+        if a < 5:
+            assert paired == test
+        else:
+            expected = scipy.stats.ttest_rel(right, left)
+            assert paired.p == pytest.approx(expected.pvalue, rel=1e-9)
+            assert (paired.low, paired.high) == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
     found = estimate(list(left))
     assert (found.low, found.high) == pytest.approx(
         scipy.stats.t.interval(0.95, a - 1, left.mean(), scipy.stats.sem(left)), rel=1e-9
     )
 
 
-def test_pairing_needs_every_seed_of_the_smaller_side():
-    three = {1: 1.0, 2: 1.2, 3: 1.1}
-    assert compare_means(three, {1: 2.0, 2: 2.3, 3: 2.1}).method == "paired t"
-    assert compare_means(three, {1: 2.0, 2: 2.3}).method == "paired t"
-    assert compare_means(three, {1: 2.0, 2: 2.3, 7: 2.1}).method == "Welch t"
+def test_pairs_are_made_of_equal_seeds_five_at_least_whatever_the_figures():
+    three, five = {1: 1.0, 2: 1.2, 3: 1.1}, {1: 1.0, 2: 1.2, 3: 1.1, 4: 1.3, 5: 1.25}
+    for figures in (five, dict.fromkeys(five, 1.0) | {1: 2.0}, {seed: value + 1 for seed, value in five.items()}):
+        assert compare_means(five, figures).method == "paired t"
+        assert compare_means(three, {seed: figures[seed] for seed in three}).method == "Welch t"
+        assert compare_means(five, {seed: figures[seed] for seed in three}).method == "Welch t"
+        assert compare_means(five, {seed + 1: value for seed, value in figures.items()}).method == "Welch t"
     single = compare_means(three, {1: 2.0})
     assert single.method is None and single.p is None and single.shown is None
     assert single.difference == pytest.approx(0.9) and single.n == (3, 1)
@@ -234,10 +244,22 @@ def test_the_detectable_difference_is_detected_with_the_power_it_is_named_for(fr
     assert seen == pytest.approx(POWER, abs=4 * math.sqrt(POWER * (1 - POWER) / tries))
 
 
-def test_repetitions_without_scatter_agree_or_differ():
+def test_repetitions_without_scatter_agree_or_say_nothing():
+    """Two runs that give the same figure to the last bit are one run done twice: there is no p < 0.001 in that."""
     same, other = {1: 2.0, 2: 2.0}, {1: 3.0, 2: 3.0}
-    tests = adjust([compare_means(same, dict(same)), compare_means(same, other)])
-    assert [(t.p_holm, t.shown, t.low, t.high) for t in tests] == [(1.0, False, 0.0, 0.0), (0.0, True, 1.0, 1.0)]
+    shifted = {seed: seed / 7 for seed in range(1, 6)}
+    tests = adjust(
+        [
+            compare_means(same, dict(same)),
+            compare_means(same, other),
+            compare_means(shifted, {seed: value + 0.1 for seed, value in shifted.items()}),  # pairs, apart by rounding
+        ]
+    )
+    assert [(t.p_holm, t.shown, t.low, t.high) for t in tests] == [(1.0, False, 0.0, 0.0), *[(None, None, None, None)] * 2]
+    assert [t.untested for t in tests] == ["", "scatter", "scatter"]
+    for test in tests[1:]:
+        said = sentence(Difference("a", "b", test), "val_loss")
+        assert "nothing is claimed" in said and "p " not in said and "has a lower" not in said
 
 
 # Runs.
@@ -541,7 +563,7 @@ def test_the_same_twice_shows_no_difference_and_names_what_could_have_been_seen(
     seeds_of(tmp_path, "b", [3.02, 3.07, 3.06], "--normalization=rmsnorm")
     comparison = compared(tmp_path)
     [found] = comparison.differences
-    assert found.test.shown is False and found.test.method == "paired t"
+    assert found.test.shown is False and found.test.method == "Welch t"
     said = sentence(found, comparison.metric)
     assert said.startswith("no difference shown between") and "would have been seen 4 times out of 5" in said
     assert f"a difference of {found.test.detectable:.4f}" in said
@@ -563,13 +585,14 @@ def test_a_planted_difference_is_found_with_its_sign_and_size(tmp_path, shift):
 
 
 def test_pairing_sees_what_scatter_common_to_both_sides_hides(tmp_path):
-    seeds_of(tmp_path, "a", [3.0, 3.5, 4.0])
-    seeds_of(tmp_path, "b", [3.05, 3.56, 4.05], "--normalization=rmsnorm")
+    losses = [3.05, 3.56, 4.05, 4.57, 5.06]
+    seeds_of(tmp_path, "a", [3.0, 3.5, 4.0, 4.5, 5.0])
+    seeds_of(tmp_path, "b", losses, "--normalization=rmsnorm")
     [paired] = compared(tmp_path).differences
     assert paired.test.shown and paired.test.method == "paired t"
     for seed, path in enumerate(sorted((tmp_path).glob("b-*")), start=1):
         shutil.rmtree(path)
-        make_run(path, f"--seed={seed + 10}", "--normalization=rmsnorm", val_loss=[3.05, 3.56, 4.05][seed - 1])
+        make_run(path, f"--seed={seed + 10}", "--normalization=rmsnorm", val_loss=losses[seed - 1])
     [welch] = compared(tmp_path).differences
     assert welch.test.method == "Welch t" and not welch.test.shown
 
@@ -908,7 +931,7 @@ def test_real_runs_compare_and_a_killed_one_is_flagged(tmp_path, tiny_dataset, r
         for preset in ("gpt2", "gpt2_postnorm")
     }
     [found] = document["differences"]
-    expected = scipy.stats.ttest_rel(losses["gpt2_postnorm"], losses["gpt2"])
+    expected = scipy.stats.ttest_ind(losses["gpt2_postnorm"], losses["gpt2"], equal_var=False)  # 3 seeds make no pairs
     assert found["p"] == pytest.approx(expected.pvalue, rel=1e-6) and found["shown"] == bool(expected.pvalue < ALPHA)
     assert found["difference"] == pytest.approx(numpy.mean(losses["gpt2_postnorm"]) - numpy.mean(losses["gpt2"]))
     assert document["model_differences"]["norm_position"] == {found["a"]: "pre", found["b"]: "post"}

@@ -50,7 +50,8 @@ def test_names_and_fingerprints_are_those_of_commit_91493a6():
     for kind in COMPONENT_KINDS:
         for name in () if kind == "block" or kind in EXECUTION_KINDS else components(kind):
             assert (kind, name) in values
-    assert {preset for preset, *_ in FROZEN} == set(PRESETS)
+    later = {"qwen2", "olmo3", "gemma", "phi3", "arcee", "starcoder2", "opt"}  # than that commit
+    assert {preset for preset, *_ in FROZEN} == set(PRESETS) - later
 
 
 def test_a_scaling_of_rope_without_rope_is_refused_with_a_sentence():

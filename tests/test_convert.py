@@ -21,7 +21,7 @@ from model_config import resolve
 from training import huggingface_check
 from training.checkpoint import find_checkpoint
 from training.huggingface import config_to_hf, tensor_rules
-from training.huggingface_families import ConversionError
+from training.huggingface_parts import ConversionError
 
 pytestmark = pytest.mark.usefixtures("preloaded")  # the check at the end of an export
 

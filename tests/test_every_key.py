@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, pytorchs_flops
+from conftest import TINY, crossed, pytorchs_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,14 +72,17 @@ BESIDE = {
 # What must be refused, because the preset's parts do not read it: (key, preset) → the values that are still accepted.
 ROPE_KEYS = [key for key in ARCHITECTURE_KEYS if key.startswith("rope_")]
 GATED = [name for name in PRESETS if resolve(name).ffn_type == "swiglu"]
-REFUSED = {(key, preset): [] for key in ROPE_KEYS for preset in ("gpt2", "gpt2_postnorm")}
+REFUSED = {(key, preset): [] for key in ROPE_KEYS for preset in ("gpt2", "gpt2_postnorm", "opt")}
 REFUSED |= {("activation", preset): ["silu"] for preset in GATED}
 REFUSED |= {
     ("ffn_type", preset): [name for name in components("ffn_type") if name != "gated"]
     for preset in PRESETS
     if resolve(preset).activation in ("silu", "gelu")
 }  # those are called swiglu and geglu
-REFUSED[("activation", "gemma2")] = [name for name in components("activation") if name not in ("silu", "gelu")]
+REFUSED |= {
+    ("activation", preset): [name for name in components("activation") if name not in ("silu", "gelu")]
+    for preset in ("gemma", "gemma2")
+}
 
 
 def tokens(batch: int = 3, length: int = 16, vocab_size: int = 60) -> torch.Tensor:
@@ -128,7 +131,7 @@ def test_the_witness_does_not_tell_a_model_from_itself():
             assert_all_differ([resolve(preset, **TINY, dropout=0.3) for _ in range(2)])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize("key", ARCHITECTURE_KEYS)
 def test_every_architecture_key_changes_name_fingerprint_and_model_or_is_refused(key, preset):
     configs, refused = [], []
@@ -152,7 +155,7 @@ def test_every_architecture_key_changes_name_fingerprint_and_model_or_is_refused
         assert_all_differ(configs)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize("key", ARCHITECTURE_KEYS)
 def test_an_override_lands_in_the_config_under_its_key(key, preset):
     for value in REFUSED.get((key, preset), VALUES[key]):
@@ -195,7 +198,7 @@ EXECUTION_VALUES = dict(
 )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize("key", [key for key, field in KEYS.items() if field.metadata["group"] == "execution"])
 def test_an_execution_key_changes_neither_name_nor_fingerprint_nor_n(key, preset):
     baseline = TrainConfig(arch_preset=preset, **TINY).model_config()
@@ -238,7 +241,7 @@ def loss_and_gradients(model, dropout_seed: int = 0):
     return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize("backend", [name for name in components("attention_backend") if name != "flex"])
 def test_attention_backends_give_the_same_loss_and_gradients(backend, preset):
     results = []
@@ -250,7 +253,7 @@ def test_attention_backends_give_the_same_loss_and_gradients(backend, preset):
         assert torch.allclose(gradients[name], other_gradients[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize(
     "overrides",
     [{}, dict(position_encoding="alibi"), dict(sliding_window=3, attention_softcap=0.7)],
@@ -271,7 +274,7 @@ def test_flex_attention_gives_the_same_logits_and_refuses_to_train_on_a_cpu(pres
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 def test_checkpointing_changes_no_bit_of_loss_or_gradients_with_dropout_on(preset, mode, dtype):
     results = []
     for how in ("none", mode):
@@ -286,7 +289,7 @@ def test_checkpointing_changes_no_bit_of_loss_or_gradients_with_dropout_on(prese
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_recomputed_flops_are_counted(mode, preset):
     """PyTorch stops recomputing a block once it has what backward needs: a last product need not be repeated."""
@@ -325,11 +328,7 @@ def test_blocks_compiled_for_any_length_give_the_same_logits():
 # ------------------------------------------------------------------------------------------- every component
 
 COMPONENT_CASES = [
-    pytest.param(kind, name, preset, id=f"{kind}={name}-{preset}")
-    for kind in COMPONENT_KINDS
-    for name in components(kind)
-    for preset in PRESETS
-    if name != "flex"
+    crossed(preset, kind, name) for kind in COMPONENT_KINDS for name in components(kind) for preset in PRESETS if name != "flex"
 ]  # no training on a CPU: below
 
 

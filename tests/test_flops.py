@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import pytorchs_flops
+from conftest import crossed, pytorchs_flops
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -24,11 +24,7 @@ from model_config import COMPONENT_KINDS, PRESETS, components, linear_part, reso
 T, WINDOW = 12, 5
 TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=T)
 CASES = [
-    pytest.param(kind, name, preset, id=f"{kind}={name}-{preset}")
-    for kind in COMPONENT_KINDS
-    for name in components(kind)
-    for preset in PRESETS
-    if name != "flex"
+    crossed(preset, kind, name) for kind in COMPONENT_KINDS for name in components(kind) for preset in PRESETS if name != "flex"
 ]  # no backward pass without a GPU
 
 
@@ -69,7 +65,7 @@ def test_forward_and_backward_are_pytorchs_count_but_for_what_a_window_hides(kin
     assert backward == 2 * T * (sum(row.backward for row in rows) + 2 * beyond_windows(config))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -125,7 +121,7 @@ def test_every_component_costs_what_its_own_module_does(preset, overrides):
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("context", [1, 7, T, 300])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 def test_the_parts_add_up_to_the_three_figures_and_to_n(preset, context, checkpointing):
     config = resolve(preset, **TINY)
     rows, flops = breakdown(config, context, checkpointing), flops_per_token(config, context, checkpointing)

@@ -20,7 +20,7 @@ from model_builder import build_model
 from model_config import resolve
 from training.checkpoint import CheckpointStore, load_model
 from training.huggingface import config_from_hf, config_to_hf, family_of, tensor_rules
-from training.huggingface_families import ConversionError
+from training.huggingface_parts import ConversionError
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -39,6 +39,9 @@ BASE = dict(
 )
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+OPT = dict(
+    vocab_size=61, hidden_size=48, ffn_dim=40, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=24, **IDS
 )
 
 # model_type, and the configuration; at least three shapes a family: odd head counts, GQA, MQA, tied and untied, biases,
@@ -81,6 +84,45 @@ SHAPES = {
     "olmo2-mha": ("olmo2", dict(BASE, num_key_value_heads=6)),
     "olmo2-gqa": ("olmo2", dict(BASE, num_key_value_heads=2)),
     "olmo2-odd": ("olmo2", dict(BASE, hidden_size=30, num_attention_heads=5, num_key_value_heads=1, tie_word_embeddings=True)),
+    "qwen2-gqa": ("qwen2", dict(BASE, num_key_value_heads=2)),
+    "qwen2-windows": (
+        "qwen2",
+        dict(BASE, num_key_value_heads=3, use_sliding_window=True, sliding_window=5, max_window_layers=1, num_hidden_layers=3),
+    ),
+    "qwen2-odd": ("qwen2", dict(BASE, num_attention_heads=5, num_key_value_heads=1, head_dim=6, tie_word_embeddings=True)),
+    "olmo3-windows": ("olmo3", dict(BASE, num_key_value_heads=2, sliding_window=5, num_hidden_layers=5)),
+    "olmo3-odd": (
+        "olmo3",
+        dict(BASE, hidden_size=30, num_attention_heads=5, sliding_window=3, layer_types=["full_attention", "sliding_attention"]),
+    ),
+    "olmo3-scaled": (
+        "olmo3",
+        dict(
+            BASE,
+            sliding_window=1,
+            rope_parameters={kind: dict(LLAMA3) for kind in ("full_attention", "sliding_attention")},
+            layer_types=["sliding_attention", "full_attention"],
+            tie_word_embeddings=True,
+        ),
+    ),
+    "gemma-mqa": ("gemma", dict(BASE, num_key_value_heads=1, head_dim=16)),
+    "gemma-legacy": ("gemma", dict(BASE, num_key_value_heads=6, head_dim=8, hidden_act="gelu", rms_norm_eps=1e-3)),
+    "gemma-untied": ("gemma", dict(BASE, num_key_value_heads=3, head_dim=12, tie_word_embeddings=False, num_hidden_layers=3)),
+    "phi3-plain": ("phi3", dict(BASE)),
+    "phi3-window": ("phi3", dict(BASE, num_key_value_heads=2, sliding_window=5, tie_word_embeddings=True)),
+    "phi3-odd": ("phi3", dict(BASE, hidden_size=30, num_attention_heads=5, num_key_value_heads=1, hidden_act="gelu")),
+    "arcee-plain": ("arcee", dict(BASE, num_key_value_heads=2)),
+    "arcee-biases": ("arcee", dict(BASE, attention_bias=True, mlp_bias=True, head_dim=16, rope_parameters=LLAMA3)),
+    "arcee-odd": ("arcee", dict(BASE, hidden_size=30, num_attention_heads=5, hidden_act="silu", tie_word_embeddings=True)),
+    "starcoder2-window": ("starcoder2", dict(BASE, num_key_value_heads=2, sliding_window=5)),
+    "starcoder2-no-biases": ("starcoder2", dict(BASE, num_key_value_heads=1, use_bias=False, norm_epsilon=1e-3)),
+    "starcoder2-odd": (
+        "starcoder2",
+        dict(BASE, hidden_size=30, num_attention_heads=5, num_key_value_heads=5, tie_word_embeddings=False, hidden_act="relu"),
+    ),
+    "opt-plain": ("opt", dict(OPT)),
+    "opt-odd": ("opt", dict(OPT, hidden_size=30, num_attention_heads=5, num_hidden_layers=3, ffn_dim=77)),
+    "opt-untied": ("opt", dict(OPT, enable_bias=False, tie_word_embeddings=False, activation_function="gelu_new")),
     "gemma2-window": ("gemma2", dict(BASE, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=5)),
     "gemma2-scaled": (
         "gemma2",
@@ -153,7 +195,13 @@ def test_logits_and_gradients_equal_hugging_faces(shape):
             assert (parameter.grad - expected[name]).norm() / scale < 1e-5, name
 
 
-@pytest.mark.parametrize("shape", ["gpt2-plain", "llama-gqa-tied", "mistral-window", "qwen3-gqa", "olmo2-gqa", "gemma2-window"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *("gpt2-plain", "llama-gqa-tied", "mistral-window", "qwen3-gqa", "olmo2-gqa", "gemma2-window", "qwen2-windows"),
+        *("olmo3-windows", "gemma-mqa", "phi3-window", "arcee-plain", "starcoder2-window", "opt-plain"),
+    ],
+)
 def test_twenty_adamw_steps_stay_together(shape):
     theirs = hf_model(shape)
     ours = twin(theirs)
@@ -171,7 +219,13 @@ def test_twenty_adamw_steps_stay_together(shape):
         assert (parameter - weights[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("shape", ["gpt2-odd", "llama3-scaled", "mistral-window", "qwen3-tied", "olmo2-mha", "gemma2-window"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *("gpt2-odd", "llama3-scaled", "mistral-window", "qwen3-tied", "olmo2-mha", "gemma2-window", "qwen2-windows"),
+        *("olmo3-odd", "gemma-legacy", "phi3-window", "arcee-biases", "starcoder2-window", "opt-odd"),
+    ],
+)
 def test_greedy_generation_is_token_equal(shape):
     theirs = hf_model(shape)
     prompt = tokens(length=6)
@@ -247,7 +301,11 @@ def all_tensors(folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "shape", ["gpt2-untied-relu", "llama-biases", "llama3-scaled", "mistral-window", "qwen3-tied", "olmo2-gqa", "gemma2-window"]
+    "shape",
+    [
+        *("gpt2-untied-relu", "llama-biases", "llama3-scaled", "mistral-window", "qwen3-tied", "olmo2-gqa", "gemma2-window"),
+        *("qwen2-odd", "olmo3-scaled", "gemma-legacy", "phi3-odd", "arcee-biases", "starcoder2-odd"),
+    ],
 )
 def test_converted_and_converted_back_is_byte_equal(tmp_path, shape, capsys):
     saved(shape, tmp_path / "hf", max_shard_size="20KB")
@@ -403,6 +461,13 @@ def test_a_combination_without_a_class_is_refused_with_its_parts():
         ("qwen3", "qwen3"),
         ("olmo2", "olmo2"),
         ("gemma2", "gemma2"),
+        ("qwen2", "qwen2"),
+        ("olmo3", "olmo3"),
+        ("gemma", "gemma"),
+        ("phi3", "mistral"),  # whose tensors are the same ones, unfused
+        ("arcee", "arcee"),
+        ("starcoder2", "starcoder2"),
+        ("opt", "gpt2"),  # whose class takes ReLU too
     ],
 )
 def test_every_preset_with_a_family_finds_it(preset, model_type):

@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 import convert
 from training.checkpoint import load_model
 from training.huggingface import config_from_hf
-from training.huggingface_families import FAMILIES, ConversionError
+from training.huggingface_families import FAMILIES
 from training.huggingface_files import read_config, source_of
+from training.huggingface_parts import ConversionError
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -120,6 +121,39 @@ FILES = [
     ("gemma2", dict(sliding_window=None, layer_types=[FULL, FULL]), "?"),
     ("llama", dict(use_bidirectional_attention=False, layer_types=None), None),
     ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ("qwen2", dict(), None),
+    ("qwen2", dict(attention_bias=True, num_key_value_heads=1, head_dim=12, rope_theta=1e6), None),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=3, max_window_layers=1, num_attention_heads=5), "?"),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=3, max_window_layers=1, tie_word_embeddings=True), None),
+    ("gemma", dict(hidden_act="gelu", head_dim=..., hidden_size=8), None),
+    ("gemma", dict(hidden_act="gelu_python", hidden_activation="relu", attn_logit_softcapping=0.1), None),
+    ("gemma", dict(hidden_act="silu", num_key_value_heads=1, tie_word_embeddings=False), None),
+    ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ("olmo3", dict(num_hidden_layers=5, sliding_window=3), None),
+    ("olmo3", dict(layer_types=[FULL, SLIDING], sliding_window=3, num_key_value_heads=2), None),
+    ("olmo3", dict(rope_theta=50.0), None),  # two layers: both slide, of which rope_theta does not speak
+    ("olmo3", dict(rope_theta=50.0, layer_types=[FULL, FULL]), None),
+    ("olmo3", dict(rope_theta=50.0, layer_types=[FULL, SLIDING]), "differs between sliding and full"),
+    ("olmo3", dict(rope_scaling=dict(rope_type="linear", factor=2.0), layer_types=[FULL, SLIDING]), "differs between"),
+    ("olmo3", dict(rope_parameters={kind: dict(rope_type="default", rope_theta=9.0) for kind in (FULL, SLIDING)}), None),
+    ("olmo3", dict(sliding_window=None, layer_types=[FULL, FULL]), "?"),
+    ("phi3", dict(rope_theta=50.0, num_key_value_heads=2, resid_pdrop=0.1, embd_pdrop=0.2), None),
+    ("phi3", dict(sliding_window=4, original_max_position_embeddings=8, hidden_act="gelu"), None),
+    ("phi3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary"),
+    ("phi3", dict(rope_scaling=dict(type="linear", factor=2.0)), "?"),
+    ("arcee", dict(), None),
+    ("arcee", dict(hidden_act=..., mlp_bias=True, attention_bias=True, num_key_value_heads=2), None),
+    ("arcee", dict(hidden_act="silu", rope_scaling=dict(rope_type="llama3", **LLAMA3), head_dim=6), None),
+    ("arcee", dict(mlp_bias=True), "mlp_bias"),
+    ("starcoder2", dict(num_key_value_heads=..., sliding_window=5), None),
+    ("starcoder2", dict(use_bias=False, norm_epsilon=1e-3, rms_norm_eps=7.0, tie_word_embeddings=False), None),
+    ("starcoder2", dict(residual_dropout=0.1, embedding_dropout=0.2, hidden_act="relu", rope_theta=50.0), None),
+    ("opt", dict(), None),
+    ("opt", dict(enable_bias=False, activation_function="gelu", tie_word_embeddings=False, layerdrop=0.5), None),
+    ("opt", dict(word_embed_proj_dim=16), "word_embed_proj_dim"),
+    ("opt", dict(do_layer_norm_before=False), "do_layer_norm_before"),
+    ("opt", dict(_remove_final_layer_norm=True), "_remove_final_layer_norm"),
+    ("opt", dict(layer_norm_elementwise_affine=False), "layer_norm_elementwise_affine"),
     ("gpt2", dict(), None),
     ("gpt2", dict(resid_pdrop=0.0, embd_pdrop=0.1, attn_pdrop=0.2, reorder_and_upcast_attn=True), None),
     ("gpt2", dict(n_inner=50, layer_norm_epsilon=1e-3, activation_function="gelu"), None),
@@ -171,7 +205,7 @@ def test_without_transformers_a_file_means_the_same_or_is_refused(monkeypatch):
     for model_type, says, outcome in FILES:
         if outcome is not None and says not in ONLY_THE_CLASS_REFUSES:
             with pytest.raises(ConversionError):
-                config_from_hf(content(model_type, says))
+                pytest.fail(f"{says} is read as {config_from_hf(content(model_type, says)).name}")
 
 
 # ------------------------------------------------------------------------------------------- tensor files

@@ -11,8 +11,10 @@ from huggingface_models import transformers
 from model_builder import build_model
 from model_config import ModelConfig, components, resolve
 from training.huggingface import config_from_hf, config_to_hf, tensor_rules
-from training.huggingface_families import FAMILIES, ConversionError
+from training.huggingface_families import FAMILIES
+from training.huggingface_parts import ConversionError
 
+PLAIN = ("gelu_tanh", "gelu", "relu", "relu2", "silu", "leaky_relu")
 GATED = [("swiglu", "silu"), ("geglu", "gelu"), *(("gated", name) for name in ("gelu_tanh", "relu", "relu2", "leaky_relu"))]
 
 
@@ -60,18 +62,23 @@ def random_windows(draw: random.Random, n_layer: int) -> dict:
 
 def random_member(draw: random.Random, family: str) -> ModelConfig:
     """A model that is of the family, with every value of it drawn."""
-    keys = dict(random_shape(draw, uneven=family in ("mistral", "qwen3", "olmo2")), **FAMILIES[family].parts)
-    if family == "gpt2":
-        keys.update(n_kv_head=keys["n_head"], n_embd=keys["n_head"] * keys["head_dim"])
-        activations = ("gelu_tanh", "gelu", "relu", "relu2", "silu", "leaky_relu")
-        return resolve(**keys, activation=draw.choice(activations), attention_scale=draw.choice((None, 1.0)))
-    ffn, activation = draw.choice(GATED)
-    keys.update(random_rope(draw), ffn_type=ffn, activation=activation)
-    if family == "llama":
+    uneven = family in ("mistral", "qwen2", "qwen3", "olmo2", "olmo3", "phi3", "starcoder2")
+    keys = dict(random_shape(draw, uneven), **FAMILIES[family].parts)
+    if family in ("gpt2", "opt"):
+        keys.update(n_kv_head=keys["n_head"], n_embd=keys["n_head"] * keys["head_dim"], activation=draw.choice(PLAIN))
+        if family == "opt":
+            return resolve(**{**keys, "norm_eps": 1e-5, "bias": draw.random() < 0.7})
+        return resolve(**keys, attention_scale=draw.choice((None, 1.0)))
+    keys.update(random_rope(draw) if family != "phi3" else dict(rope_theta=draw.choice((20.0, 1e4))))
+    if family in ("arcee", "starcoder2"):
+        keys.update(ffn_type="standard", activation=draw.choice(PLAIN))
+    else:
+        keys.update(zip(("ffn_type", "activation"), draw.choice(GATED)))
+    if family in ("llama", "arcee", "starcoder2"):
         keys.update(bias=draw.random() < 0.3)
-    if family == "mistral":
+    if family in ("mistral", "phi3", "starcoder2"):
         keys.update(draw.choice((dict(), dict(sliding_window=draw.randint(1, 30)))))
-    if family in ("qwen3", "gemma2"):
+    if family in ("qwen2", "qwen3", "olmo3", "gemma2"):
         keys.update(random_windows(draw, keys["n_layer"]))
     if family == "gemma2":
         keys.update(attention_softcap=draw.choice((None, 2.0)), logit_softcap=draw.choice((None, 3.0)))
@@ -130,15 +137,16 @@ def difference(config: ModelConfig, hf: dict, seed: int) -> float:
 def check(seed: int) -> None:
     """Even seeds: a member of a family, which has to be expressed. Odd ones: a mixture, expressed rightly or refused."""
     draw = random.Random(seed)
-    names = list(FAMILIES)
-    config = random_member(draw, names[seed // 2 % len(names)]) if seed % 2 == 0 else random_mixture(draw)
+    family = list(FAMILIES)[seed // 2 % len(FAMILIES)]
+    config = random_member(draw, family) if seed % 2 == 0 else random_mixture(draw)
     if config is None:
         return
     try:
-        hf = config_to_hf(config)
+        hf = config_to_hf(config, {"model_type": family})  # which of several families that fit
     except ConversionError as error:
         assert seed % 2 == 1, f"{config.name} is refused: {error}"
         return
+    assert seed % 2 or hf["model_type"] == family
     assert difference(config, hf, seed) < 1e-5, config.name
     again = config_from_hf(hf)
     assert build_model(again, device="meta").num_parameters() <= build_model(config, device="meta").num_parameters()

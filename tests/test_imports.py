@@ -14,7 +14,17 @@ from conftest import ROOT
 # imports anything, as those are programs. The first pattern that fits a module decides; '*' also stands for dots.
 LAYERS = (
     ("command_line",),
-    ("train", "sample", "convert", "ablate", "compare_architectures", "data.*.prepare", "flops_*.detailed_cost_analysis"),
+    (
+        "train",
+        "sample",
+        "score",
+        "convert",
+        "ablate",
+        "compare_architectures",
+        "data.show",
+        "data.*.prepare",
+        "flops_*.detailed_cost_analysis",
+    ),
     ("data", "data.*"),
     ("model_parts.values", "model_parts.patterns", "model_parts.presets", "model_parts.losses", "model_parts.recomputation"),
     ("model_parts.registry",),

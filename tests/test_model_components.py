@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, crossed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_builder import build_model, sample_next
@@ -498,7 +498,7 @@ def test_initial_weights_are_the_same_under_another_default_device():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 def test_a_tied_head_is_the_embedding_wherever_it_is_built(preset, device):
     tied, untied = (build_model(resolve(preset, **TINY, weight_tying=t), device=device) for t in (True, False))
     assert tied.head.weight is tied.embedding.weight
@@ -587,7 +587,7 @@ def test_padding_rows_are_cut_and_can_never_be_produced(tied):
     assert torch.count_nonzero(model.head.weight.grad[61:]) == 0
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_residual_stream_is_in_the_compute_dtype_and_weights_and_gradients_in_fp32(preset, dtype):
     config = resolve(preset, **TINY, n_kv_head=2, qk_norm=True)

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, crossed
 
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_parameters, parts
@@ -460,7 +460,7 @@ def test_the_final_cap_bounds_the_logits_and_keeps_their_order(cap):
 
 
 @pytest.mark.parametrize("pattern", ["transformer", "transformer,mlp", "sliding,transformer"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 def test_zero_init_makes_every_block_the_identity_at_the_start(preset, pattern):
     window = dict(sliding_window=3) if "sliding" in pattern else {}
     config = resolve(preset, **TINY, zero_init=True, layer_pattern=pattern, **window)

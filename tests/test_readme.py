@@ -46,7 +46,7 @@ def test_every_command_of_the_readme_runs(tmp_path, small_pydocs, preloaded, mon
     import convert
     import sample
     import train
-    from data.preparation import prepare_embedded, prepare_textfile
+    from data.prepare_command import embedded, run_recipe, run_textfile
     from flops_parameter_counting import detailed_cost_analysis
     from training import checkpoint_commands
 
@@ -103,9 +103,9 @@ def test_every_command_of_the_readme_runs(tmp_path, small_pydocs, preloaded, mon
         elif program == "compare_architectures.py":
             code = compare_architectures.main([*arguments, "--force"])
         elif program == "data/pydocs/prepare.py":
-            code = prepare_embedded("pydocs", [*arguments, f"--out={tmp_path / 'pydocs'}"])
+            code = run_recipe(embedded("pydocs"), [*arguments, f"--out={tmp_path / 'pydocs'}"])
         elif program == "data/textfile/prepare.py":
-            code = prepare_textfile(arguments)
+            code = run_textfile(arguments)
         elif program == "-c":
             exec(arguments[0], {})
         else:

@@ -62,9 +62,13 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert different == []
 
 
+EVERY = list(itertools.product(("float32", "bfloat16"), ("adamw", "muon"), ("none", "full")))
+
+
 @pytest.mark.parametrize(
-    "dtype, optimizer, checkpointing", list(itertools.product(("float32", "bfloat16"), ("adamw", "muon"), ("none", "full")))
-)
+    "dtype, optimizer, checkpointing",
+    [pytest.param(*run, marks=() if number in (0, 3, 5, 6) else pytest.mark.slow) for number, run in enumerate(EVERY)],
+)  # by default each value with each other one once
 def test_resume_continues_bit_for_bit(tmp_path, tiny_dataset, dtype, optimizer, checkpointing):
     options = (f"--dtype={dtype}", f"--optimizer={optimizer}", f"--activation_checkpointing={checkpointing}")
     assert run(tmp_path / "whole", tiny_dataset, *options, "--max_iters=40", "--eval_interval=0") == 0

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,7 +126,6 @@ def test_fingerprint_depends_on_content_only(tmp_path):
 def test_a_nanogpt_folder_is_readable_and_noted(tmp_path):
     np.array([5, 1, 2, 60], dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.array([3, 4], dtype=np.uint16).tofile(tmp_path / "val.bin")
-    (tmp_path / "meta.pkl").write_bytes(b"never unpickled")
     dataset = TokenDataset.open(tmp_path, vocab_size=61)
     assert dataset.split("train").read(0, 4).tolist() == [5, 1, 2, 60]
     assert dataset.split("train").bytes is None and dataset.vocab_size is None and dataset.tokenizer() is None
@@ -137,10 +137,94 @@ def test_a_nanogpt_folder_is_readable_and_noted(tmp_path):
         TokenDataset.open(tmp_path, vocab_size=59)
 
 
-def test_a_uint32_file_without_meta_is_refused(tmp_path):
-    np.arange(100, dtype=np.uint32).tofile(tmp_path / "train.bin")
-    with pytest.raises(DatasetError, match="uint32"):
+@pytest.mark.parametrize("top", [100, 100_276, 200_018])
+def test_a_uint32_file_without_meta_is_recognised(tmp_path, top):
+    """As are the small ids of a small vocabulary; the same ids as uint16 are not taken for it."""
+    ids = np.random.default_rng(1).integers(1, top, 5000)
+    for name, dtype in (("wide", np.uint32), ("narrow", np.uint16)):
+        (tmp_path / name).mkdir()
+        (ids % (2**16 if dtype is np.uint16 else 2**32)).astype(dtype).tofile(tmp_path / name / "train.bin")
+        ids[:100].astype(dtype).tofile(tmp_path / name / "val.bin")
+    wide, narrow = (TokenDataset.open(tmp_path / name) for name in ("wide", "narrow"))
+    assert wide.split("train").read(0, 5000).tolist() == ids.tolist() and "read as uint32" in wide.note
+    assert wide.split("val").read(0, 100).tolist() == ids[:100].tolist()
+    assert narrow.split("train").read(0, 5000).tolist() == (ids % 2**16).tolist() and "read as uint16" in narrow.note
+
+
+def nanogpts_characters(folder, text="hello world, it is I"):
+    """What nanoGPT's shakespeare_char/prepare.py writes, of another text."""
+    characters = sorted(set(text))
+    stoi = {character: i for i, character in enumerate(characters)}
+    ids = np.array([stoi[character] for character in text], dtype=np.uint16)
+    ids.tofile(folder / "train.bin")
+    ids.tofile(folder / "val.bin")
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": stoi}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return text
+
+
+def test_vocabulary_and_decoder_of_a_nanogpt_folder_come_from_its_meta_pkl(tmp_path):
+    text = nanogpts_characters(tmp_path)
+    dataset = TokenDataset.open(tmp_path)
+    split = dataset.split("train")
+    assert dataset.vocab_size == len(set(text)) and dataset.tokenizer().decode(split.read(0, len(split)).tolist()) == text
+    assert dataset.check_tokenizer() is None and f"vocabulary {len(set(text))} by its meta.pkl" in dataset.note
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 5}))
+    with pytest.raises(DatasetError, match=r"but its meta.pkl has vocab_size=5"):
         TokenDataset.open(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 500, "meta": "?"}))
+    assert TokenDataset.open(tmp_path).vocab_size == 500 and TokenDataset.open(tmp_path).tokenizer() is None
+
+
+class Calls:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (lambda p: pickle.dumps({"vocab_size": 5, "itos": Calls(p)}), "asks for .*open"),
+        (lambda p: pickle.dumps(Path("x")), "asks for pathlib"),
+        (lambda p: b"not a pickle", "is not read"),
+        (lambda p: b"", "is not read"),
+        (lambda p: pickle.dumps([1, 2]), "holds list"),
+        (lambda p: pickle.dumps({"vocab_size": [1]}), "holds list"),
+        (lambda p: pickle.dumps({"vocab_size": -3}), "no number of ids"),
+        (lambda p: b"cos\nsystem\n(S'touch " + str(p).encode() + b"'\ntR.", "asks for os.system"),
+    ],
+)
+def test_a_meta_pkl_with_anything_but_plain_values_is_refused_and_calls_nothing(tmp_path, content, said):
+    nanogpts_characters(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(content(tmp_path / "called"))
+    with pytest.raises(DatasetError, match=said):
+        TokenDataset.open(tmp_path)
+    assert not (tmp_path / "called").exists()
+
+
+def test_more_shards_than_files_may_be_open_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_dataset, "OPEN_FILES", 3)
+    split = TokenDataset.open(write(tmp_path, shard_tokens=1)).split("train")
+    whole = split.read(0, len(split)).tolist()
+    assert len(split.files) > 5 and [int(split.read(i, i + 1)[0]) for i in reversed(range(len(split)))] == whole[::-1]
+    assert len(split._open) == 3
+
+
+def test_the_head_of_a_split_is_its_first_tokens(tmp_path):
+    whole = TokenDataset.open(write(tmp_path))
+    short = whole.shortened(5)
+    assert len(short.split("train")) == 5 and len(whole.split("train")) > 5 and short.split("val") is whole.split("val")
+    assert short.split("train").read(0, 5).tolist() == whole.split("train").read(0, 5).tolist()
+    with pytest.raises(IndexError):
+        short.split("train").read(0, 6)
+    assert short.facts()["splits"]["train"] == {"tokens": 5, "bytes": None, "documents": None}
+    with pytest.raises(DatasetError, match="max_train_tokens=1,000,000 asks for more than"):
+        whole.shortened(10**6)
 
 
 def test_a_nanogpt_folder_without_val_says_so_when_val_is_asked_for(tmp_path):
@@ -257,8 +341,15 @@ def test_a_broken_tokenizer_is_found_before_the_training(folder, damage):
 
 def test_a_tokenizer_that_fails_on_the_dataset_is_found_before_the_training(folder, monkeypatch):
     """Issue 10.17: the file is as it was written, but the code that reads it (a library's, say) fails on these ids."""
-    monkeypatch.setattr(ByteTokenizer, "decode_bytes", lambda self, ids: [][0])
-    with pytest.raises(DatasetError, match="cannot decode and encode the dataset's first tokens .IndexError"):
+
+    class Panic(BaseException):
+        """As `tokenizers` raises it."""
+
+    def panics(self, ids):
+        raise Panic("no entry found for key")
+
+    monkeypatch.setattr(ByteTokenizer, "decode_bytes", panics)
+    with pytest.raises(DatasetError, match="cannot decode and encode the dataset's first tokens .Panic: no entry"):
         TokenDataset.open(folder).check_tokenizer()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model_parts.losses import IGNORE  # noqa: F401  (for those who fill a batch)
+from model_parts.losses import IGNORE
 
 
 class Batch:
@@ -48,6 +48,15 @@ class Batch:
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in pinned.items()})
 
 
-def next_token_batch(windows: Tensor) -> Batch:
-    """Windows of consecutive tokens (B, T + 1) → inputs (B, T) and targets (B, T), which are the inputs shifted by one."""
-    return Batch(inputs=windows[:, :-1], targets=windows[:, 1:])
+def next_token_batch(windows: Tensor, eos_id: int | None = None) -> Batch:
+    """Windows of consecutive tokens (B, T + 1) → inputs (B, T) and targets (B, T), which are the inputs shifted by one.
+
+    eos_id: documents that end with this id are kept apart. `documents` (B, T) then numbers those of each window from 0 on,
+    and the eos id itself has no target, since what follows it is of another document.
+    """
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    if eos_id is None:
+        return Batch(inputs=inputs, targets=targets)
+    ends = inputs == eos_id
+    documents = ends.cumsum(dim=1) - ends.long()  # how many have ended before each token
+    return Batch(inputs=inputs, targets=targets.masked_fill(ends, IGNORE), documents=documents)

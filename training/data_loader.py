@@ -2,21 +2,25 @@
 
 `WindowOrder` says where sequence number i starts; it keeps no state and takes no memory, so the order depends neither
 on batch size, accumulation, number of processes or evaluation, nor on how often a run was stopped and resumed.
+`MixedOrder` says besides which dataset of a mixture sequence number i is read from.
 `DataLoader` reads this rank's slice of a batch, the next one in the background. `validation_batches` is the fixed set
 of windows of every evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from data.hashing import mix64
-from data.token_dataset import DatasetError, TokenSplit
+from command_line import UsageError
+from data.hashing import GOLDEN, mix64
+from data.mixture import SHARES, MixedDataset
+from data.token_dataset import DatasetError, TokenDataset, TokenSplit
 from training.batch import IGNORE, Batch, next_token_batch
+from training.train_config import TrainConfig
 
 FEISTEL_ROUNDS = 10  # with fewer, some orders of very few windows are visibly favoured
 
@@ -66,6 +70,14 @@ class WindowOrder:
         """
         return self.windows_per_epoch if self.version == 1 else self.tokens / self.block_size
 
+    def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(split, token position) of sequences [first, first + count): there is one split, number 0."""
+        return np.zeros(count, dtype=np.int64), self.starts(first, count)
+
+    def counts(self, sequences: int) -> list[int]:
+        """How many of the first so many sequences each split has."""
+        return [sequences]
+
     def starts(self, first: int, count: int) -> np.ndarray:
         """Token positions, below `tokens`, at which sequences [first, first + count) start."""
         sequence = np.arange(first, first + count, dtype=np.uint64)
@@ -94,12 +106,84 @@ class WindowOrder:
         return (left << bits) | right
 
 
+class MixedOrder:
+    """Of a mixture, which split each training sequence is read from, and where it starts there.
+
+    orders: of each split. phases: (first sequence, shares of the splits in millionths) in rising order, the first at 0.
+
+    Sequence number i stands at the point (i · STRIDE + shift) mod SHARES of a circle, on which each split has an arc of the
+    length of its share. STRIDE is SHARES times the golden ratio, so the points of any stretch of sequences are spread evenly
+    (Weyl 1916): each split has its share of them but for a few sequences. How many of the first i it had is a sum of rounded
+    fractions, found in O(log) steps, so nothing is kept and any sequence can be asked for at once.
+    """
+
+    STRIDE = 618_033  # has no divisor in common with SHARES
+    version = WindowOrder.VERSION
+
+    def __init__(self, orders: Sequence[WindowOrder], phases: Sequence[tuple[int, Sequence[int]]], data_seed: int):
+        self.orders, self.phases = list(orders), [(first, list(shares)) for first, shares in phases]
+        self.shift = int(mix64(np.array([data_seed % 2**64], dtype=np.uint64) + GOLDEN)[0]) % SHARES
+
+    @property
+    def sequences_per_epoch(self) -> float:
+        """How many sequences hold as many tokens as all splits together."""
+        return sum(order.sequences_per_epoch for order in self.orders)
+
+    def counts(self, sequences: int) -> list[int]:
+        """How many of the first so many sequences each split has."""
+        total = [0] * len(self.orders)
+        for (first, shares), end in zip(self.phases, [start for start, _ in self.phases[1:]] + [sequences]):
+            last, edge = min(end, sequences), 0
+            for i, share in enumerate(shares if last > first else ()):
+                total[i] += self._inside(first, last, edge, edge + share)
+                edge += share
+        return total
+
+    def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(split, token position) of sequences [first, first + count), each (count,)."""
+        numbers = np.arange(first, first + count, dtype=np.int64)
+        points = (numbers % SHARES * self.STRIDE + self.shift) % SHARES
+        splits = np.empty(count, dtype=np.int64)
+        for start, shares in self.phases:
+            later = numbers >= start
+            splits[later] = np.searchsorted(np.cumsum(shares), points[later], side="right")
+        starts = np.empty(count, dtype=np.int64)
+        for split, before in enumerate(self.counts(first)):
+            own = np.flatnonzero(splits == split)
+            if len(own):
+                starts[own] = self.orders[split].starts(before, len(own))
+        return splits, starts
+
+    def _inside(self, first: int, last: int, low: int, high: int) -> int:
+        """How many of sequences [first, last) have a point in [low, high)."""
+        return sum(
+            sign * sum_of_floors(last - first, SHARES, self.STRIDE, (first * self.STRIDE + self.shift) % SHARES - edge + SHARES)
+            for sign, edge in ((1, low), (-1, high))
+        )
+
+
+def sum_of_floors(count: int, divisor: int, factor: int, shift: int) -> int:
+    """Σ ⌊(factor · i + shift) / divisor⌋ over 0 ≤ i < count, in O(log) steps; all ≥ 0 (Graham, Knuth & Patashnik, §3.5)."""
+    total = 0
+    while count > 0:
+        total += (factor // divisor) * count * (count - 1) // 2 + (shift // divisor) * count
+        factor, shift = factor % divisor, shift % divisor
+        largest = factor * count + shift
+        # The lattice points under the line, counted by the other axis.
+        count, shift, divisor, factor = largest // divisor, largest % divisor, factor, divisor
+    return total
+
+
 class DataLoader:
-    """This rank's rows of any batch of training sequences; the batch after it is read in the background meanwhile."""
+    """This rank's rows of any batch of training sequences; the batch after it is read in the background meanwhile.
+
+    split: what is read, or the splits of a mixture, whose shares `phases` gives (see MixedOrder). eos_id: documents that end
+    with it are kept apart (see next_token_batch).
+    """
 
     def __init__(
         self,
-        split: TokenSplit,
+        split: TokenSplit | Sequence[TokenSplit],
         block_size: int,
         data_seed: int,
         *,
@@ -108,10 +192,15 @@ class DataLoader:
         world_size: int = 1,
         prefetch: bool = True,
         order_version: int = WindowOrder.VERSION,
+        phases: Sequence[tuple[int, Sequence[int]]] = (),
+        eos_id: int | None = None,
     ):
-        self.split, self.block_size, self.vocab_size = split, block_size, vocab_size
+        self.splits = [split] if isinstance(split, TokenSplit) else list(split)
+        self.block_size, self.vocab_size, self.eos_id = block_size, vocab_size, eos_id
         self.rank, self.world_size = rank, world_size
-        self.order = WindowOrder(len(split), block_size, data_seed, order_version)
+        seeds = [data_seed + i * int(GOLDEN) for i in range(len(self.splits))]  # an order of its own for each
+        orders = [WindowOrder(len(one), block_size, seed, order_version) for one, seed in zip(self.splits, seeds)]
+        self.order = orders[0] if len(orders) == 1 else MixedOrder(orders, phases, data_seed)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data_loader") if prefetch else None
         self._guess: tuple[tuple[int, int], Future] | None = None
 
@@ -129,12 +218,22 @@ class DataLoader:
         if self._worker is not None:
             following = (first_sequence + count, count)
             self._guess = (following, self._worker.submit(self._read, *following))
-        return next_token_batch(rows)
+        return next_token_batch(rows, self.eos_id)
+
+    def read_so_far(self, sequences: int) -> list[tuple[int, float]]:
+        """Of each split, how many tokens the first so many sequences have read of it, and how many epochs that is."""
+        orders = self.order.orders if isinstance(self.order, MixedOrder) else [self.order]
+        counts = self.order.counts(sequences)
+        return [(count * self.block_size, count / order.sequences_per_epoch) for count, order in zip(counts, orders)]
 
     def _read(self, first_sequence: int, count: int) -> torch.Tensor:
         rows = count // self.world_size
-        starts = self.order.starts(first_sequence + self.rank * rows, rows)
-        return torch.from_numpy(_read_windows(self.split, starts, self.block_size + 1, self.vocab_size))
+        splits, starts = self.order.places(first_sequence + self.rank * rows, rows)
+        windows = np.empty((rows, self.block_size + 1), dtype=np.int64)
+        for number in np.unique(splits):
+            own = splits == number
+            windows[own] = _read_windows(self.splits[number], starts[own], self.block_size + 1, self.vocab_size)
+        return torch.from_numpy(windows)
 
     def close(self) -> None:
         """Stop the background thread. Batches can still be read after it."""
@@ -149,6 +248,37 @@ class DataLoader:
         self.close()
 
 
+def document_end(config: TrainConfig, dataset: TokenDataset | MixedDataset) -> int | None:
+    """The id that keeps documents apart; None for pack=stream. UsageError where the dataset has none."""
+    if config.pack == "stream":
+        return None
+    if dataset.eos_id is None:
+        raise UsageError(
+            f"pack=document needs the ids where documents end, and {config.dataset} has none (it is a single document, or has no "
+            "meta.json). Use --pack=stream."
+        )
+    return dataset.eos_id
+
+
+def repetitions(dataset: TokenDataset | MixedDataset, loader: DataLoader, sequences: int) -> list[str]:
+    """What is to be said of the parts of a mixture that a run of so many sequences reads more than once."""
+    if len(dataset.parts) == 1:
+        return []
+    return [
+        f"{name} has {len(part.split('train')):,} tokens: this run reads it {epochs:.1f} times"
+        for name, part, (_, epochs) in zip(dataset.names, dataset.parts, loader.read_so_far(sequences))
+        if epochs > 1
+    ]
+
+
+def validation_windows(shares: Sequence[int], windows: int) -> list[int]:
+    """How many of the windows of the validation set each part of a mixture gives: by its share, and one at least.
+
+    0 windows are all of each.
+    """
+    return [0 if not windows else max(1, round(windows * share / sum(shares))) for share in shares]
+
+
 def validation_batches(
     split: TokenSplit,
     block_size: int,
@@ -158,6 +288,7 @@ def validation_batches(
     world_size: int = 1,
     *,
     vocab_size: int | None = None,
+    eos_id: int | None = None,
 ) -> Iterator[Batch]:
     """Yield batches, `inputs` and `targets` (rows, block_size), of a fixed set of windows side by side.
 
@@ -178,14 +309,16 @@ def validation_batches(
     rows = -(-used // (batches * world_size))  # evenly full batches, batch_size at most
     for batch in range(batches):
         first = (batch * world_size + rank) * rows
-        inputs = torch.zeros(rows, block_size, dtype=torch.long)
-        targets = torch.full((rows, block_size), IGNORE, dtype=torch.long)
+        tokens = torch.zeros(rows, block_size + 1, dtype=torch.long)
+        filled = torch.zeros(rows, block_size, dtype=torch.bool)  # where there is a target
         for row, window in enumerate(chosen[first : first + rows]):
             start = int(window) * block_size
             length = min(block_size + 1, len(split) - start)
-            tokens = torch.from_numpy(_read_windows(split, np.array([start]), length, vocab_size)[0])
-            inputs[row, : length - 1], targets[row, : length - 1] = tokens[:-1], tokens[1:]
-        yield Batch(inputs=inputs, targets=targets)
+            tokens[row, :length] = torch.from_numpy(_read_windows(split, np.array([start]), length, vocab_size)[0])
+            filled[row, : length - 1] = True
+        found = next_token_batch(tokens, eos_id)
+        inputs = found.inputs.masked_fill(~filled, 0)
+        yield Batch(**{**found.tensors, "inputs": inputs, "targets": found.targets.masked_fill(~filled, IGNORE)})
 
 
 def _read_windows(split: TokenSplit, starts: np.ndarray, length: int, vocab_size: int | None) -> np.ndarray:

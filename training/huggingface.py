@@ -17,7 +17,8 @@ from typing import Any
 
 import model_components  # noqa: F401  registers what a model can be made of
 from model_config import ModelConfig, resolve
-from training.huggingface_families import FAMILIES, ROPE_KEYS, ConversionError, Family, Rule, dropout
+from training.huggingface_families import FAMILIES
+from training.huggingface_parts import ROPE_KEYS, ConversionError, Family, Rule, dropout
 
 # ------------------------------------------------------------------------------------------- what a file means
 
@@ -32,7 +33,7 @@ _INERT_KEYS = """
     bad_words_ids begin_suppress_tokens suppress_tokens diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
     max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values
-    repetition_penalty temperature top_k top_p typical_p unsloth_version unsloth_fixed rope_interleaved
+    repetition_penalty temperature top_k top_p typical_p embd_pdrop init_std unsloth_version unsloth_fixed rope_interleaved
 """
 _INERT = frozenset(_INERT_KEYS.split())
 # Keys that the code of every family heeds, whether its class names them or not → what they must be.
@@ -170,7 +171,7 @@ def _differences(config: ModelConfig, hf: dict[str, Any]) -> list[str] | None:
         again = config_from_hf(hf).to_dict()
     except ConversionError:
         return None
-    ignored = {"zero_init"} | ({"dropout"} if len(FAMILIES[hf["model_type"]].dropouts) == 1 else set())
+    ignored = {"zero_init"} | ({"dropout"} if not FAMILIES[hf["model_type"]].has_our_dropout else set())
     wanted = {**config.to_dict(), "pad_vocab_multiple": 1, "attention_backend": again["attention_backend"]}
     return [f"{key}={wanted[key]!r}" for key in wanted if key not in ignored and again[key] != wanted[key]]
 

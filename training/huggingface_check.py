@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training.huggingface_families import ConversionError
+from training.huggingface_parts import ConversionError
 
 ROWS, TOKENS = 2, 64  # of the random batch
 TOLERANCE = 1e-3  # of the largest logit: far above rounding in fp32, far below what a wrong weight does

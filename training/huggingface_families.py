@@ -1,190 +1,51 @@
 """Hugging Face's model families, one row of `FAMILIES` each: config.json and tensor names in kitbash's terms.
 
-A row says what its class's keys default to, what they are called here, and what its tensors are called. It needs no
+A row says what its class's keys default to, how they are read and written, and what its tensors are called. It needs no
 package: which values a file means is huggingface.py's business, where the tensors are huggingface_files.py's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from command_line import Failure
 from model_config import ModelConfig
+from training.huggingface_parts import (
+    HF_ACTIVATION,
+    ConversionError,
+    Family,
+    Rule,
+    activation_of,
+    gated,
+    layer_types,
+    rope,
+    windows,
+    write_rope,
+)
 
-
-class ConversionError(Failure):
-    """A model cannot be expressed on the other side; the message names the parts that have no counterpart."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One Hugging Face tensor and the kitbash tensors that it holds, stacked along their first dimension.
-
-    `transposed`: Hugging Face keeps the matrix as (d_in, d_out), as its GPT-2 does.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
-
-    def to_ours(self, tensor: Tensor) -> dict[str, Tensor]:
-        """A Hugging Face tensor → kitbash tensors by name. All of them must have the same number of rows."""
-        tensor = tensor.T if self.transposed else tensor
-        return {name: piece.contiguous() for name, piece in zip(self.ours, tensor.chunk(len(self.ours)))}
-
-    def to_theirs(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Kitbash tensors by name → the Hugging Face tensor."""
-        stacked = torch.cat([tensors[name] for name in self.ours]) if len(self.ours) > 1 else tensors[self.ours[0]]
-        return (stacked.T if self.transposed else stacked).contiguous()
-
-
-@dataclass(frozen=True)
-class Family:
-    """One Hugging Face model type: how its config.json reads and writes, and what its tensors are called.
-
-    `defaults`: every key of its class that decides what the model computes, with the class's default.
-    `parts`: what all its models have. `read`: the class's values → the rest of ModelConfig's keys. `write`: ModelConfig →
-    the file's keys, less what `config_to_hf` adds for all. `rules`: its tensors. `dropouts`: its keys of dropout
-    and their defaults.
-    `dropped`: pattern of stored tensors that are no weights (masks, frequencies), as the class leaves them out.
-    """
-
-    model_type: str
-    architecture: str
-    defaults: dict[str, Any]
-    parts: dict[str, Any]
-    read: Callable[[dict[str, Any]], dict[str, Any]]
-    write: Callable[[ModelConfig], dict[str, Any]]
-    rules: Callable[[ModelConfig], Iterator[Rule]]
-    dropouts: dict[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
-    dropped: str = r"rotary_emb\.inv_freq$"
-
-    @property
-    def prefix(self) -> str:
-        """What the tensors' names begin with, and lack in the file of a base model (without its head)."""
-        return "transformer." if self.model_type == "gpt2" else "model."
-
-
-# ------------------------------------------------------------------------------------------- parts of a config.json
-
-_HF_ACTIVATION = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "leaky_relu": "leaky_relu",
-}
-_ACTIVATION = {
-    **{theirs: ours for ours, theirs in _HF_ACTIVATION.items()},
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_tanh"),
-    "gelu_python": "gelu",
-    "swish": "silu",
-}
-ROPE_KEYS = frozenset(("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"))
-
-
-def _activation(values: dict[str, Any], key: str) -> str:
-    name = values[key]
-    if name not in _ACTIVATION:
-        raise ConversionError(f"{key}={name!r} has no counterpart here; there is {', '.join(_ACTIVATION)}.")
-    return _ACTIVATION[name]
-
-
-def _gated(activation: str) -> dict[str, Any]:
-    """The keys of a gated feed-forward with this activation."""
-    return dict(activation=activation, ffn_type={"silu": "swiglu", "gelu": "geglu"}.get(activation, "gated"))
-
-
-def _rope(values: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's keys, in the form of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling).
-
-    Where a file has both, the class of transformers 5 takes rope_scaling alone, and rope_theta where that has none.
-    """
-    parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    theta = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
-    partial = parameters.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if theta is None:
-        raise ConversionError("rope_theta is null in this config.json; give it a value.")
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise ConversionError("RoPE that differs between kinds of layers (nested rope_parameters) has no counterpart here.")
-    if kind not in ("default", "linear", "llama3"):
-        raise ConversionError(f"RoPE of type {kind!r} has no counterpart here; there is default, linear and llama3.")
-    if kind != "default" and partial not in (None, 1):  # the plain type does not heed it
-        raise ConversionError(f"partial_rotary_factor={partial} has no counterpart here.")
-    if kind == "default" or parameters["factor"] == 1:
-        return dict(rope_theta=theta)
-    if kind == "linear":
-        return dict(rope_theta=theta, rope_scaling="linear", rope_factor=parameters["factor"])
-    return dict(
-        rope_theta=theta,
-        rope_scaling="llama3",
-        rope_factor=parameters["factor"],
-        rope_low_freq_factor=parameters["low_freq_factor"],
-        rope_high_freq_factor=parameters["high_freq_factor"],
-        rope_original_context=parameters.get("original_max_position_embeddings") or values["max_position_embeddings"],
-    )
-
-
-def _write_rope(config: ModelConfig) -> dict[str, Any]:
-    """RoPE's keys in the spelling of transformers 4, which 5 reads as well (4 does not read that of 5)."""
-    scaling = None
-    if config.rope_scaling == "linear":
-        scaling = dict(rope_type="linear", factor=config.rope_factor)
-    elif config.rope_scaling == "llama3":
-        scaling = dict(
-            rope_type="llama3",
-            factor=config.rope_factor,
-            low_freq_factor=config.rope_low_freq_factor,
-            high_freq_factor=config.rope_high_freq_factor,
-            original_max_position_embeddings=config.rope_original_context,
-        )
-    return dict(rope_theta=config.rope_theta, rope_scaling=scaling)
-
-
-def _windows(n_layer: int, window: int | None, kinds: list[str]) -> dict[str, Any]:
-    """sliding_window and the kind of each layer → sliding_window and layer_pattern."""
-    if len(kinds) != n_layer:
-        raise ConversionError(f"layer_types names {len(kinds)} layers, but the model has {n_layer}.")
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise ConversionError(f"layer_types has {', '.join(sorted(map(repr, unknown)))}, which has no counterpart here.")
-    if "sliding_attention" not in kinds:
-        return {}
-    if window is None or window < 1:
-        raise ConversionError(f"Layers slide, but sliding_window={window} is no width; give it a positive number of tokens.")
-    pattern = ",".join("sliding" if kind == "sliding_attention" else "transformer" for kind in kinds)
-    return dict(sliding_window=window, layer_pattern=pattern)
-
-
-def _layer_types(config: ModelConfig) -> list[str]:
-    return ["sliding_attention" if block == "sliding" else "full_attention" for block in config.layer_pattern]
-
-
-def dropout(family: Family, values: dict[str, Any]) -> float:
-    """GPT-2's dropout where its three are alike, as they are one key here; else none. It only matters in training."""
-    rates = {float(values.get(key, default) or 0.0) for key, default in family.dropouts.items()}
-    return rates.pop() if len(family.dropouts) == 3 and len(rates) == 1 else 0.0
-
+Values = dict[str, Any]
 
 # ------------------------------------------------------------------------------------------- LLaMA and its relatives
 
+
+def _sizes(vocab: int, width: int, d_ff: int, layers: int, heads: int, kv_heads: int | None, context: int) -> Values:
+    """A class's default sizes under the names that LLaMA's relatives share."""
+    return dict(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=d_ff,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+    )
+
+
 _LLAMA_DEFAULTS = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=None,
+    _sizes(32000, 4096, 11008, 32, 32, None, 2048),
     head_dim=None,
     hidden_act="silu",
-    max_position_embeddings=2048,
     rms_norm_eps=1e-6,
     tie_word_embeddings=False,
     rope_theta=10000.0,
@@ -194,8 +55,8 @@ _LLAMA_DEFAULTS = dict(
 _LLAMA_PARTS = dict(normalization="rmsnorm", norm_position="pre", position_encoding="rope")
 
 
-def _read_llama(values: dict[str, Any], activation: str = "hidden_act") -> dict[str, Any]:
-    """The keys that LLaMA's relatives share. `activation`: the name of that key."""
+def _read_llama(values: Values) -> Values:
+    """The keys that LLaMA's relatives share."""
     heads, attention, feed_forward = (values.get(key) for key in ("num_attention_heads", "attention_bias", "mlp_bias"))
     if bool(attention) != bool(feed_forward):
         raise ConversionError(
@@ -211,12 +72,12 @@ def _read_llama(values: dict[str, Any], activation: str = "hidden_act") -> dict[
         block_size=values["max_position_embeddings"],
         norm_eps=values["rms_norm_eps"],
         bias=bool(attention),
-        **_gated(_activation(values, activation)),
-        **_rope(values),
+        **gated(activation_of(values, "hidden_act")),
+        **rope(values),
     )
 
 
-def _write_llama(config: ModelConfig) -> dict[str, Any]:
+def _write_llama(config: ModelConfig) -> Values:
     return dict(
         hidden_size=config.n_embd,
         intermediate_size=config.d_ff,
@@ -226,73 +87,97 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
         head_dim=config.head_dim,
         max_position_embeddings=config.block_size,
         rms_norm_eps=config.norm_eps,
-        hidden_act=_HF_ACTIVATION.get(config.activation),
+        hidden_act=HF_ACTIVATION.get(config.activation),
         attention_bias=config.bias,
-        **_write_rope(config),
+        **write_rope(config),
     )
 
 
-_LLAMA_NORMS = {"attention.norm": "input_layernorm", "feed_forward.norm": "post_attention_layernorm"}
-_OLMO2_NORMS = {"attention.norm": "post_attention_layernorm", "feed_forward.norm": "post_feedforward_layernorm"}
+_NORMS = {"attention.norm": "input_layernorm", "feed_forward.norm": "post_attention_layernorm"}
+_OLMO_NORMS = {"attention.norm": "post_attention_layernorm", "feed_forward.norm": "post_feedforward_layernorm"}
 _GEMMA2_NORMS = {
     "attention.norm": "input_layernorm",
     "attention.output_norm": "post_attention_layernorm",
     "feed_forward.norm": "pre_feedforward_layernorm",
     "feed_forward.output_norm": "post_feedforward_layernorm",
 }
+_GATED = dict(gate_proj="gate_proj", up_proj="up_proj", down_proj="down_proj")
 
 
-def _llama_rules(norms: dict[str, str]) -> Callable[[ModelConfig], Iterator[Rule]]:
-    def rules(config: ModelConfig) -> Iterator[Rule]:
-        yield Rule("model.embed_tokens.weight", ("embedding.weight",))
-        for i in range(config.n_layer):
-            mine, theirs = f"blocks.{i}", f"model.layers.{i}"
-            biased = dict(q=config.qkv_bias, k=config.qkv_bias, v=config.qkv_bias, o=config.bias)
-            for name, bias in biased.items():
-                for kind in ("weight", "bias") if bias else ("weight",):
-                    yield Rule(f"{theirs}.self_attn.{name}_proj.{kind}", (f"{mine}.attention.sublayer.{name}_proj.{kind}",))
-            for name in ("q", "k") if config.qk_norm else ():
-                yield Rule(f"{theirs}.self_attn.{name}_norm.weight", (f"{mine}.attention.sublayer.{name}_norm.weight",))
-            for name in ("gate", "up", "down"):
-                for kind in ("weight", "bias") if config.bias else ("weight",):
-                    yield Rule(f"{theirs}.mlp.{name}_proj.{kind}", (f"{mine}.feed_forward.sublayer.{name}_proj.{kind}",))
-            for ours, hf_name in norms.items():
-                yield Rule(f"{theirs}.{hf_name}.weight", (f"{mine}.{ours}.weight",))
-        yield Rule("model.norm.weight", ("norm.weight",))
-        if not config.weight_tying:
-            yield Rule("lm_head.weight", ("head.weight",))
+def _rules(
+    config: ModelConfig,
+    norms: dict[str, str] = _NORMS,
+    feed_forward: dict[str, str] = _GATED,
+    norm_kinds: tuple[str, ...] = ("weight",),
+) -> Iterator[Rule]:
+    """LLaMA's tensors. `norms`, `feed_forward`: what is called what there; `norm_kinds`: what a norm has."""
 
-    return rules
+    def kinds(bias: bool) -> tuple[str, ...]:
+        return ("weight", "bias") if bias else ("weight",)
+
+    yield Rule("model.embed_tokens.weight", ("embedding.weight",))
+    for i in range(config.n_layer):
+        mine, theirs = f"blocks.{i}", f"model.layers.{i}"
+        for name, bias in dict(q=config.qkv_bias, k=config.qkv_bias, v=config.qkv_bias, o=config.bias).items():
+            for kind in kinds(bias):
+                yield Rule(f"{theirs}.self_attn.{name}_proj.{kind}", (f"{mine}.attention.sublayer.{name}_proj.{kind}",))
+        for name in ("q", "k") if config.qk_norm else ():
+            yield Rule(f"{theirs}.self_attn.{name}_norm.weight", (f"{mine}.attention.sublayer.{name}_norm.weight",))
+        for ours, name in feed_forward.items():
+            for kind in kinds(config.bias):
+                yield Rule(f"{theirs}.mlp.{name}.{kind}", (f"{mine}.feed_forward.sublayer.{ours}.{kind}",))
+        for ours, name in norms.items():
+            for kind in norm_kinds:
+                yield Rule(f"{theirs}.{name}.{kind}", (f"{mine}.{ours}.{kind}",))
+    for kind in norm_kinds:
+        yield Rule(f"model.norm.{kind}", (f"norm.{kind}",))
+    if not config.weight_tying:
+        yield Rule("lm_head.weight", ("head.weight",))
 
 
-def _with_head_dim(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with head_dim, which some classes round down where the heads do not divide the width."""
-    return values if values.get("head_dim") else {**values, "head_dim": values["hidden_size"] // values["num_attention_heads"]}
+def _with_head_dim(values: Values, **others: Any) -> Values:
+    """The values with head_dim, which some classes round down where the heads do not divide the width, and others."""
+    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    return {**values, "head_dim": head_dim, **others}
 
 
-def _read_mistral(values: dict[str, Any]) -> dict[str, Any]:
-    """Without biases, which its class does not have whatever the file says; the window is of all layers."""
+def _window(values: Values) -> int:
+    """The window of a class that cannot do without one, even where no layer slides."""
+    if values["sliding_window"] is None:
+        raise ConversionError(f"sliding_window is null in this config.json, which {values['model_type']}'s class cannot run.")
+    return values["sliding_window"]
+
+
+_NO_BIAS = dict(attention_bias=False, mlp_bias=False)  # what a class without these keys has, whatever a file says
+
+
+def _read_mistral(values: Values) -> Values:
+    """The window is of all layers."""
     window, layers = values["sliding_window"], values["num_hidden_layers"]
-    keys = _read_llama(_with_head_dim({**values, "attention_bias": False, "mlp_bias": False}))
-    return keys if window is None else dict(keys, **_windows(layers, window, ["sliding_attention"] * layers))
+    keys = _read_llama(_with_head_dim(values, **_NO_BIAS))
+    return keys if window is None else dict(keys, **windows(layers, window, ["sliding_attention"] * layers))
 
 
-def _write_mistral(config: ModelConfig) -> dict[str, Any]:
+def _write_mistral(config: ModelConfig) -> Values:
     return dict(_write_llama(config), sliding_window=config.sliding_window)
 
 
-def _read_qwen3(values: dict[str, Any]) -> dict[str, Any]:
+def _read_qwen3(values: Values) -> Values:
     """The layers from max_window_layers on slide where the file has no layer_types (transformers 4), if any do."""
-    window = values["sliding_window"] if values["use_sliding_window"] else None
+    window, layers = values["sliding_window"] if values["use_sliding_window"] else None, values["num_hidden_layers"]
     kinds = values.get("layer_types") or [
         "sliding_attention" if window is not None and i >= values["max_window_layers"] else "full_attention"
-        for i in range(values["num_hidden_layers"])
+        for i in range(layers)
     ]
-    return dict(_read_llama({**values, "mlp_bias": False}), **_windows(values["num_hidden_layers"], window, kinds))
+    return dict(_read_llama({**values, "mlp_bias": False}), **windows(layers, window, kinds))
 
 
-def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    kinds = _layer_types(config)
+def _read_qwen2(values: Values) -> Values:
+    return _read_qwen3(_with_head_dim(values, **_NO_BIAS))
+
+
+def _write_qwen(config: ModelConfig) -> Values:
+    kinds = layer_types(config)
     return dict(
         _write_llama(config),
         use_sliding_window=config.sliding_window is not None,
@@ -302,46 +187,161 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _read_olmo2(values: dict[str, Any]) -> dict[str, Any]:
-    return _read_llama(_with_head_dim({**values, "mlp_bias": False}))
+def _read_phi3(values: Values) -> Values:
+    if (values.get("rope_scaling") or values.get("rope_parameters") or values).get("partial_rotary_factor") not in (None, 1):
+        raise ConversionError("partial_rotary_factor in this config.json has no counterpart here.")
+    keys = _read_mistral(values)
+    if "rope_scaling" in keys:
+        raise ConversionError(f"Phi-3's class has no {keys['rope_scaling']} scaling of RoPE.")
+    return keys
 
 
-def _read_gemma2(values: dict[str, Any]) -> dict[str, Any]:
+def _phi3_rules(config: ModelConfig) -> Iterator[Rule]:
+    """LLaMA's, but q, k, v and gate, up are one matrix each."""
+    fused = {
+        "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj"), (config.n_head, config.n_kv_head, config.n_kv_head)),
+        "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj"), None),
+    }
+    for rule in _rules(config):
+        place, _, matrix = rule.theirs.removesuffix(".weight").rpartition(".")
+        if matrix in fused:
+            name, members, shares = fused[matrix]
+            ours = tuple(rule.ours[0].replace(matrix, member) for member in members)
+            yield Rule(f"{place}.{name}.weight", ours, shares=shares)
+        elif matrix not in ("k_proj", "v_proj", "up_proj"):
+            yield rule
+
+
+def _read_arcee(values: Values) -> Values:
+    return dict(_read_llama(values), ffn_type="standard")
+
+
+def _read_olmo2(values: Values) -> Values:
+    return _read_llama(_with_head_dim(values, mlp_bias=False))
+
+
+def _read_olmo3(values: Values) -> Values:
+    """Three of four layers slide where the file does not say. Each kind of layer has its RoPE, which must be the same here."""
+    layers, parameters = values["num_hidden_layers"], values.get("rope_parameters") or {}
+    kinds = values.get("layer_types") or ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
+    if any(isinstance(part, dict) for part in parameters.values()):
+        ropes = [rope({**values, "rope_scaling": None, "rope_parameters": parameters[kind]}) for kind in sorted(set(kinds))]
+    else:  # what is said once is of the full layers
+        plain = dict(rope_theta=_OLMO3_DEFAULTS["rope_theta"])
+        ropes = [rope(values) if kind == "full_attention" else plain for kind in set(kinds)]
+    if any(one != ropes[0] for one in ropes):
+        raise ConversionError("RoPE that differs between sliding and full layers has no counterpart here.")
+    simple = _with_head_dim(values, mlp_bias=False, rope_parameters=None, rope_scaling=None)
+    return dict(_read_llama(simple), **ropes[0], **windows(layers, _window(values), kinds))
+
+
+def _write_olmo3(config: ModelConfig) -> Values:
+    keys = _write_llama(config)
+    both = {"rope_theta": keys["rope_theta"], **(keys["rope_scaling"] or {"rope_type": "default"})}
+    kinds = layer_types(config)
+    return dict(
+        keys,
+        rope_parameters={kind: dict(both) for kind in ("full_attention", "sliding_attention")},
+        sliding_window=config.sliding_window or _OLMO3_DEFAULTS["sliding_window"],
+        layer_types=kinds,
+    )
+
+
+def _read_gemma(values: Values) -> Values:
+    """Its class takes 'gelu' for the tanh approximation, which the first files meant by it."""
+    activation = "gelu_pytorch_tanh" if values["hidden_act"] == "gelu" else values["hidden_act"]
+    return _read_llama({**values, "hidden_act": activation, "mlp_bias": False})
+
+
+def _write_gemma(config: ModelConfig) -> Values:
+    exact = config.activation == "gelu"
+    return {**_write_llama(config), **({"hidden_act": "gelu_python"} if exact else {})}
+
+
+def _read_gemma2(values: Values) -> Values:
     """Every other layer slides where the file has no layer_types (transformers 4), the first one included."""
-    divisor = values["query_pre_attn_scalar"]
-    kinds = values.get("layer_types") or [
-        "full_attention" if i % 2 else "sliding_attention" for i in range(values["num_hidden_layers"])
-    ]
+    divisor, layers = values["query_pre_attn_scalar"], values["num_hidden_layers"]
+    kinds = values.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     caps = dict(attention_softcap=values["attn_logit_softcapping"], logit_softcap=values["final_logit_softcapping"])
     if 0 in caps.values():
         raise ConversionError("A soft cap of 0 in this config.json leaves no logits; null is none.")
-    if values["sliding_window"] is None:
-        raise ConversionError(
-            "sliding_window is null in this config.json, but Gemma 2's class needs one even where no layer slides."
-        )
     return dict(
-        _read_llama({**values, "mlp_bias": False}, "hidden_activation"),
-        **_windows(values["num_hidden_layers"], values["sliding_window"], kinds),
+        _read_llama({**values, "mlp_bias": False, "hidden_act": values["hidden_activation"]}),
+        **windows(layers, _window(values), kinds),
         **caps,
         attention_scale=None if divisor == values["head_dim"] else divisor**-0.5,
     )
 
 
-def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
+def _write_gemma2(config: ModelConfig) -> Values:
     """Its class needs a window even where no layer slides."""
     divisor = config.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
     return dict(
         _write_llama(config),
-        hidden_activation=_HF_ACTIVATION.get(config.activation),
+        hidden_activation=HF_ACTIVATION.get(config.activation),
         attn_logit_softcapping=config.attention_softcap,
         final_logit_softcapping=config.logit_softcap,
         query_pre_attn_scalar=divisor,
         sliding_window=config.sliding_window or _GEMMA2_DEFAULTS["sliding_window"],
-        layer_types=_layer_types(config),
+        layer_types=layer_types(config),
     )
 
 
-# ------------------------------------------------------------------------------------------- GPT-2
+_STARCODER2_DROPOUTS = dict(residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0)
+
+
+def _read_starcoder2(values: Values) -> Values:
+    shared = _read_mistral({**values, "rms_norm_eps": values["norm_epsilon"]})
+    return dict(shared, bias=bool(values["use_bias"]), ffn_type="standard")
+
+
+def _write_starcoder2(config: ModelConfig) -> Values:
+    keys = dict(_write_mistral(config), norm_epsilon=config.norm_eps, use_bias=config.bias)
+    return dict(keys, **dict.fromkeys(_STARCODER2_DROPOUTS, config.dropout))
+
+
+_MISTRAL_DEFAULTS = dict(_LLAMA_DEFAULTS | _sizes(32000, 4096, 14336, 32, 32, 8, 131072), sliding_window=4096)
+_QWEN2_DEFAULTS = dict(
+    _LLAMA_DEFAULTS | _sizes(151936, 4096, 22016, 32, 32, 32, 32768),
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+    layer_types=None,
+)
+_PHI3_DEFAULTS = dict(
+    _LLAMA_DEFAULTS | _sizes(32064, 3072, 8192, 32, 32, None, 4096),
+    original_max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+)
+_ARCEE_DEFAULTS = dict(_LLAMA_DEFAULTS | _sizes(32000, 2560, 18432, 32, 32, None, 4096), hidden_act="relu2", rms_norm_eps=1e-5)
+_OLMO2_DEFAULTS = dict(_LLAMA_DEFAULTS, vocab_size=50304, rms_norm_eps=1e-5)
+_OLMO3_DEFAULTS = dict(_OLMO2_DEFAULTS, rope_theta=500000.0, sliding_window=4096, layer_types=None)
+_GEMMA_DEFAULTS = dict(
+    _LLAMA_DEFAULTS | _sizes(256000, 3072, 24576, 28, 16, 16, 8192),
+    head_dim=256,
+    hidden_act="gelu_pytorch_tanh",
+    tie_word_embeddings=True,
+)
+_GEMMA2_DEFAULTS = dict(
+    _GEMMA_DEFAULTS | _sizes(256000, 2304, 9216, 26, 8, 4, 8192),
+    hidden_activation="gelu_pytorch_tanh",
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    layer_types=None,
+    final_logit_softcapping=30.0,
+    attn_logit_softcapping=50.0,
+)
+_STARCODER2_DEFAULTS = dict(
+    _LLAMA_DEFAULTS | _sizes(49152, 3072, 12288, 30, 24, 2, 4096),
+    hidden_act="gelu_pytorch_tanh",
+    norm_epsilon=1e-5,
+    sliding_window=None,
+    use_bias=True,
+    tie_word_embeddings=True,
+)
+
+# ------------------------------------------------------------------------------------------- GPT-2 and OPT
 
 _GPT2_DEFAULTS = dict(
     vocab_size=50257,
@@ -357,12 +357,10 @@ _GPT2_DEFAULTS = dict(
     tie_word_embeddings=True,
 )
 _GPT2_DROPOUTS = dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
-_GPT2_PARTS = dict(
-    normalization="layernorm", norm_position="pre", position_encoding="learned_absolute", ffn_type="standard", bias=True
-)
+_LEARNED_PARTS = dict(normalization="layernorm", norm_position="pre", position_encoding="learned_absolute", ffn_type="standard")
 
 
-def _read_gpt2(values: dict[str, Any]) -> dict[str, Any]:
+def _read_gpt2(values: Values) -> Values:
     if values["scale_attn_by_inverse_layer_idx"] and values["n_layer"] > 1:
         raise ConversionError("GPT-2's scale_attn_by_inverse_layer_idx has no counterpart here.")
     return dict(
@@ -372,12 +370,12 @@ def _read_gpt2(values: dict[str, Any]) -> dict[str, Any]:
         d_ff=values["n_inner"],
         block_size=values["n_positions"],
         norm_eps=values["layer_norm_epsilon"],
-        activation=_activation(values, "activation_function"),
+        activation=activation_of(values, "activation_function"),
         attention_scale=None if values["scale_attn_weights"] else 1.0,
     )
 
 
-def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
+def _write_gpt2(config: ModelConfig) -> Values:
     return dict(
         n_embd=config.n_embd,
         n_layer=config.n_layer,
@@ -385,7 +383,7 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
         n_inner=config.d_ff,
         n_positions=config.block_size,
         layer_norm_epsilon=config.norm_eps,
-        activation_function="gelu_new" if config.activation == "gelu_tanh" else _HF_ACTIVATION.get(config.activation),
+        activation_function="gelu_new" if config.activation == "gelu_tanh" else HF_ACTIVATION.get(config.activation),
         scale_attn_weights=config.attention_scale is None,
         **dict.fromkeys(_GPT2_DROPOUTS, config.dropout),
     )
@@ -410,101 +408,179 @@ def _gpt2_rules(config: ModelConfig) -> Iterator[Rule]:
         yield Rule("lm_head.weight", ("head.weight",))
 
 
+_OPT_FIXED = dict(do_layer_norm_before=True, _remove_final_layer_norm=False, layer_norm_elementwise_affine=True)
+_OPT_DEFAULTS = dict(
+    _OPT_FIXED,
+    vocab_size=50272,
+    hidden_size=768,
+    num_hidden_layers=12,
+    ffn_dim=3072,
+    max_position_embeddings=2048,
+    word_embed_proj_dim=None,
+    num_attention_heads=12,
+    activation_function="relu",
+    enable_bias=True,
+    tie_word_embeddings=True,
+)
+_OPT_NAMES = {
+    "attention.norm": "self_attn_layer_norm",
+    "feed_forward.norm": "final_layer_norm",
+    **{f"attention.sublayer.{name}_proj": f"self_attn.{name}_proj" for name in "qkv"},
+    "attention.sublayer.o_proj": "self_attn.out_proj",
+    "feed_forward.sublayer.up_proj": "fc1",
+    "feed_forward.sublayer.down_proj": "fc2",
+}
+
+
+def _read_opt(values: Values) -> Values:
+    wanted = dict(_OPT_FIXED, word_embed_proj_dim=values["hidden_size"])
+    for key, value in wanted.items():
+        if values.get(key) not in (None, value):
+            raise ConversionError(f"OPT's {key}={values[key]!r} has no counterpart here; it has to be {value!r}.")
+    return dict(
+        n_layer=values["num_hidden_layers"],
+        n_head=values["num_attention_heads"],
+        n_embd=values["hidden_size"],
+        d_ff=values["ffn_dim"],
+        block_size=values["max_position_embeddings"],
+        norm_eps=1e-5,
+        activation=activation_of(values, "activation_function"),
+        bias=bool(values["enable_bias"]),
+    )
+
+
+def _write_opt(config: ModelConfig) -> Values:
+    return dict(
+        hidden_size=config.n_embd,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        ffn_dim=config.d_ff,
+        word_embed_proj_dim=config.n_embd,
+        max_position_embeddings=config.block_size,
+        activation_function=HF_ACTIVATION.get(config.activation),
+        enable_bias=config.bias,
+        dropout=config.dropout,
+    )
+
+
+def _opt_rules(config: ModelConfig) -> Iterator[Rule]:
+    """The first two rows of the position table are of padding."""
+    yield Rule("model.decoder.embed_tokens.weight", ("embedding.weight",))
+    yield Rule("model.decoder.embed_positions.weight", ("position.table.weight",), skipped=2)
+    for i in range(config.n_layer):
+        for ours, theirs in _OPT_NAMES.items():
+            for kind in ("weight", "bias") if config.bias or ours.endswith("norm") else ("weight",):
+                yield Rule(f"model.decoder.layers.{i}.{theirs}.{kind}", (f"blocks.{i}.{ours}.{kind}",))
+    for kind in ("weight", "bias"):
+        yield Rule(f"model.decoder.final_layer_norm.{kind}", (f"norm.{kind}",))
+    if not config.weight_tying:
+        yield Rule("lm_head.weight", ("head.weight",))
+
+
 # ------------------------------------------------------------------------------------------- the families
 
-_MISTRAL_DEFAULTS = dict(
-    _LLAMA_DEFAULTS, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
-)
-_QWEN3_DEFAULTS = dict(
-    _LLAMA_DEFAULTS,
-    vocab_size=151936,
-    intermediate_size=22016,
-    num_key_value_heads=32,
-    head_dim=128,
-    max_position_embeddings=32768,
-    use_sliding_window=False,
-    sliding_window=4096,
-    max_window_layers=28,
-    layer_types=None,
-)
-_OLMO2_DEFAULTS = dict(_LLAMA_DEFAULTS, vocab_size=50304, rms_norm_eps=1e-5)
-_GEMMA2_DEFAULTS = dict(
-    _LLAMA_DEFAULTS,
-    vocab_size=256000,
-    hidden_size=2304,
-    intermediate_size=9216,
-    num_hidden_layers=26,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=256,
-    hidden_activation="gelu_pytorch_tanh",
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-    query_pre_attn_scalar=256,
-    sliding_window=4096,
-    layer_types=None,
-    final_logit_softcapping=30.0,
-    attn_logit_softcapping=50.0,
-)
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(
-            "gpt2",
-            "GPT2LMHeadModel",
-            _GPT2_DEFAULTS,
-            _GPT2_PARTS,
-            _read_gpt2,
-            _write_gpt2,
-            _gpt2_rules,
-            dropouts=_GPT2_DROPOUTS,
-            dropped=r"\.attn\.(masked_)?bias$",
-        ),
-        Family(
-            "llama",
-            "LlamaForCausalLM",
-            _LLAMA_DEFAULTS,
-            _LLAMA_PARTS,
-            _read_llama,
-            lambda config: dict(_write_llama(config), mlp_bias=config.bias),
-            _llama_rules(_LLAMA_NORMS),
-        ),
-        Family(
-            "mistral",
-            "MistralForCausalLM",
-            _MISTRAL_DEFAULTS,
-            _LLAMA_PARTS,
-            _read_mistral,
-            _write_mistral,
-            _llama_rules(_LLAMA_NORMS),
-        ),
-        Family(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            _QWEN3_DEFAULTS,
-            dict(_LLAMA_PARTS, qk_norm=True),
-            _read_qwen3,
-            _write_qwen3,
-            _llama_rules(_LLAMA_NORMS),
-        ),
-        Family(
-            "olmo2",
-            "Olmo2ForCausalLM",
-            _OLMO2_DEFAULTS,
-            dict(_LLAMA_PARTS, norm_position="output", qk_norm="full"),
-            _read_olmo2,
-            _write_llama,
-            _llama_rules(_OLMO2_NORMS),
-        ),
-        Family(
-            "gemma2",
-            "Gemma2ForCausalLM",
-            _GEMMA2_DEFAULTS,
-            dict(_LLAMA_PARTS, normalization="rmsnorm_offset", norm_position="sandwich", embedding_scale=True),
-            _read_gemma2,
-            _write_gemma2,
-            _llama_rules(_GEMMA2_NORMS),
-        ),
-    )
-}
+def _relative(
+    model_type: str,
+    name: str,
+    defaults: Values,
+    read: Callable[[Values], Values],
+    write: Callable[[ModelConfig], Values] = _write_llama,
+    rules: Callable[[ModelConfig], Iterator[Rule]] = _rules,
+    **parts: Any,
+) -> Family:
+    """A row for one of LLaMA's relatives: the parts are LLaMA's, but for those given."""
+    return Family(model_type, f"{name}ForCausalLM", defaults, dict(_LLAMA_PARTS, **parts), read, write, rules)
+
+
+def _write_with_mlp_bias(config: ModelConfig) -> Values:
+    return dict(_write_llama(config), mlp_bias=config.bias)
+
+
+_ROWS = (
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        _GPT2_DEFAULTS,
+        dict(_LEARNED_PARTS, bias=True),
+        _read_gpt2,
+        _write_gpt2,
+        _gpt2_rules,
+        dropouts=_GPT2_DROPOUTS,
+        dropped=r"\.attn\.(masked_)?bias$",
+    ),
+    _relative("llama", "Llama", _LLAMA_DEFAULTS, _read_llama, _write_with_mlp_bias),
+    _relative("mistral", "Mistral", _MISTRAL_DEFAULTS, _read_mistral, _write_mistral),
+    _relative("qwen2", "Qwen2", _QWEN2_DEFAULTS, _read_qwen2, _write_qwen, qkv_bias=True),
+    _relative("qwen3", "Qwen3", dict(_QWEN2_DEFAULTS, head_dim=128), _read_qwen3, _write_qwen, qk_norm=True),
+    _relative(
+        "olmo2",
+        "Olmo2",
+        _OLMO2_DEFAULTS,
+        _read_olmo2,
+        rules=partial(_rules, norms=_OLMO_NORMS),
+        norm_position="output",
+        qk_norm="full",
+    ),
+    _relative(
+        "olmo3",
+        "Olmo3",
+        _OLMO3_DEFAULTS,
+        _read_olmo3,
+        _write_olmo3,
+        partial(_rules, norms=_OLMO_NORMS),
+        norm_position="output",
+        qk_norm="full",
+    ),
+    _relative("gemma", "Gemma", _GEMMA_DEFAULTS, _read_gemma, _write_gemma, normalization="rmsnorm_offset", embedding_scale=True),
+    _relative(
+        "gemma2",
+        "Gemma2",
+        _GEMMA2_DEFAULTS,
+        _read_gemma2,
+        _write_gemma2,
+        partial(_rules, norms=_GEMMA2_NORMS),
+        normalization="rmsnorm_offset",
+        norm_position="sandwich",
+        embedding_scale=True,
+    ),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        _PHI3_DEFAULTS,
+        _LLAMA_PARTS,
+        _read_phi3,
+        _write_mistral,
+        _phi3_rules,
+        dropouts=dict(resid_pdrop=0.0, attention_dropout=0.0),
+    ),
+    _relative(
+        "arcee",
+        "Arcee",
+        _ARCEE_DEFAULTS,
+        _read_arcee,
+        _write_with_mlp_bias,
+        partial(_rules, feed_forward=dict(up_proj="up_proj", down_proj="down_proj")),
+    ),
+    Family(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        _STARCODER2_DEFAULTS,
+        dict(_LLAMA_PARTS, normalization="layernorm"),
+        _read_starcoder2,
+        _write_starcoder2,
+        partial(_rules, feed_forward=dict(up_proj="c_fc", down_proj="c_proj"), norm_kinds=("weight", "bias")),
+        dropouts=_STARCODER2_DROPOUTS,
+    ),
+    Family(
+        "opt",
+        "OPTForCausalLM",
+        _OPT_DEFAULTS,
+        _LEARNED_PARTS,
+        _read_opt,
+        _write_opt,
+        _opt_rules,
+        dropouts=dict(dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, layerdrop=0.0),
+    ),
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}

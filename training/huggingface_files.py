@@ -19,7 +19,8 @@ from torch import Tensor
 
 from model_config import ModelConfig
 from training.huggingface import config_from_hf, tensor_rules
-from training.huggingface_families import FAMILIES, ConversionError, Rule
+from training.huggingface_families import FAMILIES
+from training.huggingface_parts import ConversionError, Rule
 
 _SINGLE, _INDEX, _HEAD = "model.safetensors", "model.safetensors.index.json", "lm_head.weight"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -252,7 +253,7 @@ def _places(folder: Path, config: ModelConfig) -> list[tuple[Rule, str, TensorOn
     if problems:
         raise ConversionError(f"{folder} {', and '.join(problems)}: the weights are of another model, or quantised.")
     for rule, name, tensor in places:
-        rows = sum(shapes[ours][0] for ours in rule.ours)
+        rows = rule.skipped + sum(shapes[ours][0] for ours in rule.ours)
         expected = (rows, *shapes[rule.ours[0]][1:])
         if tensor.shape != (expected[::-1] if rule.transposed else expected):
             raise ConversionError(

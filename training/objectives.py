@@ -69,12 +69,17 @@ class NextToken(Objective):
     is_likelihood = True
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        return next_token_loss(model, batch.inputs, batch.targets), (batch.targets != IGNORE).sum(), {}
+        documents = [batch.documents] if "documents" in batch else []
+        return next_token_loss(model, batch.inputs, batch.targets, *documents), (batch.targets != IGNORE).sum(), {}
 
 
-def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats, fp32, of targets (B, T) given inputs (B, T); IGNORE targets count nothing."""
-    return summed_cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Summed cross-entropy in nats, fp32, of targets (B, T) given inputs (B, T); IGNORE targets count nothing.
+
+    documents (B, T): which document each input belongs to, where they are kept apart.
+    """
+    logits = model(inputs) if documents is None else model(inputs, documents=documents)
+    return summed_cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class Tally:

@@ -133,7 +133,8 @@ def evaluation_line(step: int, evaluation: Evaluation, best: bool) -> str:
     perplexity = "" if evaluation.perplexity is None else f" | perplexity {evaluation.perplexity:.2f}"
     bits = "" if evaluation.bits_per_byte is None else f" | {evaluation.bits_per_byte:.4f} bits per byte"
     so_far = " | best so far" if best else ""
-    return f"eval at {step} | val loss {evaluation.loss:.4f}{perplexity}{bits} | {evaluation.seconds:.1f} s{so_far}"
+    parts = "".join(f" | {name} {loss:.4f}" for name, loss in evaluation.by_source.items())
+    return f"eval at {step} | val loss {evaluation.loss:.4f}{perplexity}{bits}{parts} | {evaluation.seconds:.1f} s{so_far}"
 
 
 def closing_lines(
@@ -245,6 +246,7 @@ class Report:
     device: torch.device
     length: int
     profiler: NoProfiler = field(default_factory=NoProfiler)
+    sources: Callable[[int], dict[str, dict[str, float]]] = lambda sequences: {}  # of a mixture: what was read of each part
     started: float = field(default_factory=time.perf_counter)
 
     def warn(self, message: str, **facts: Any) -> None:
@@ -275,7 +277,8 @@ class Report:
             memory_gb=peak_memory_gb(self.device),
         )
         extra = {name: float(figure) for name, figure in figures.items()}
-        self.logger.step(progress.step, progress.tokens, **shown, **utilisation, skipped=progress.skipped, **extra)
+        sources = {"sources": read} if (read := self.sources(progress.sequences)) else {}
+        self.logger.step(progress.step, progress.tokens, **shown, **utilisation, skipped=progress.skipped, **extra, **sources)
         self.display.line(
             step_line(progress.step, self.length, **shown, mfu=utilisation["mfu"], skipped=progress.skipped, figures=extra)
         )
@@ -293,6 +296,7 @@ class Report:
             val_tokens=found.tokens,
             seconds=found.seconds,
             best=progress.is_best,
+            **({"val_loss_by_source": found.by_source} if found.by_source else {}),
         )
         self.display.line(evaluation_line(progress.step, found, progress.is_best))
 
@@ -346,6 +350,8 @@ def open_report(
     meter = StepMeter(machine.device, on_lap=lambda lap: world.at(progress.step, f"after {lap}"))
     figures = {"mfu": flops["full"], "mfu_causal": flops["causal"], "hfu": flops["hardware"]}
     report = Report(logger, display, meter, Utilisation(figures, peak, machine.dtype, world.size), machine.device, data.length)
+    if len(data.dataset.parts) > 1:
+        report.sources = data.read_of_each
     if config.profile:
         report.profiler = Profiler(config.out_dir, machine.device, world.rank, display.line, meter.excluded)
     if peak is None:

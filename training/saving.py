@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from training.checkpoint import (
     set_random_state,
 )
 from training.huggingface_files import load_weights
+from training.manifest import tokenizer_files
 from training.parallelism import check_buffers
 from training.progress import Progress
 from training.report import Report
@@ -225,6 +227,11 @@ class Checkpoints:
         self.saver, self.config, self.machine, self.learner, self.report = saver, start.config, machine, learner, report
         self.identity = identity
         self.tokenizer_folder = data.dataset.folder
+        part = data.dataset.parts[0]
+        if part.vocabulary is not None and (tokenizer := part.tokenizer()) and not tokenizer_files(part.folder):
+            self._made = tempfile.TemporaryDirectory()  # of a folder of nanoGPT's, whose meta.pkl has the characters
+            self.tokenizer_folder = Path(self._made.name)
+            tokenizer.save(self.tokenizer_folder)
         self.first_step = start.progress.step
         self.started_here = start.resumes and start.store.holds(start.origin.path)
         self.best = machine.world.from_main(start.store.best_loss) if self.started_here else None

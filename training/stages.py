@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from data.mixture import MixedDataset
 from data.token_dataset import TokenDataset
 from flops_parameter_counting.flops import FlopsPerToken
 from flops_parameter_counting.hardware import Peak
@@ -70,13 +71,18 @@ class Machine:
 class Data:
     """What is read: the dataset and its reader, the model it makes (its vocabulary), and how long the run is."""
 
-    dataset: TokenDataset
+    dataset: TokenDataset | MixedDataset
     name: str  # of the dataset; its whole path where it is not below data/
     loader: DataLoader
     model_config: ModelConfig
     sequences: int  # in the global batch
     length: int  # of the run, in steps
     warnings: list[str]  # about its tokenizer
+
+    def read_of_each(self, sequences: int) -> dict[str, dict[str, float]]:
+        """Of each part of a mixture, what the first so many sequences of the run have read of it: tokens, epochs."""
+        read = self.loader.read_so_far(sequences)
+        return {name: {"tokens": tokens, "epochs": epochs} for name, (tokens, epochs) in zip(self.dataset.names, read)}
 
     @property
     def tokens(self) -> int:

@@ -78,7 +78,28 @@ class TrainConfig(_ModelKeys):
     notice: str = _key("", "one line to print at the start", "run")
     seed: int = _key(1337, "random seed of the initial weights and of dropout", "run", resume="fixed")
 
-    dataset: str = _key("pydocs", "a folder below data/, or a path to one (a resumed run: with the same content)", "data")
+    dataset: str = _key(
+        "pydocs",
+        "a folder below data/, or a path to one (a resumed run: with the same content); or several, each with its share of the "
+        "sequences: a:0.7,b:0.3",
+        "data",
+    )
+    mixture_schedule: str | None = _key(
+        None,
+        "later shares of a mixture, by tokens of training: '50e6 a:0.2,b:0.8; 80e6 b:1'; validation keeps the first ones",
+        "data",
+        resume="fixed",
+    )
+    max_train_tokens: int | None = _key(
+        None, "train on the first so many tokens of the dataset only (of each part of a mixture)", "data", resume="fixed"
+    )
+    pack: Literal["stream", "document"] = _key(
+        "stream",
+        "stream: windows of the token stream, as nanoGPT; document: attention stays inside of a document, whose positions begin "
+        "at 0, in training and validation",
+        "data",
+        resume="fixed",
+    )
     data_seed: int = _key(1337, "random seed of the order in which the data is read", "data", resume="fixed")
     batch_size: int = _key(12, "sequences in a micro-batch, at most", "data")
     gradient_accumulation_steps: int = _key(
@@ -270,6 +291,7 @@ _AT_LEAST = dict(
     lr_decay_iters=1,
     max_iters=0,
     max_tokens=1,
+    max_train_tokens=1,
     epochs=0,
     eval_interval=0,
     eval_iters=0,

@@ -5,7 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from any working directory
 
-from data.preparation import prepare_embedded
+from data.prepare_command import embedded, run_recipe
+
+RECIPE = embedded("pystdlib")
 
 if __name__ == "__main__":
-    sys.exit(prepare_embedded("pystdlib"))
+    sys.exit(run_recipe(RECIPE))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from any working directory
 
-from data.preparation import prepare_textfile
+from data.prepare_command import run_textfile
 
 if __name__ == "__main__":
-    sys.exit(prepare_textfile())
+    sys.exit(run_textfile())

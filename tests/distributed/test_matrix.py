@@ -122,7 +122,12 @@ def assert_same_bits(one: Path, other: Path) -> None:
 # ------------------------------------------------------------------------------------------- the same again
 
 
-@pytest.mark.parametrize("size, strategy", ALL)
+USUAL = ((1, "none"), (2, "zero1"), (2, "fsdp"), (4, "ddp"), (4, "hsdp"))
+
+
+@pytest.mark.parametrize(
+    "size, strategy", [pytest.param(*c, marks=() if c in USUAL else pytest.mark.slow, id=name(*c)) for c in ALL]
+)
 def test_the_same_processes_and_strategy_go_on_bit_for_bit(tmp_path, whole, size, strategy):
     first = whole(size, strategy)
     assert_same_bits(resume(size, strategy, first, tmp_path), first)
@@ -132,7 +137,7 @@ def test_the_same_processes_and_strategy_go_on_bit_for_bit(tmp_path, whole, size
     "size, strategy, options",
     [
         (2, "zero1", ("--dtype=bfloat16", "--activation_checkpointing=full")),
-        (4, "hsdp", ("--optimizer=muon",)),
+        pytest.param(4, "hsdp", ("--optimizer=muon",), marks=pytest.mark.slow),
         (2, "fsdp", ("--arch_preset=gpt2", "--async_checkpoint=True")),
     ],
 )

@@ -174,6 +174,7 @@ def reader(process) -> tuple[list[str], object]:
     return lines, wait_for_line
 
 
+@pytest.mark.slow  # test_restarts.py tests restarts without torchrun, which takes half a minute here
 def test_torchrun_restarts_a_killed_rank_where_it_was_and_passes_sigterm_on(tiny_dataset, tmp_path):
     process = torchrun(
         *RUN,
