@@ -65,10 +65,11 @@ def run(options: argparse.Namespace) -> None:
     """Load the model and the text, score, print, write. Raises UsageError or Failure with a sentence."""
     import torch
 
+    from model_builder import COMPUTE_DTYPES
     from training.checkpoint import find_checkpoint, load_model
     from training.huggingface_files import find_folder, is_folder
     from training.manifest import read_state
-    from training.precision import DTYPES, set_compute_dtype
+    from training.precision import set_compute_dtype
     from training.scoring import score_stream, weights_fingerprint
 
     if options.text is not None and options.dataset is not None:
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         place = find_folder(options.model)
     model, tokenizer = load_model(place, device)
-    set_compute_dtype(model, DTYPES[options.dtype])
+    set_compute_dtype(model, COMPUTE_DTYPES[options.dtype])
     context = options.context or model.config.block_size
     if context > model.config.block_size or context < 2:
         raise UsageError(f"--context={context} is not from 2 to the model's block_size={model.config.block_size}.")

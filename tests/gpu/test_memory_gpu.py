@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from flops_parameter_counting.memory import HEADROOM_GB, HEADROOM_SHARE, estimate_memory, largest_micro_batch
-from model_builder import build_model
+from model_builder import COMPUTE_DTYPES, build_model
 from model_config import resolve
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.objectives import next_token_loss
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
-from training.precision import DTYPES, set_compute_dtype
+from training.precision import set_compute_dtype
 from training.train_config import TrainConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -30,7 +30,7 @@ def measured_peak(
     """Most bytes that tensors took at once in the second of two training steps."""
     torch.cuda.empty_cache()
     model = build_model(config, device="cuda")
-    set_compute_dtype(model, DTYPES[dtype])
+    set_compute_dtype(model, COMPUTE_DTYPES[dtype])
     apply_activation_checkpointing(model, checkpointing)
     model.train()
     training = Optimizer(model, TrainConfig(optimizer=optimizer))
