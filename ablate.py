@@ -84,6 +84,11 @@ def make_parser() -> Parser:
     how = parser.add_argument_group("how")
     how.add_argument("--out_dir", metavar="DIR", help="folder of the whole study [out/ablate_<config>]")
     how.add_argument("--jobs", type=int, default=1, metavar="K", help="runs at a time [1]; of several GPUs each gets its own")
+    how.add_argument(
+        "--speed",
+        action="store_true",
+        help="which variant is faster: train nothing to its end, but take steps of all variants in turns on an idle machine",
+    )
     how.add_argument("--dry_run", action="store_true", help="print what would run, and train nothing")
     return parser
 
@@ -278,6 +283,11 @@ def run(argv: Sequence[str]) -> int:
         )
     if options.dry_run:
         print("\n".join([cost_in_words(study), "", *commands(study)]))
+        return 0
+    if options.speed:
+        from ablation.speed import compare_speed
+
+        print(compare_speed(plan))
         return 0
     if plan.detect is not None:
         from ablation.repetitions import after_pilot

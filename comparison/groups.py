@@ -170,6 +170,15 @@ class Comparison:
         return len(datasets) > 1 and len({_tokenizer(run) for run in self.runs}) > 1
 
     @property
+    def machine_was_shared(self) -> bool:
+        """Whether two of the runs were on at the same time, on hardware of one name: then neither had it for itself."""
+        runs = sorted(self.runs, key=lambda run: run.started)
+        return any(
+            one.hardware == other.hardware and one.started < other.ended and other.started < one.ended
+            for one, other in itertools.combinations(runs, 2)
+        )
+
+    @property
     def best(self) -> Group | None:
         """The group with the lowest mean of the metric among those that can be compared."""
         eligible = [

@@ -37,6 +37,7 @@ class Column:
     scatter: bool = False  # with its standard deviation over the seeds
     of_tokens: bool = False  # in nats per token, so comparable between runs of one tokenizer only
     of_hardware: bool = False  # comparable on one kind of hardware only
+    of_time: bool = False  # comparable between runs that had the machine for themselves only
 
 
 COLUMNS = (
@@ -46,10 +47,10 @@ COLUMNS = (
     Column("train_loss", "train loss", _fixed(4), -1, of_tokens=True),
     Column("val_loss", "val loss", _fixed(4), -1, scatter=True, of_tokens=True),
     Column("bits_per_byte", "bits/byte", _fixed(4), -1),
-    Column("tokens_per_s", "tok/s", _fixed(0), 1, of_hardware=True),
-    Column("mfu", "MFU", lambda value: "–" if value is None else f"{value:.1%}", 1, of_hardware=True),
+    Column("tokens_per_s", "tok/s", _fixed(0), 1, of_hardware=True, of_time=True),
+    Column("mfu", "MFU", lambda value: "–" if value is None else f"{value:.1%}", 1, of_hardware=True, of_time=True),
     Column("memory_gb", "GB", _fixed(2), -1, of_hardware=True),
-    Column("seconds", "time", _time, -1, of_hardware=True),
+    Column("seconds", "time", _time, -1, of_hardware=True, of_time=True),
 )
 SORT_KEYS = ("loss", "name", *(column.key for column in COLUMNS))
 FOOTNOTES = (
@@ -74,12 +75,14 @@ def cells(comparison: Comparison, sort: str = "loss") -> tuple[list[str], list[l
     rows = [[column_text(column, group) for column in columns] for group in groups]
     flagged = comparison.flagged
     lossy = {group.name for group in groups if group.lost(comparison.metric)}
-    same_hardware = len({run.hardware for run in comparison.runs}) == 1
+    same_hardware, shared = len({run.hardware for run in comparison.runs}) == 1, comparison.machine_was_shared
     best = set()
     for number, column in enumerate(columns):
         values = {row: group.mean(column.key) for row, group in enumerate(groups) if group.name not in {*flagged, *lossy}}
         shown = {row: column.show(value) for row, value in values.items() if value is not None}
-        if column.of_hardware and not same_hardware or column.of_tokens and comparison.tokenizers_differ:
+        if column.of_hardware and not same_hardware or column.of_time and shared:
+            continue
+        if column.of_tokens and comparison.tokenizers_differ:
             continue
         if column.better and len(set(shown.values())) > 1:
             winner = shown[max(shown, key=lambda row: column.better * values[row])]

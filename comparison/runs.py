@@ -30,6 +30,7 @@ class RunSummary:
     name: str  # path of its log (the last one of a resumed chain), without suffix
     paths: tuple[Path, ...]  # the logs joined here, first to last
     started: str  # ISO time of the first log
+    ended: str  # ISO time of the last event of the last log
     architecture: str  # the model's name
     fingerprint: str  # the model's
     model: dict[str, Any]  # every field of its ModelConfig
@@ -263,6 +264,7 @@ def _summary(documents: list[dict], paths: tuple[Path, ...]) -> RunSummary:
         name=str(paths[-1]),
         paths=paths,
         started=str(first.get("started")),
+        ended=str(last.get("updated")),
         architecture=str(model["name"]),
         fingerprint=str(model["fingerprint"]),
         model=model.get("config") or {},

@@ -19,10 +19,12 @@ from test_ablate import SHAPE, plan_of
 from test_compare import TOKENIZED_OTHERWISE, compared, make_run, seeds_of
 
 import ablate
+import ablation.speed
 import comparison.groups
 import comparison.inference
 from ablation.planning import make_plan
 from ablation.repetitions import after_pilot, power, seeds_needed
+from ablation.speed import busy_share, speed_in_words, take_turns
 from ablation.tuning import at_its_best
 from command_line import Failure
 from comparison import Group, NotComparable, compare, load_runs, table
@@ -355,7 +357,7 @@ def verdicts_of_the_page(page: str, parsed) -> list[str]:
     said = []
     for command in re.findall(r"^python ablate.py (.*)$", page, re.M):
         plan = make_plan(*ablate.make_parser().parse_known_args(shlex.split(command)))
-        if "--dry_run" not in command:
+        if not {"--dry_run", "--speed"} & set(command.split()):
             figures = [[float(loss) for _, loss in losses[plan.out_dir.name, variant.folder]] for variant in plan.variants]
             found = ablate.compare_runs(study_of(plan, parsed, figures))
             said += [*verdicts(found), *(f"note: {note}" for note in found.notes[: len(found.also)])]
@@ -367,3 +369,77 @@ def test_the_verdicts_of_the_page_are_what_its_losses_give(parsed):
     said = verdicts_of_the_page(page, parsed)
     assert len(said) > 10
     assert [line for line in said if line not in page] == []
+
+
+# ------------------------------------------------------------------------------------------- speed (14.7)
+
+
+class Clockwork:
+    """A stepper whose steps take what a list says; each step of a round shares the round's slowness."""
+
+    tokens = 64
+
+    def __init__(self, factor: float, slowness, noise):
+        self.factor, self.slowness, self.noise, self.taken = factor, slowness, noise, 0
+
+    def step(self) -> float:
+        self.taken += 1
+        return 0.02 * self.factor * self.slowness[self.taken] * self.noise[self.taken]
+
+
+def turns(factor: float, random) -> list:
+    slowness = random.uniform(1, 3, 100)  # other clocks, other rounds
+    noise = numpy.exp(0.02 * random.normal(size=(2, 100)))
+    return take_turns([("a", Clockwork(1.0, slowness, noise[0])), ("b", Clockwork(factor, slowness, noise[1]))])
+
+
+def test_a_faster_variant_is_found_though_the_machines_speed_varies_threefold():
+    timings = turns(1 / 1.05, numpy.random.default_rng(1))
+    assert [len(timing.seconds) for timing in timings] == [30, 30]
+    said = speed_in_words(timings, 0.0)
+    assert re.search(r"b is faster: a takes (4|5)\.\d% more time", said) and "middle half" in said
+
+
+def test_where_nothing_is_faster_something_is_claimed_in_5_percent_at_most():
+    random = numpy.random.default_rng(2)
+    found = sum("is faster" in speed_in_words(turns(1.0, random), 0.0) for _ in range(400)) / 400
+    assert found <= ALPHA + 4 * math.sqrt(ALPHA * (1 - ALPHA) / 400)
+
+
+def test_on_a_busy_machine_nothing_is_claimed_and_without_force_nothing_is_measured(tiny_dataset, monkeypatch, capsys):
+    said = speed_in_words(turns(0.5, numpy.random.default_rng(3)), 0.4)
+    assert "Other work used 40%" in said and "is faster" not in said
+    monkeypatch.setattr(ablation.speed, "busy_share", lambda: 0.4)
+    words = [*SHAPE, "--batch_size=4", f"--dataset={tiny_dataset}", "--vary=normalization=layernorm,rmsnorm", "--speed"]
+    assert ablate.main(words) == 2
+    assert "Other work uses 40% of this machine's processor time" in capsys.readouterr().err
+
+
+def test_the_share_in_use_is_the_systems_own(tmp_path):
+    file = tmp_path / "stat"
+    file.write_text("cpu  10 0 10 70 10 0 0 0 0 0\ncpu0 1 2 3\n")
+    later = lambda seconds: file.write_text("cpu  30 0 20 110 40 0 0 0 5 0\n")
+    assert busy_share(file, later) == pytest.approx(0.3)
+    assert busy_share(tmp_path / "none") is None
+
+
+def test_speed_takes_real_steps_of_each_variant_and_writes_nothing(tiny_dataset, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ablation.speed, "busy_share", lambda: 0.0)
+    monkeypatch.setattr(ablation.speed, "ROUNDS", 6)
+    monkeypatch.setattr(take_turns, "__defaults__", (6,))
+    out = tmp_path / "out"
+    words = ["--vary=n_layer=2,8", "--batch_size=4", "--gradient_accumulation_steps=2", f"--out_dir={out}", "--speed"]
+    assert ablate.main([*SHAPE, f"--dataset={tiny_dataset}", *words]) == 0
+    said = capsys.readouterr().out
+    assert "6 steps of each" in said and "defaults is faster: n_layer=8 takes" in said and not out.exists()
+
+
+def test_tokens_a_second_of_runs_that_shared_a_machine_are_not_starred(tmp_path):
+    for number, norm in enumerate(("layernorm", "rmsnorm")):
+        make_run(tmp_path / norm, f"--normalization={norm}", step_ms=20.0 + 10 * number, started="2026-01-01T00:00:00+00:00")
+    found = compared(tmp_path)
+    assert found.machine_was_shared and "3,200 " in table(found) and "3,200*" not in table(found)
+    apart = replace(
+        found, groups=tuple(replace(g, runs=(replace(g.runs[0], started=t, ended=t + "Z"),)) for g, t in zip(found.groups, "19"))
+    )
+    assert not apart.machine_was_shared and "3,200*" in table(apart)

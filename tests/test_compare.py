@@ -504,7 +504,13 @@ def test_a_key_separates_groups_where_it_makes_another_experiment(tmp_path, key)
     [run] = load_runs([make_run(tmp_path / "a")])
     other = replace(run, config={**run.config, key: other_value(key)})
     assert other.config[key] != run.config[key]
-    experiment = KEYS[key].metadata["group"] in ("optimizer", "schedule") or key in ("patience", "block_size")
+    experiment = KEYS[key].metadata["group"] in ("optimizer", "schedule") or key in (
+        "patience",
+        "block_size",
+        "pack",
+        "max_train_tokens",
+        "mixture_schedule",
+    )
     assert len(group_runs([run, other])) == (2 if experiment else 1)
     assert len(group_runs([run, other], by=[key])) == 2
 

@@ -18,7 +18,7 @@ from data.tokenization import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer
 from model_builder import build_model
 from model_config import resolve
 from training.checkpoint import load_model
-from training.scoring import TokenList, count_text, score_stream, windows
+from training.scoring import TokenList, count_text, score_stream, scored_windows
 
 TEXT = "The cat sat on the mat, and the dog — élan! — saw it.\nAnd so on 12 times.  " * 20
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=16)
@@ -52,7 +52,7 @@ def test_every_token_but_the_first_is_predicted_once_from_its_window(length, str
 @pytest.mark.parametrize("stride", [None, 16, 7])
 @pytest.mark.parametrize("tokens", [2, 16, 17, 100, 1001])
 def test_windows_cover_a_stream(tokens, stride):
-    found = list(windows(tokens, 16, stride))
+    found = list(scored_windows(tokens, 16, stride))
     assert [place for window in found for place in range(window.first, window.stop)] == list(range(1, tokens))
     assert all(0 <= window.start < window.first < window.stop <= tokens for window in found)
     assert all(window.stop - window.start <= 16 + (stride in (None, 16)) for window in found)

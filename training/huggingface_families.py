@@ -20,7 +20,7 @@ from training.huggingface_parts import (
     gated,
     layer_types,
     rope,
-    windows,
+    window_keys,
     write_rope,
 )
 
@@ -155,7 +155,7 @@ def _read_mistral(values: Values) -> Values:
     """The window is of all layers."""
     window, layers = values["sliding_window"], values["num_hidden_layers"]
     keys = _read_llama(_with_head_dim(values, **_NO_BIAS))
-    return keys if window is None else dict(keys, **windows(layers, window, ["sliding_attention"] * layers))
+    return keys if window is None else dict(keys, **window_keys(layers, window, ["sliding_attention"] * layers))
 
 
 def _write_mistral(config: ModelConfig) -> Values:
@@ -169,7 +169,7 @@ def _read_qwen3(values: Values) -> Values:
         "sliding_attention" if window is not None and i >= values["max_window_layers"] else "full_attention"
         for i in range(layers)
     ]
-    return dict(_read_llama({**values, "mlp_bias": False}), **windows(layers, window, kinds))
+    return dict(_read_llama({**values, "mlp_bias": False}), **window_keys(layers, window, kinds))
 
 
 def _read_qwen2(values: Values) -> Values:
@@ -232,7 +232,7 @@ def _read_olmo3(values: Values) -> Values:
     if any(one != ropes[0] for one in ropes):
         raise ConversionError("RoPE that differs between sliding and full layers has no counterpart here.")
     simple = _with_head_dim(values, mlp_bias=False, rope_parameters=None, rope_scaling=None)
-    return dict(_read_llama(simple), **ropes[0], **windows(layers, _window(values), kinds))
+    return dict(_read_llama(simple), **ropes[0], **window_keys(layers, _window(values), kinds))
 
 
 def _write_olmo3(config: ModelConfig) -> Values:
@@ -267,7 +267,7 @@ def _read_gemma2(values: Values) -> Values:
         raise ConversionError("A soft cap of 0 in this config.json leaves no logits; null is none.")
     return dict(
         _read_llama({**values, "mlp_bias": False, "hidden_act": values["hidden_activation"]}),
-        **windows(layers, _window(values), kinds),
+        **window_keys(layers, _window(values), kinds),
         **caps,
         attention_scale=None if divisor == values["head_dim"] else divisor**-0.5,
     )

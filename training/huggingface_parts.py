@@ -160,7 +160,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     return dict(rope_theta=config.rope_theta, rope_scaling=scaling)
 
 
-def windows(n_layer: int, window: int | None, kinds: list[str]) -> dict[str, Any]:
+def window_keys(n_layer: int, window: int | None, kinds: list[str]) -> dict[str, Any]:
     """sliding_window and the kind of each layer → sliding_window and layer_pattern."""
     if len(kinds) != n_layer:
         raise ConversionError(f"layer_types names {len(kinds)} layers, but the model has {n_layer}.")

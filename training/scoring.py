@@ -59,7 +59,7 @@ class Window:
     stop: int
 
 
-def windows(tokens: int, context: int, stride: int | None = None) -> Iterator[Window]:
+def scored_windows(tokens: int, context: int, stride: int | None = None) -> Iterator[Window]:
     """The windows over a stream of so many tokens; stride None: whole. A window's model input has at most `context` tokens."""
     if stride is None:
         for start in range(0, tokens - 1, context):
@@ -130,7 +130,7 @@ def score_stream(
     if len(stream) < 2:
         raise Failure(f"There are {len(stream)} tokens to score, and it takes two at least; give more text.")
     total, predicted, batch = 0.0, 0, []
-    for window in windows(len(stream), context, stride):
+    for window in scored_windows(len(stream), context, stride):
         batch.append(window)
         predicted += window.stop - window.first
         if len(batch) == batch_size:
