@@ -28,11 +28,10 @@ def commands(language: str) -> list[str]:
 @pytest.fixture
 def small_pydocs(tmp_path, monkeypatch) -> Path:
     """data/ is elsewhere, and `pydocs` a hundred of its documents: the whole is tests/test_corpora.py's. Returns data/."""
-    import train
-    from data import dataset_writer, preparation, token_dataset
+    from data import dataset_writer, mixture, preparation, prepare_command, token_dataset
 
     data = tmp_path / "data"
-    for module in (token_dataset, preparation, dataset_writer, train):
+    for module in (token_dataset, preparation, dataset_writer, mixture, prepare_command):
         monkeypatch.setattr(module, "DATA_DIR", data)
     whole = preparation.EMBEDDED["pydocs"]
     few = functools.cache(lambda: list(itertools.islice(whole.documents(), 100)))
