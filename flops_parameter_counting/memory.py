@@ -246,7 +246,7 @@ class _Course:
 
     @property
     def root(self) -> int:
-        """Numbers of the unit that embedding and head make where they are tied; there from the first to the last."""
+        """Numbers of the unit of embedding and head, where they are tied. It is in memory during the whole pass."""
         return self.chain[0].parameters + self.chain[-1].parameters - self.tied if self.tied else 0
 
     def always(self) -> Counter:
@@ -256,7 +256,11 @@ class _Course:
         return Counter({"weights (fp32)": 4 * self.parameters // self.shards, "optimizer": state})
 
     def in_forward(self, place: int) -> Counter:
-        """Gathered parameters, the next unit's already, and the gradients of the micro-batches before."""
+        """What is held while the piece at `place` computes its output, beside its activations.
+
+        1. With accumulation, the gradients of the micro-batches before.
+        2. With sharding, the gathered parameters of this unit and of the next one, which is gathered in advance.
+        """
         old = self.gradients(self.parameters) if self.accumulates else Counter()
         if self.sharding is None:
             return old
@@ -264,10 +268,15 @@ class _Course:
         return old + Counter({"weights (compute dtype)": 4 * self.root + here})
 
     def in_backward(self, place: int) -> Counter:
-        """Gathered parameters; gradients of the micro-batches before or of the pieces behind, and those in transit.
+        """What is held while the piece at `place` computes its gradients, beside its activations.
 
-        The head's gradient of a tied table waits for the embedding's. Their sum is a third tensor, unless the first was
-        cast (in half precision) and may be written into.
+        1. Gradients: with accumulation those of all parameters, from the micro-batches before; without it those of the
+           pieces after this one, whose backward is done.
+        2. Where embedding and head are tied, the table gets two gradients. The head's comes first and is kept until the
+           embedding's is there. Their sum is a third tensor in fp32; in half precision the sum is written into the first.
+        3. With sharding, parameters in the compute dtype: this unit's and the next one's (backward runs towards place 0),
+           or all that have been gathered, where the strategy keeps them.
+        4. With sharding, the gradients of the unit before this one in backward, which are on their way to their shards.
         """
         behind = sum(piece.parameters for piece in self.chain[place + 1 :])
         adding = self.tied * 4 if place == 0 and self.size == 4 else 0

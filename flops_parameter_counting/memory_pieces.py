@@ -276,10 +276,11 @@ def _measure(
 
 
 def _labels(module: nn.Module, children: tuple[str, ...] | None) -> Iterator[tuple[nn.Module, str]]:
-    """(child, kind of layer) for the modules whose memory is told apart: norms, and what residual branches are around.
+    """(child, kind of layer) for the modules that have a row of their own in the memory table.
 
-    Only below the children of these names [all]. What a branch itself makes is the residual stream; a block of another make
-    is told apart by its children's names.
+    These are the norms and the sublayers inside residual branches. What the branch itself allocates belongs to the residual
+    stream. A block that has no residual branches is divided by the names of its children. `children`: only the modules
+    below the children with these names are looked at; None: all.
     """
     norms, branches = (tuple(c.build for c in components(kind).values()) for kind in ("normalization", "norm_position"))
     for path, child in module.named_modules():

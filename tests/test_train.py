@@ -812,7 +812,7 @@ def test_a_run_that_has_come_further_says_that_there_is_nothing_to_do(tmp_path, 
 def test_the_best_is_looked_for_anew_on_another_validation_set(tmp_path, tiny_dataset, capsys):
     assert run(tiny_dataset, tmp_path, "--max_iters=4", "--eval_interval=2") == 0
     assert run(tiny_dataset, tmp_path, "--max_iters=6", "--eval_interval=2", "--init_from=resume", "--eval_iters=3") == 0
-    assert "looked for anew" in capsys.readouterr().out
+    assert "so far is forgotten" in capsys.readouterr().out
 
 
 def test_a_moved_dataset_can_be_resumed_and_a_short_validation_split_is_found_at_once(

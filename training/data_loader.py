@@ -29,8 +29,8 @@ class WindowOrder:
     """Where each training sequence starts, in tokens. `version` is kept in a checkpoint: a run keeps the order it began with.
 
     Version 2 (of new runs): the split is a ring, its first token follows its last one. An epoch lays ⌊tokens / block_size⌋
-    windows of block_size inputs side by side on the ring, from a place drawn anew for each epoch (a window is one token
-    longer, as targets are shifted by one), and reads each once, in an order drawn anew for each epoch. So each token is
+    windows of block_size inputs side by side on the ring, from a place drawn at random for each epoch (a window is one token
+    longer, as targets are shifted by one), and reads each once, in an order drawn at random for each epoch. So each token is
     read equally often, the first and the last as well, and the cuts between windows fall elsewhere every time. Fewer
     than block_size tokens, somewhere on the ring, are left out of an epoch; one window at most joins the end to the start.
 

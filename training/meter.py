@@ -57,7 +57,7 @@ class StepMeter:
         self.paused += time.perf_counter() - start
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """(tokens per second, {lap: ms a step, 'total': ms a step}) since the last read; starts anew."""
+        """(tokens per second, {lap: ms a step, 'total': ms a step}) since the last read, which starts the next period."""
         self._wait()
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
         steps = max(1, self.steps)

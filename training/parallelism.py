@@ -111,7 +111,7 @@ class Sharded(Alone):
             unit.set_force_sum_reduction_for_comms(True)
 
     def accumulate(self, micro_batches: Iterable[T]) -> Iterator[T]:
-        """The micro-batches of one step, the model told before each what to do with its gradients."""
+        """The micro-batches of one step. Before each one the model is set to keep its gradients or to exchange them."""
         if self.steps == 1:  # what training changes has changed
             check_buffers(self.model, self.world)
         self.steps += 1

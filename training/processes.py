@@ -31,7 +31,7 @@ from training.watch import LostContact, Watch, is_of_contact
 T = TypeVar("T")
 DATA = "data"  # the dimension of the mesh along which the global batch is split
 MEETING = 300  # seconds that processes wait for each other at the start
-IMPATIENCE = 30  # seconds of them after which it is said who waits for whom
+IMPATIENCE = 30  # seconds after which a waiting process prints whom it waits for
 
 
 class Launch(NamedTuple):
@@ -374,9 +374,11 @@ def _wait_for_listener(host: str, port: int, me: int, deadline: float) -> None:
 def _name_of_meeting(store: dist.Store, me: int, size: int, deadline: float | None = None) -> str:
     """A name that these processes, and none before them, have for their part of the store.
 
-    torchrun's store outlives the processes that it restarts, with the addresses that they left there; nor are its counts of
-    restarts the same on all machines (pytorch issue 135712). So each says hello with a word of its own, rank 0 writes all
-    words down, and the list stands when every process has found its own word in it.
+    torchrun's store outlives the processes that it restarts, so it still holds the addresses that earlier processes wrote.
+    Its count of restarts cannot tell them apart, as it is not the same on all machines (pytorch issue 135712). Instead:
+    1. Each process writes a random word under its rank.
+    2. Rank 0 reads the words of all ranks and writes them down as one list.
+    3. Each process waits until the list holds its own word. Then all have the same list, and its name is theirs alone.
     """
     deadline = deadline or time.monotonic() + MEETING
     mine, words, seen, said = uuid.uuid4().hex, [], set(), False
@@ -429,4 +431,4 @@ def leave(code: int) -> int:
         pass
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a group that is torn cannot be taken down in order
+    os._exit(code)  # without the usual clean-up, which would wait for processes that have ended already

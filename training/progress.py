@@ -25,7 +25,7 @@ class Judgement:
     val_tokens: int | None = None  # size of the validation set that best_val_loss is of
 
     def judge(self, step: int, val_loss: float, val_tokens: int) -> bool:
-        """Take note of an evaluation; True if it is on another set than those before, so that the best starts anew."""
+        """Take note of an evaluation; True if its set is another one than before: the best loss so far is then forgotten."""
         changed = self.best_val_loss is not None and self.val_tokens not in (None, val_tokens)
         if changed:
             self.best_val_loss, self.best_step, self.evaluations_without_gain = None, None, 0

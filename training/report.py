@@ -286,7 +286,7 @@ class Report:
     def evaluation(self, progress: Progress, found: Evaluation) -> None:
         """Judge an evaluation; one line on the terminal and in the run log."""
         if progress.evaluations.judge(progress.step, found.loss, found.tokens):
-            self.warn("the validation set is not the one of the evaluations before, so the best loss is looked for anew")
+            self.warn("the validation set is not the one of the evaluations before, so the best loss so far is forgotten")
         self.logger.evaluation(
             progress.step,
             progress.tokens,
