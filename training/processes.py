@@ -378,7 +378,8 @@ def _name_of_meeting(store: dist.Store, me: int, size: int, deadline: float | No
     Its count of restarts cannot tell them apart, as it is not the same on all machines (pytorch issue 135712). Instead:
     1. Each process writes a random word under its rank.
     2. Rank 0 reads the words of all ranks and writes them down as one list.
-    3. Each process waits until the list holds its own word. Then all have the same list, and its name is theirs alone.
+    3. Each process that finds its own word in the list counts itself under the list's name.
+    4. When the count is the number of processes, all of them have this list, and its name is theirs alone.
     """
     deadline = deadline or time.monotonic() + MEETING
     mine, words, seen, said = uuid.uuid4().hex, [], set(), False
