@@ -115,8 +115,9 @@ def prepare_machine(start: Start, world: World, device: torch.device) -> Machine
 def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     """The dataset and its reader: what is read next depends on (data_seed, sequences read) and nothing else."""
     config, world = start.config, machine.world
-    names = dataset_names(config.dataset) if world.local_rank == 0 else ()
-    world.everywhere(lambda: [ensure_prepared(name) for name in names] and None, "preparing the dataset")
+    named = dataset_names(config.dataset)  # in every process: what is wrong with it is found by all
+    mine = named if world.local_rank == 0 else []
+    world.everywhere(lambda: [ensure_prepared(name) for name in mine] and None, "preparing the dataset")
     dataset = open_dataset(
         config.dataset,
         vocab_size=config.vocab_size,

@@ -344,6 +344,8 @@ def _same_text(run: RunSummary, other: RunSummary) -> bool:
         splits = dataset.get("splits") or {}
         sizes.append({name: (split.get("bytes"), split.get("documents")) for name, split in splits.items()})
     tokenizers = [_tokenizer(run), _tokenizer(other)]
+    if run.dataset.get("phases") != other.dataset.get("phases") or any(size is None for size, _ in sizes[0].values()):
+        return False  # other shares of a mixture, or a part of a text
     return bool(sizes[0]) and sizes[0] == sizes[1] and None not in tokenizers and tokenizers[0] != tokenizers[1]
 
 

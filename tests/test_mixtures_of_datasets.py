@@ -184,6 +184,12 @@ def test_what_cannot_be_mixed_is_refused_in_a_sentence(tmp_path, two):
             open_dataset(text, **options)
 
 
+def test_a_part_that_is_shorter_than_a_window_is_named(two):
+    parts = [part.split("train") for part in open_dataset(two).parts]
+    with pytest.raises(DatasetError, match=r"small \(train\) has 800 tokens, too few for one window of block_size=1,000"):
+        DataLoader(parts, 1000, 5, phases=[(0, [700_000, 300_000])], prefetch=False)
+
+
 def test_the_validation_set_is_shared_by_weight_and_leaves_nobody_out():
     assert validation_windows([700_000, 300_000], 100) == [70, 30]
     assert validation_windows([999_999, 1], 100) == [100, 1]

@@ -21,6 +21,7 @@ KINDS = {
     "window": dict(position_encoding="rope", sliding_window=5),
     "softcap": dict(position_encoding="rope", attention_softcap=20.0),
     "manual": dict(position_encoding="rope", attention_backend="manual"),
+    "flex": dict(position_encoding="rope", attention_backend="flex"),
 }
 
 

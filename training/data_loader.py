@@ -198,6 +198,12 @@ class DataLoader:
         self.splits = [split] if isinstance(split, TokenSplit) else list(split)
         self.block_size, self.vocab_size, self.eos_id = block_size, vocab_size, eos_id
         self.rank, self.world_size = rank, world_size
+        for one in self.splits if len(self.splits) > 1 else ():
+            if len(one) <= block_size:
+                raise DatasetError(
+                    f"{one.label} has {len(one):,} tokens, too few for one window of block_size={block_size:,} and its shifted "
+                    "targets; leave it out of the mixture, or use a smaller --block_size."
+                )
         seeds = [data_seed + i * int(GOLDEN) for i in range(len(self.splits))]  # an order of its own for each
         orders = [WindowOrder(len(one), block_size, seed, order_version) for one, seed in zip(self.splits, seeds)]
         self.order = orders[0] if len(orders) == 1 else MixedOrder(orders, phases, data_seed)
