@@ -1,5 +1,6 @@
 """Documents become a dataset: exactly the tokens of a straightforward encoding, whatever the processes and interruptions."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -444,8 +445,9 @@ def test_a_killed_worker_is_said_in_a_sentence(corpus, tmp_path, monkeypatch):
 
     def kill_one(self, *arguments):
         future = submit(self, *arguments)
-        for process in list(self._processes.values()):
-            os.kill(process.pid, signal.SIGKILL)
+        for process in list((self._processes or {}).values()):
+            with contextlib.suppress(ProcessLookupError):  # killed before, by an earlier call
+                os.kill(process.pid, signal.SIGKILL)
         return future
 
     monkeypatch.setattr(encoding.ProcessPoolExecutor, "submit", kill_one)
