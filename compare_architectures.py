@@ -101,8 +101,7 @@ def run(options: argparse.Namespace) -> None:
     comparison = compare(groups, options.baseline, metric=options.metric, force=options.force)
     print(printable(table(comparison, options.sort)))
     if scores := scores_table(runs):
-        print(f"
-{printable(scores)}")
+        print(f"\n{printable(scores)}")
     for name, (write, _) in WRITERS.items():
         if path := getattr(options, name):
             write(comparison, path)
