@@ -6,12 +6,15 @@ Imports nothing of the project, so every module may import it.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +73,7 @@ def guarded(
             if rank is not None and ("--debug" in argv or not is_expected(error)):
                 traceback.print_exc()
             for line in text.split("\n"):
-                print(f"{program}: {'' if rank is None else f'[rank {rank}] '}{line}", file=sys.stderr)
+                print(f"{program}: {'' if rank is None else f'[rank {rank}] '}{printable(line)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -89,6 +92,70 @@ def error_text(error: Exception, memory_advice: str) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return memory_advice
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+# ------------------------------------------------------------------------------------------- what others wrote
+
+LARGEST_NUMBER = 1e30  # in a document: beyond it squares and products overflow, and no run has such a figure
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """json.loads, whose ValueError also answers what is nested deeper than Python follows."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
+
+
+def printable(text: str) -> str:
+    """Text from a file or a command line as a terminal may have it: control characters as \\x1b, lines and tabs as they are."""
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1] if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}", text)
+
+
+class Mandatory:
+    """In a declared shape: a value that must be there and must not be null."""
+
+    def __init__(self, shape: Any):
+        self.shape = shape
+
+
+def check_shape(value: Any, shape: Any, where: str = "it") -> None:
+    """Hold what a JSON document says against its declared shape. Raises ValueError naming the place, or nothing is wrong.
+
+    shape: int (a whole number from 0 on), float (any finite number), str, bool, object (anything that is no list or object),
+    dict (any object), [shape], {key: shape} where "*" stands for all other keys, Mandatory(shape). Null and keys that are
+    missing are fine elsewhere, and so are keys that a shape does not name. Numbers are at most LARGEST_NUMBER in size.
+    """
+    needed = isinstance(shape, Mandatory)
+    shape = shape.shape if needed else shape
+    if value is None and not needed:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(shape, dict):
+        fits, said = isinstance(value, dict), "an object"
+    elif isinstance(shape, list):
+        fits, said = isinstance(value, list), "a list"
+    elif shape is int:
+        fits, said = number and isinstance(value, int) and 0 <= value <= LARGEST_NUMBER, "a whole number from 0 on"
+    elif shape is float:
+        fits, said = number and math.isfinite(value) and abs(value) <= LARGEST_NUMBER, "a finite number of usual size"
+    elif shape is object:
+        fits, said = not isinstance(value, (dict, list)), "a single value"
+    else:
+        fits, said = isinstance(value, shape), {str: "text", bool: "true or false", dict: "an object"}[shape]
+    if not fits:
+        given = repr(value)
+        raise ValueError(f"{where} is {given[:40]}{' …' * (len(given) > 40)}, not {said}")
+    if isinstance(shape, list):
+        for number, inner in enumerate(value):
+            check_shape(inner, shape[0], f"{where}[{number}]")
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            if key != "*":
+                check_shape(value.get(key), inner, f"{where}.{key}" if where != "it" else key)
+        for key in value.keys() - shape.keys() if "*" in shape else ():
+            check_shape(value[key], shape["*"], f"{where}.{key}" if where != "it" else key)
 
 
 # ------------------------------------------------------------------------------------------- the device

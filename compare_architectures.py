@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from command_line import Failure, Parser, UsageError, guarded
+from command_line import Failure, Parser, UsageError, guarded, printable
 from comparison.groups import METRICS, Comparison, Group, NotComparable, compare, group_runs
 from comparison.pictures import write_html, write_plot
 from comparison.report import SORT_KEYS, table, write_csv, write_json, write_markdown
@@ -96,12 +96,12 @@ def run(options: argparse.Namespace) -> None:
     if latest is not None and latest < 1:
         raise UsageError(f"--latest={options.latest} is not a whole number from 1 on.")
     paths = options.paths + ([options.out_dir] if options.out_dir else [])
-    runs = load_runs(paths or ["out"], latest, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    runs = load_runs(paths or ["out"], latest, warn=lambda message: print(f"warning: {printable(message)}", file=sys.stderr))
     groups = group_runs(runs, [key for key in options.group_by.split(",") if key])
     comparison = compare(groups, options.baseline, metric=options.metric, force=options.force)
-    print(table(comparison, options.sort))
+    print(printable(table(comparison, options.sort)))
     if scores := scores_table(runs):
-        print(f"\n{scores}")
+        print(printable(f"\n{scores}"))
     for name, (write, _) in WRITERS.items():
         if path := getattr(options, name):
             write(comparison, path)

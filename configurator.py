@@ -9,7 +9,6 @@ namespace; each public name it sets is a key. All problems are collected and rai
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import types
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import training.objectives  # these three fill the registries that keys choose from
 import training.optimizers
 import training.parallelism  # noqa: F401
-from command_line import PROJECT, UsageError
+from command_line import PROJECT, UsageError, parse_json, printable
 from model_config import (
     COMPONENT_KINDS,
     NO,
@@ -199,7 +198,7 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
     """
     try:
         text = file.read_text(encoding="utf-8")
-        document = json.loads(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
+        document = parse_json(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
         saved, origins = document["config"], document["origins"]
         items = {key: (value, str(origins.get(key) or "saved").removeprefix(FROM_CHECKPOINT)) for key, value in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -373,7 +372,7 @@ def print_config(configuration: Configuration) -> None:
             if key == "vocab_size" and not configuration.given(key):
                 value, origin = None, f"the dataset's, else {values[key]} ({origin})"
             unused = "# " if value is None and type_of(key) is int else ""  # in the place of a key that excludes it
-            print(f"{f'{unused}{key} = {value!r}':<48} # {origin}")
+            print(printable(f"{f'{unused}{key} = {value!r}':<48} # {origin}"))
         print()
 
 

@@ -355,6 +355,18 @@ def must_be_positive(config: ModelConfig, *keys: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- resolving
 
+# The largest sizes that are taken seriously: far above any model, and small enough to answer at once.
+MOST = dict(
+    n_layer=10_000,
+    n_head=100_000,
+    n_kv_head=100_000,
+    n_embd=10**7,
+    head_dim=10**6,
+    d_ff=10**8,
+    vocab_size=10**9,
+    block_size=10**9,
+)
+
 
 def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     """A preset with some keys overridden → ModelConfig, every derived value filled in. The only way to make one.
@@ -370,6 +382,12 @@ def resolve(preset: str = "custom", **overrides: Any) -> ModelConfig:
     given, problems = _converted({key: value for key, value in overrides.items() if value is not None})
     from_preset = {**PLAIN, **PRESETS[preset][1]}
     values = {**from_preset, **given}
+    if too_large := [
+        f"{key}={values[key]} is more than {most:,}, the most that any model here has."
+        for key, most in MOST.items()
+        if isinstance(values.get(key), int) and values[key] > most
+    ]:
+        raise ValueError("\n".join(too_large))  # before anything is worked out from them: that may take minutes
     group = values.pop("queries_per_kv_head", 1)
     for key in [key for key in values if is_off_at_zero(key) and values[key] == 0]:
         values[key] = None

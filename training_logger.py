@@ -27,6 +27,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from command_line import Mandatory, check_shape, parse_json
+
 SCHEMA_VERSION = 1
 CURVE_POINTS = 2000  # most points the document keeps of a curve
 WARNINGS_KEPT = 100  # the document keeps the first ones and counts all
@@ -144,11 +146,70 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _parsed(step: dict[str, Any] | bytes | None) -> dict[str, Any] | None:
     """A step event's fields, from its line where it is one."""
     if isinstance(step, bytes):
-        return {key: value for key, value in json.loads(step).items() if key != "event"}
+        return {key: value for key, value in parse_json(step).items() if key != "event"}
     return step
 
 
 _STEP_LINE = re.compile(rb'\{"event": "step", "time": "([^"\\]*)", "step": (\d+), [^\n]*\}\n')
+
+# What readers rely on in an event, by its name, and in a run's document. All else may be there.
+_COUNTS = {"tokens": int, "bytes": int, "documents": int}
+_FACTS = {
+    "schema_version": Mandatory(int),
+    "run": str,
+    "dtype": str,
+    "length": int,
+    "tokens_per_iteration": int,
+    "resumed_from": {"run": str, "checkpoint": str, "step": int},
+    "config": {"dataset": str, "out_dir": str, "seed": object, "data_seed": object},
+    "origins": dict,
+    "model": {
+        "name": str,
+        "fingerprint": str,
+        "config": dict,
+        "parameters": float,
+        "flops_per_token": {"full": float, "causal": float, "hardware": float},
+    },
+    "dataset": {"name": str, "fingerprint": str, "tokenizer": {"fingerprint": str}, "splits": {"*": _COUNTS}},
+    "hardware": {"device_name": str},
+}
+_EVAL = {"step": Mandatory(int), "tokens": Mandatory(int), "val_loss": float, "bits_per_byte": float, "val_tokens": int}
+_TIME = {"event": Mandatory(str), "time": Mandatory(str)}
+EVENTS = {
+    "run_start": {**_TIME, **_FACTS},
+    "step": {**_TIME, "step": Mandatory(int), "tokens": Mandatory(int), "loss": float, "step_ms": {"total": float}},
+    "eval": {**_TIME, **_EVAL},
+    "checkpoint": {**_TIME, "step": Mandatory(int)},
+    "warning": {**_TIME, "message": str},
+    "run_end": {**_TIME, "outcome": Mandatory(str)},
+}
+DOCUMENT = {
+    **_FACTS,
+    "outcome": Mandatory(str),
+    "started": str,
+    "updated": str,
+    "evals": [Mandatory(_EVAL)],
+    "curves": {"*": [float], "step": [Mandatory(int)], "tokens": [Mandatory(int)], "stride": int},
+    "warnings": [Mandatory({"message": str})],
+    "warning_count": int,
+}
+
+
+def check_document(document: Any, path: Path) -> None:
+    """Hold a run's document against its declared shape. Raises ValueError that names the file and the place in it."""
+    try:
+        check_shape(document, Mandatory(DOCUMENT))
+        curves = document.get("curves") or {}
+        steps = curves.get("step") or []
+        if any(after <= before for before, after in zip(steps, steps[1:])):
+            raise ValueError("curves.step does not grow from one to the next")
+        if steps and not curves.get("tokens"):
+            raise ValueError("curves has no tokens")
+        for key, column in curves.items():
+            if isinstance(column, list) and len(column) != len(steps):
+                raise ValueError(f"curves.{key} has {len(column)} values for {len(steps)} steps")
+    except ValueError as error:
+        raise ValueError(f"{path} is not the document of a run: {error}.") from None
 
 
 def rebuild(jsonl_path: str | os.PathLike) -> dict[str, Any]:
@@ -176,12 +237,16 @@ def _reduced(path: Path, skim: bool) -> dict[str, Any]:
             if not line.strip():
                 continue
             try:
-                event = json.loads(line)
+                event = parse_json(line)
+                check_shape(event, Mandatory({"event": Mandatory(str), "time": Mandatory(str)}), "the line")
+                check_shape(event, EVENTS.get(event["event"], {}))
                 if event["event"] == "run_start":
                     _check_schema(event, path)
                     started = True
                 document.add(event)
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            except LaterVersion:
+                raise
+            except (ValueError, KeyError, TypeError) as error:
                 if not line.endswith(b"\n"):
                     break  # every whole line ends in a newline: this one was cut
                 raise ValueError(
@@ -190,7 +255,13 @@ def _reduced(path: Path, skim: bool) -> dict[str, Any]:
                 ) from None
     if not started:
         raise ValueError(f"{path} has no run_start event: it is not a run log, or its run ended before it began.")
-    return document.as_dict()
+    whole = document.as_dict()
+    check_document(whole, path)  # also of the lines that were only looked at
+    return whole
+
+
+class LaterVersion(ValueError):
+    """A file that a later version of kitbash wrote."""
 
 
 def read_run(path: str | os.PathLike) -> dict[str, Any]:
@@ -202,11 +273,13 @@ def read_run(path: str | os.PathLike) -> dict[str, Any]:
     if path.suffix == ".jsonl":
         return rebuild(path)
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(path.read_bytes())
         outcome = document["outcome"]
+        check_shape(document["schema_version"], Mandatory(int), "schema_version")
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the document of a run (run_*.json).") from None
     _check_schema(document, path)
+    check_document(document, path)
     events = path.with_suffix(".jsonl")
     return rebuild(events) if outcome == "running" and events.exists() else document
 
@@ -224,7 +297,7 @@ def remove_leftovers(out_dir: str | os.PathLike) -> None:
         try:
             log = aside.with_name(aside.name.removeprefix(".").removesuffix(".json.tmp") + ".jsonl")
             with open(log, encoding="utf-8") as events:
-                if not json.loads(events.readline())["config"]["eval_only"]:
+                if not parse_json(events.readline())["config"]["eval_only"]:
                     aside.unlink()
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -232,7 +305,7 @@ def remove_leftovers(out_dir: str | os.PathLike) -> None:
 
 def _check_schema(facts: dict[str, Any], path: Path) -> None:
     if facts["schema_version"] > SCHEMA_VERSION:
-        raise ValueError(
+        raise LaterVersion(
             f"{path} has schema version {facts['schema_version']}, this code reads up to {SCHEMA_VERSION}. "
             "Use the version of kitbash that wrote it, or a later one."
         )

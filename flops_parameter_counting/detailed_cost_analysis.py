@@ -23,7 +23,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script, this folder comes first on the path, and flops.py would hide the package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from command_line import PROJECT, Parser, UsageError, guarded
+from command_line import PROJECT, Parser, UsageError, guarded, parse_json
 from flops_parameter_counting.cost_report import plot, show_backward, show_cost, show_grid, show_validation
 from flops_parameter_counting.flops import breakdown, elementwise, flops_per_token
 from flops_parameter_counting.hardware import GPUS, find_gpu
@@ -166,7 +166,7 @@ def read_model(options: argparse.Namespace) -> tuple[str, ModelConfig, dict]:
     from training.huggingface_parts import ConversionError
 
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}.") from error
     if not isinstance(hf, dict) or "model_type" not in hf:
@@ -464,10 +464,10 @@ def validate() -> dict:
     from model_builder import build_model
     from training.huggingface import config_from_hf
 
-    published = json.loads((CONFIGS / "published.json").read_text(encoding="utf-8"))
+    published = parse_json((CONFIGS / "published.json").read_text(encoding="utf-8"))
     rows = []
     for name, known in published.items():
-        config = config_from_hf(json.loads((CONFIGS / "models" / f"{name}.json").read_text(encoding="utf-8")))
+        config = config_from_hf(parse_json((CONFIGS / "models" / f"{name}.json").read_text(encoding="utf-8")))
         counted, built = count_parameters(config), build_model(config, device="meta").num_parameters()
         rows.append(
             dict(

@@ -7,7 +7,6 @@ names. Every tensor in them has to have a place in the model. Pickles are never 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from command_line import parse_json
 from model_config import ModelConfig
 from training.huggingface import config_from_hf, tensor_rules
 from training.huggingface_families import FAMILIES
@@ -41,7 +41,7 @@ class TensorOnDisk(NamedTuple):
 def is_folder(path: str | Path) -> bool:
     """Whether this is a folder as save_pretrained writes it (config.json with a model_type)."""
     try:
-        return "model_type" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        return "model_type" in parse_json((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 
@@ -138,7 +138,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{constant} is no JSON number")
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        content = parse_json(path.read_text(encoding="utf-8"), parse_constant=refuse)
         if not isinstance(content, dict):
             raise ValueError("it is not an object")
         return content
