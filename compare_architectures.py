@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
     comparison = compare(groups, options.baseline, metric=options.metric, force=options.force)
     print(printable(table(comparison, options.sort)))
     if scores := scores_table(runs):
-        print(f"\n{printable(scores)}")
+        print(printable(f"\n{scores}"))
     for name, (write, _) in WRITERS.items():
         if path := getattr(options, name):
             write(comparison, path)
