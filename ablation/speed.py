@@ -22,13 +22,13 @@ from command_line import UsageError, choose_device, text_table
 from comparison.inference import adjust, compare_means
 from comparison.report import p_text
 from flops_parameter_counting.hardware import best_dtype
-from model_builder import build_model, initialize
+from model_builder import COMPUTE_DTYPES, build_model, initialize
 from model_components import auxiliary_losses
 from training.activation_checkpointing import apply_activation_checkpointing
 from training.data_loader import DataLoader
 from training.objectives import OBJECTIVES, Tally
 from training.optimizers import Optimizer, clip_and_check
-from training.precision import DTYPES, LossScale, set_compute_dtype
+from training.precision import LossScale, set_compute_dtype
 
 ROUNDS = 30
 WARM_UP = 3  # rounds that are not counted: memory is found, kernels are chosen, blocks compiled
@@ -42,7 +42,7 @@ class Stepper:
     def __init__(self, variant: Variant, device: torch.device):
         train = variant.train
         self.device, self.train = device, train
-        dtype = DTYPES[best_dtype(device) if train.dtype == "auto" else train.dtype]
+        dtype = COMPUTE_DTYPES[best_dtype(device) if train.dtype == "auto" else train.dtype]
         self.objective = OBJECTIVES[train.objective](train, variant.model)
         self.model = build_model(variant.model, device="meta")
         if self.objective.heads is not None:
