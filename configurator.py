@@ -161,7 +161,15 @@ def _execute(file: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{shown(file)} cannot be read: {error}.") from error
     namespace: dict[str, Any] = {"__name__": "kitbash_config", "__file__": str(file)}
     try:
+        for line in ast.parse(source).body:
+            if isinstance(line, ast.AnnAssign) and line.value is None:  # YAML's way; to Python it is a type without a value
+                raise ConfigError(
+                    f"{shown(file)}:{line.lineno}: '{ast.unparse(line)}' sets nothing. A config file is Python: "
+                    f"{ast.unparse(line.target)} = {ast.unparse(line.annotation)}."
+                )
         exec(compile(source, str(file), "exec"), namespace)
+    except ConfigError:
+        raise
     except (Exception, SystemExit) as error:
         line = (error.lineno or 1) if isinstance(error, SyntaxError) else _line_in(error, str(file))
         raise ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}") from error

@@ -33,8 +33,11 @@ def make_parser() -> Parser:
     )
     parser.add_argument("model", help="an out_dir, a checkpoint, a Hugging Face folder, or the Hub's owner/name of a model")
     parser.add_argument("--best", action="store_true", help="the best checkpoint of the out_dir, not the latest")
-    what = parser.add_argument_group("the text (default: the validation split that the run was evaluated on)")
+    what = parser.add_argument_group(
+        "the text (default: the validation split that the run was evaluated on; of a mixture, name a part with --dataset)"
+    )
     what.add_argument("--text", metavar="FILE", help="a .txt, .jsonl, .csv or .parquet file, encoded by the model's tokenizer")
+    what.add_argument("--text_key", default="text", metavar="KEY", help="the field or column with the text [text]")
     what.add_argument("--dataset", metavar="NAME", help="a prepared dataset")
     what.add_argument("--split", choices=("train", "val"), default="val", help="its split [val]")
     what.add_argument("--max_tokens", type=_count, metavar="N", help="only the first N tokens")
@@ -74,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.text is not None and options.dataset is not None:
         raise UsageError("Give either --text or --dataset.")
+    if options.json is not None:
+        check_target(Path(options.json).expanduser())
     device, place = choose_device(options.device), Path(options.model).expanduser()
     state: dict[str, Any] = {}
     if place.exists() and not is_folder(place):
@@ -90,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError(f"--context={context} is not from 2 to the model's block_size={model.config.block_size}.")
     if options.stride is not None and options.stride > context:
         raise UsageError(f"--stride={options.stride} is more than the context of {context}, so tokens would be left out.")
-    stream, described = text_to_score(options, state, tokenizer, model.config.vocab_size)
+    stream, described, tokenizer = text_to_score(options, state, tokenizer, model.config.vocab_size)
     if options.max_tokens is not None:
         stream = _First(stream, options.max_tokens)
     with torch.inference_mode():
@@ -115,6 +120,16 @@ def run(options: argparse.Namespace) -> None:
         print(f"written to  {target}")
 
 
+def check_target(path: Path) -> None:
+    """Raises UsageError unless a file can be written there: scoring takes long, so this is asked first."""
+    import os
+
+    if path.is_dir():
+        raise UsageError(f"--json={path} is a folder; name a file in it.")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(f"--json={path} cannot be written: {path.absolute().parent} is no folder that can be written to.")
+
+
 class _First:
     """The beginning of a stream."""
 
@@ -130,12 +145,15 @@ class _First:
 
 def text_to_score(
     options: argparse.Namespace, state: dict[str, Any], tokenizer: Tokenizer | None, vocab_size: int
-) -> tuple[Stream, dict[str, Any]]:
-    """The tokens that were asked for, and what the score says of them. Raises Failure where they are not this model's."""
+) -> tuple[Stream, dict[str, Any], Tokenizer | None]:
+    """The tokens that were asked for, what the score says of them, and the tokenizer that counts their bytes and words.
+
+    Raises Failure where the tokens are not this model's.
+    """
     if options.text is not None:
         if tokenizer is None:
             raise Failure("This model has no tokenizer, so it can be scored on a --dataset only, not on a text.")
-        return encoded_text(options.text, tokenizer)
+        return *encoded_text(options.text, tokenizer, options.text_key), tokenizer
     from data.token_dataset import TokenDataset
 
     name = options.dataset or (state.get("config") or {}).get("dataset")
@@ -150,11 +168,19 @@ def text_to_score(
             f"The dataset {name} was made with another tokenizer ({dataset.tokenizer_name}) than the model's ({tokenizer.name}), "
             "so its ids mean something else to it; give its text with --text=FILE."
         )
+    if tokenizer is None and (state.get("dataset") or {}).get("fingerprint") != dataset.fingerprint:
+        print(
+            f"warning: this model has no tokenizer, so nobody can tell whether it knows the ids of {name} "
+            f"({dataset.tokenizer_name}); with another tokenizer's the score means nothing.",
+            file=sys.stderr,
+        )
+    if dataset.stand_in:
+        print(f"warning: {dataset.stand_in}.", file=sys.stderr)
     described = {"kind": "dataset", "name": name, "split": options.split, "fingerprint": dataset.fingerprint}
-    return dataset.split(options.split), described
+    return dataset.split(options.split), described, tokenizer or dataset.tokenizer()
 
 
-def encoded_text(path: str, tokenizer: Tokenizer) -> tuple[Stream, dict[str, Any]]:
+def encoded_text(path: str, tokenizer: Tokenizer, text_key: str = "text") -> tuple[Stream, dict[str, Any]]:
     """A file's documents as one stream, as a dataset of them would be: several end with the eos id, bos begins each."""
     import numpy as np
 
@@ -162,12 +188,12 @@ def encoded_text(path: str, tokenizer: Tokenizer) -> tuple[Stream, dict[str, Any
     from data.sources import TextFiles, find_text_files
     from training.scoring import TokenList
 
-    files = find_text_files([path])
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     documents: list[np.ndarray] = []
     pieces: list[str] = []
     try:
-        for piece in TextFiles(files).read():
+        files = find_text_files([path])
+        for piece in TextFiles(files, text_key).read():
             pieces.append(piece.text)
             if piece.ends:
                 documents.append(np.array([*before, *tokenizer.encode("".join(pieces))], dtype=np.int64))
@@ -187,7 +213,8 @@ def score_text(document: dict[str, Any]) -> str:
     windows = "side by side" if how["stride"] is None else f"every {how['stride']}"
 
     def figure(key: str) -> str:
-        return "unknown" if score[key] is None else f"{score[key]:.4f}"
+        value = score[key]
+        return "unknown" if value is None else f"{value:.4f}" if value < 1e6 else f"{value:.4g}"
 
     return labelled(
         [

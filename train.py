@@ -160,6 +160,7 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     resources.callback(loader.close)
     done = start.progress
     length = run_length(config, model_config.block_size, loader.order.sequences_per_epoch, done.step, done.sequences)
+    warnings += [text for part in dataset.parts if (text := part.stand_in)]
     warnings += repetitions(dataset, loader, done.sequences + max(0, length - done.step) * sequences)
     return Data(dataset, portable_spec(dataset, config.dataset), loader, model_config, sequences, length, warnings)
 

@@ -293,7 +293,10 @@ class DatasetWriter:
         }
         for split, described in meta["splits"].items():
             if not described["tokens"]:
-                raise DatasetError(f"The {split} split of {self.folder} would be empty; give more text or another val_fraction.")
+                raise DatasetError(
+                    f"The {split} split of {self.folder} would be empty; give more text, a larger max_tokens or max_samples "
+                    "(where one was given), or another val_fraction."
+                )
         nanogpt = {"vocab_size": self.tokenizer.vocab_size}
         if hasattr(self.tokenizer, "characters"):
             nanogpt["itos"] = dict(enumerate(self.tokenizer.characters))

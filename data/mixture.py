@@ -146,9 +146,10 @@ class MixedDataset:
                 described = [
                     f"{other} ({part.tokenizer_name})" for other, part in zip(names, self.parts) if other in (first, name)
                 ]
+                larger = max(self.parts[0], self.parts[names.index(name)], key=lambda part: part.vocab_size)
                 raise DatasetError(
                     f"{described[0]} and {described[1]} have different tokenizers, so the same id means different texts in them; "
-                    "prepare both with the same --tokenizer."
+                    f"prepare the other one again with the tokenizer of this one: --tokenizer={larger.folder}."
                 )
         if len({str(part.folder.resolve()) for part in self.parts}) < len(self.parts):
             raise DatasetError(f"Two parts of the mixture {', '.join(names)} are the same folder; give it one weight.")

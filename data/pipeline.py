@@ -35,7 +35,7 @@ class _About:
     position: Position
     share: float | None
     characters: int
-    documents: int
+    documents: dict[str, int]
 
 
 class Pipeline:
@@ -49,23 +49,30 @@ class Pipeline:
         if (limit := plan.options.max_tokens) is not None and plan.cut is not None:  # the beginning of each split is kept
             self.caps["val"] = min(limit - 1, max(1, round(limit * plan.options.val_fraction)))
             self.caps["train"] = limit - self.caps["val"]
+        self.limits: dict[str, int] = {}  # of each split, where the source has its own
+        if limit is not None and plan.source.splits_itself:
+            self.limits = {split: plan.limit(limit, split) for split in SPLITS}
         self.digests = Digests(writer.staging / DIGESTS, self.state["kept"]) if plan.options.deduplicate else None
 
     @staticmethod
     def at_the_start(moved: dict[int, str]) -> dict:
         """The state before anything is written.
 
-        position, characters, documents: how far the source has been read. number: documents that were written or dropped;
+        position, characters, documents (by the split that the source names): how far the source has been read. full: the
+        splits of a source with its own that have reached their limit. number: documents that were written or dropped;
         open: the split of the last one. kept, dropped: by the search for duplicates. nearest: of each split, the document
         that would be the first to go to the other one, as (distance, number); moved: those that did, number → split.
         """
-        counts = dict.fromkeys(("characters", "documents", "number", "kept", "dropped"), 0)
+        counts = dict.fromkeys(("characters", "number", "kept", "dropped"), 0)
         moved_to = {str(number): split for number, split in moved.items()}  # JSON has no other keys
-        return {**counts, "position": None, "open": "", "stopped": False, "moved": moved_to, "nearest": {}}
+        source = {"position": None, "documents": {}, "full": []}
+        return {**counts, **source, "open": "", "stopped": False, "moved": moved_to, "nearest": {}}
 
     def run(self) -> None:
         """From where the state is to the end of the source, or until max_tokens is reached."""
-        reader = self.plan.source.read(self.state["position"])
+        self.reader = reader = self.plan.source.read(self.state["position"])
+        for split in self.state["full"]:
+            reader.skip(split)
         progress, committed = ProgressLine(self), time.monotonic()
         try:
             with Encoder(self.coder, self.writer.staging, self.num_proc) as encoder:
@@ -89,7 +96,7 @@ class Pipeline:
 
     def batches(self, reader: Reader) -> Iterator[TextBatch]:
         """Texts of about BATCH_CHARACTERS together, with what is known of them."""
-        plan, characters, documents = self.plan, self.state["characters"], self.state["documents"]
+        plan, characters, documents = self.plan, self.state["characters"], dict(self.state["documents"])
         texts: list[str] = []
         parts: list[tuple[str, bool, bool]] = []
         held: list[str] = []
@@ -97,7 +104,7 @@ class Pipeline:
         if self.state["stopped"]:
             return
         for piece in plan.pieces(reader, documents):
-            documents += piece.begins
+            documents[piece.split or ""] = documents.get(piece.split or "", 0) + piece.begins
             if self.joined:
                 held.append(piece.text)
                 if not piece.ends:
@@ -111,7 +118,7 @@ class Pipeline:
                     size += len(part.text)
             characters += len(piece.text)
             if size >= BATCH_CHARACTERS:
-                yield TextBatch(texts, _About(parts, reader.position(), reader.share(), characters, documents))
+                yield TextBatch(texts, _About(parts, reader.position(), reader.share(), characters, dict(documents)))
                 texts, parts, size = [], [], 0
         yield TextBatch(texts, _About(parts, reader.position(), reader.share(), characters, documents))
 
@@ -121,6 +128,8 @@ class Pipeline:
         for (split, begins, ends), ids, size, digest, key in zip(
             about.parts, encoded.ids, encoded.sizes, encoded.digests, encoded.keys
         ):
+            if split in state["full"]:
+                continue
             if begins:
                 state["open"] = self.split_of(split, digest, key)
             if state["open"] == DROPPED:
@@ -128,7 +137,11 @@ class Pipeline:
             if self.caps:
                 ids, size = self.capped(state["open"], ids, size)
             self.writer.add(state["open"], ids, size, begins=begins, ends=ends)
-            if ends and limit is not None and sum(map(self.writer.tokens, SPLITS)) >= limit:
+            if self.limits:
+                if ends and self.writer.tokens(split) >= self.limits[split]:
+                    state["full"] = [*state["full"], split]
+                    self.reader.skip(split)
+            elif ends and limit is not None and sum(map(self.writer.tokens, SPLITS)) >= limit:
                 state["stopped"] = True
                 break
         state.update(position=about.position, characters=about.characters, documents=about.documents)

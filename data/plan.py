@@ -22,7 +22,8 @@ class Options:
     tokenizer: bpe, char, byte, one of tiktoken's, a Hugging Face folder or name.
     val_fraction: the share of the documents kept for validation, where the source has no split of its own.
     split_by: a document goes to validation by a hash of its "text" (stable whatever comes before it), or of its "number".
-    max_tokens: stop after the document that reaches it. max_samples: so many documents. None: all.
+    max_tokens: stop after the document that reaches it. max_samples: so many documents. None: all. Where the source has a
+    validation split of its own, both are of the training split, and val_fraction times as much of validation is taken at most.
     deduplicate: drop a document whose text has been seen before.
     shard_tokens: start a new file after so many tokens.
     """
@@ -84,13 +85,24 @@ class Plan:
             ((split, (_, nearest)),) = keys.items()
             self.moved = {nearest: "val" if split == "train" else "train"}
 
-    def pieces(self, reader: Reader | None = None, documents: int = 0) -> Iterator[TextPiece]:
-        """The pieces of the first max_samples documents, of which so many have begun before."""
-        for piece in self.source.read() if reader is None else reader:
-            documents += piece.begins
-            if self.options.max_samples is not None and documents > self.options.max_samples:
-                return
+    def pieces(self, reader: Reader | None = None, documents: dict[str, int] | None = None) -> Iterator[TextPiece]:
+        """The pieces of the first max_samples documents. `documents`: how many have begun before, by the split that the
+        source names ("" for one that names none)."""
+        reader, begun = self.source.read() if reader is None else reader, dict(documents or {})
+        for piece in reader:
+            split = piece.split or ""
+            limit = self.limit(self.options.max_samples, split)
+            if piece.begins and limit is not None and begun.get(split, 0) >= limit:
+                if not split:
+                    return
+                reader.skip(split)
+                continue
+            begun[split] = begun.get(split, 0) + piece.begins
             yield piece
+
+    def limit(self, most: int | None, split: str) -> int | None:
+        """How much of a split may be taken, where `most` limits the whole, or the training split of a source with its own."""
+        return max(1, round(most * self.options.val_fraction)) if most is not None and split == "val" else most
 
     def key(self, number: int, digest: bytes) -> float:
         """What decides where a document goes: a number in [0, 1) that looks random."""

@@ -18,7 +18,7 @@ from data.estimate import forecast
 from data.hub import HUB_NAME
 from data.plan import BPE_VOCAB_SIZE, Options
 from data.preparation import EMBEDDED, embedded_options, embedded_source, prepare
-from data.sources import Source, TextFiles, find_text_files
+from data.sources import TEXT_SUFFIXES, Source, TextFiles, find_text_files
 from data.token_dataset import DATA_DIR, DatasetError, TokenDataset
 
 POOL_FROM = 32 * 2**20  # bytes of files from which on several processes are worth starting
@@ -146,10 +146,12 @@ def run_textfile(arguments: Sequence[str] | None = None) -> int:
 
 def open_files(given: argparse.Namespace) -> Source:
     """The files that were named, or a dataset on the Hub."""
-    if len(given.files) == 1 and HUB_NAME.fullmatch(given.files[0]) and not Path(given.files[0]).expanduser().exists():
+    named = given.files[0]
+    a_file = Path(named).expanduser().exists() or named.lower().endswith(TEXT_SUFFIXES)
+    if len(given.files) == 1 and HUB_NAME.fullmatch(named) and not a_file:
         from data.hub import HubRows
 
-        return HubRows(given.files[0], given.split, config=given.config, text_key=given.text_key)
+        return HubRows(named, given.split, config=given.config, text_key=given.text_key)
     return TextFiles(find_text_files(given.files), given.text_key)
 
 
@@ -182,8 +184,13 @@ def recipe_parser(recipe: Recipe) -> argparse.ArgumentParser:
         f"split [{default.val_fraction:g}]",
     )
     number = dict(type=_count, metavar="N")
-    parser.add_argument("--max_tokens", **number, help="stop after the document that reaches N tokens, such as 1e9")
-    parser.add_argument("--max_samples", **number, help="only the first N documents")
+    parser.add_argument(
+        "--max_tokens",
+        **number,
+        help="stop after the document that reaches N tokens, such as 1e9; where the source has a validation split of its "
+        "own: N of training, and val_fraction × N of validation at most",
+    )
+    parser.add_argument("--max_samples", **number, help="only the first N documents; of a source with splits as --max_tokens")
     parser.add_argument(
         "--deduplicate", action="store_true", help="drop documents whose text came before; takes 100 bytes of memory each"
     )
@@ -244,7 +251,9 @@ def options_of(parser: argparse.ArgumentParser, recipe: Recipe, given: argparse.
     for name in given.fallback:
         if name in ("textfile", recipe.name) or not (DATA_DIR / name / "prepare.py").is_file():
             parser.error(f"--fallback={name}: there is no other data/{name}/prepare.py")
-    size = (given.vocab_size or recipe.options.bpe_vocab_size or BPE_VOCAB_SIZE) if given.tokenizer == "bpe" else None
+    size = None
+    if given.tokenizer == "bpe":
+        size = (recipe.options.bpe_vocab_size or BPE_VOCAB_SIZE) if given.vocab_size is None else given.vocab_size
     return replace(
         recipe.options,
         tokenizer=given.tokenizer,

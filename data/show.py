@@ -115,6 +115,8 @@ def show_step(where: Path, step: int, rows: int) -> None:
 
 def step_of(where: Path, step: int) -> tuple[dict, int, int]:
     """(run_start, first sequence, number of sequences) of a step, from the last log that has it."""
+    if where.suffix == ".json" and (beside := where.with_suffix(".jsonl")).is_file():
+        where = beside
     logs = [where] if where.is_file() else sorted(where.glob("run_*.jsonl"))
     if not logs:
         raise Failure(f"{where} has no run log (run_….jsonl); give the out_dir of a run.")

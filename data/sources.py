@@ -55,6 +55,10 @@ class Reader:
         """Where the piece after the last one given begins."""
         return self.at
 
+    def skip(self, split: str) -> None:
+        """Leave out what is left of a split. Only asked of readers of a source that splits itself."""
+        raise NotImplementedError
+
     def share(self) -> float | None:
         """How much of the source has been read, from 0 to 1; None where nobody knows."""
         return None
@@ -143,11 +147,16 @@ class _SplitsReader(Reader):
     def __init__(self, parts: dict[str, Source], number: int, inner: Position):
         self.parts, self.number, self.inner = list(parts.items()), number, inner
         self.reader = self.parts[number][1].read(inner)
+        self.skipped: set[str] = set()
 
     def __iter__(self) -> Iterator[TextPiece]:
         while True:
-            for piece in self.reader:
-                yield TextPiece(piece.text, piece.begins, piece.ends, self.parts[self.number][0])
+            split = self.parts[self.number][0]
+            if split not in self.skipped:
+                for piece in self.reader:
+                    yield TextPiece(piece.text, piece.begins, piece.ends, split)
+                    if split in self.skipped:
+                        break
             if self.number + 1 == len(self.parts):
                 return
             self.number += 1
@@ -155,6 +164,9 @@ class _SplitsReader(Reader):
 
     def position(self) -> Position:
         return [self.number, self.reader.position()]
+
+    def skip(self, split: str) -> None:
+        self.skipped.add(split)
 
     def share(self) -> float | None:
         """Of the first part, which is nearly everything."""
@@ -376,6 +388,8 @@ def _read_jsonl(path: Path, text_key: str, at: Position) -> Iterator[tuple[str, 
                 "--text_key."
             )
         text = record[text_key]
+        if text is None:  # passed over, as in a .parquet file
+            text = ""
         if not isinstance(text, str):
             raise ValueError(
                 f"{where}: the field {text_key!r} is {type(text).__name__}, not a string; name another field with --text_key."
@@ -463,6 +477,10 @@ def _read_of(path: Path) -> _Read:
         ".parquet": _read_parquet,
     }
     name = path.name.lower()
+    if name.endswith((".gz", ".zst", ".bz2", ".xz", ".zip")) and not name.endswith(".jsonl.zst"):
+        raise ValueError(f"{path} is compressed; unpack it first (of compressed files only .jsonl.zst is read).")
+    if name.endswith(".json"):
+        raise ValueError(f"{path} is JSON and no text; write one object with the text a line, into a .jsonl file.")
     return next((read for suffix, read in formats.items() if name.endswith(suffix)), _read_txt)
 
 

@@ -216,6 +216,17 @@ class TokenDataset:
     names, phases = [""], [(0, [1])]  # as of a mixture with one part, see data/mixture.py
 
     @property
+    def stand_in(self) -> str | None:
+        """A sentence if another corpus was prepared in this one's place (prepare.py --fallback); else None."""
+        fallback = (self.meta or {}).get("fallback")
+        if not fallback:
+            return None
+        return (
+            f"the dataset {self.folder.name} holds {fallback['used']}, which --fallback took in place of "
+            f"{fallback['instead_of']}: no figure is {fallback['instead_of']}'s"
+        )
+
+    @property
     def parts(self) -> list[TokenDataset]:
         """The datasets that it consists of: itself."""
         return [self]

@@ -463,6 +463,8 @@ def given_tokenizer(spec: str) -> Tokenizer:
             fetched = HuggingFaceTokenizer.from_pretrained(fetch_tokenizer(spec))
             fetched.name = spec
             return fetched
+    if path.is_dir() and (own := load_tokenizer(path)) is not None:  # a dataset's or a checkpoint's, of any kind
+        return own
     return HuggingFaceTokenizer.from_pretrained(path)
 
 

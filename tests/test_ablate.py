@@ -467,6 +467,7 @@ def whole_study(tmp_path_factory, tiny_dataset):
     return out, output, errors
 
 
+@pytest.mark.slow  # a command that was interrupted is in `make test`: test_interrupted_the_running_training_saves…
 def test_after_kill_minus_9_finished_runs_are_not_repeated_and_the_half_finished_one_goes_on(killed_study):
     before, out, output, _ = killed_study
     assert len(before) == 4 and contents(out, FOLDERS[:2]) == before

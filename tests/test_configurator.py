@@ -298,6 +298,15 @@ def test_an_unknown_name_is_refused_with_file_line_and_the_nearest_key(write):
     assert f"{path}:6" in lines[3] and "'sqrt'" in lines[3]
 
 
+def test_a_line_of_yaml_is_not_passed_over(write):
+    """To Python `n_layer: 1` is a type without a value: the default model would train."""
+    path = write("x.yaml", "n_head = 2\nn_layer: 1\n")
+    (line,) = refusal(path)
+    assert f"{path}:2: 'n_layer: 1' sets nothing" in line and "n_layer = 1." in line
+    typed = write("y.py", "n_layer: int = 1\n")  # which does set it
+    assert configurator.read_config_file(typed)["n_layer"][0] == 1
+
+
 def test_a_wrong_type_in_a_file_names_its_line(write):
     path = write("x.py", "n_layer = 2\nn_head = 'four'\n")
     assert refusal(path) == [f"{path}:2: n_head='four' is not a whole number."]

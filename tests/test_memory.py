@@ -477,6 +477,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(config, options, car
     assert peaks[0] <= usable < peaks[1]
 
 
+@pytest.mark.slow
 def test_a_larger_card_holds_more_and_a_card_that_is_too_small_nothing():
     config = resolve("gpt2", n_layer=8)
     most = [largest_micro_batch(config, size) for size in (1, *CARD_SIZES_GB[::3])]

@@ -296,15 +296,16 @@ def computed(config: ModelConfig) -> str:
     return repr(sorted(values.items()))
 
 
-def test_names_and_fingerprints_are_equal_exactly_when_the_models_are():
-    configs = random_configs(1500, seed=0)
+@pytest.mark.parametrize("count", (400, pytest.param(1500, marks=pytest.mark.slow)))
+def test_names_and_fingerprints_are_equal_exactly_when_the_models_are(count):
+    configs = random_configs(count, seed=0)
     by_name, by_fingerprint, by_model = ({}, {}, {})
     for config in configs:
         key = computed(config)
         by_name.setdefault(config.name, set()).add(key)
         by_fingerprint.setdefault(config.fingerprint, set()).add(key)
         by_model.setdefault(key, set()).add((config.name, config.fingerprint))
-    assert len(by_model) > 700 and len(by_model) < len(configs)  # many models, and some drawn twice
+    assert 0.45 * count < len(by_model) < len(configs)  # many models, and some drawn twice
     assert [n for n, models in by_name.items() if len(models) > 1] == []
     assert [f for f, models in by_fingerprint.items() if len(models) > 1] == []
     assert [m for m, labels in by_model.items() if len(labels) > 1] == []

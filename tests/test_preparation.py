@@ -27,6 +27,9 @@ DOCUMENTS = [(str(i), f"Document {i}: the cat sat on the mat, {'ü' * i} and so 
 SIZES = {"documents": 240, "longest": 900}
 
 
+TEXT = "The cat sat on the mat.\nAnd so on. " * 30
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A .jsonl file with 240 documents of random words, 20 of them twice."""
@@ -372,6 +375,80 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_bytes(corpus, tmp_p
         assert attempt(job(folder)) == 0, (where, moment)
         assert contents(folder) == expected, (where, moment)
     assert killed > 12 and went_on > 10, (killed, went_on)
+
+
+@pytest.mark.parametrize("processes", (None, 2))
+@pytest.mark.parametrize("limit", (dict(max_tokens=400), dict(max_samples=10)))
+def test_limits_of_a_source_with_its_own_validation_split_leave_both_some(tmp_path, monkeypatch, limit, processes):
+    """Issue 11: the limit was reached in the training split, which is read first, so that validation was always empty."""
+    monkeypatch.setattr(pipeline, "BATCH_CHARACTERS", 100)
+    texts = {split: [f"{split} {i} " + "x" * (i % 7) for i in range(200)] for split in ("train", "val")}
+    for split, column in texts.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in column))
+    source = Splits({split: TextFiles([tmp_path / f"{split}.jsonl"]) for split in texts})
+    prepare(source, tmp_path / "set", tokenizer="byte", val_fraction=0.2, num_proc=processes, **limit)
+    for split, share in (("train", 1.0), ("val", 0.2)):
+        taken = []
+        for text in texts[split]:
+            if (
+                len(taken) >= limit.get("max_samples", 10**9) * share
+                or sum(map(len, taken)) >= limit.get("max_tokens", 10**9) * share
+            ):
+                break
+            taken.append([*text.encode(), 256])
+        assert streams(tmp_path / "set")[split] == sum(taken, []), split
+
+
+def test_such_a_preparation_that_was_interrupted_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline, "BATCH_CHARACTERS", 100)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": f"{split} {i}"}) + "\n" for i in range(300)))
+    source = Splits({split: TextFiles([tmp_path / f"{split}.jsonl"]) for split in ("train", "val")})
+    options = Options(tokenizer="byte", val_fraction=0.5, max_tokens=500, deduplicate=True)
+    write, writes = pipeline.Pipeline.write, []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Pipeline, "write", lambda *arguments: (writes.append(1), write(*arguments)))
+        prepare(source, tmp_path / "whole", options)
+    assert len(writes) >= 6
+    for moment in range(1, len(writes) + 1):
+        calls = iter(range(1, 1000))
+
+        def interrupted(self, about, encoded, calls=calls, moment=moment):
+            if next(calls) == moment:
+                raise KeyboardInterrupt
+            write(self, about, encoded)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.Pipeline, "write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(source, tmp_path / str(moment), options)
+        prepare(source, tmp_path / str(moment), options)
+        assert contents(tmp_path / str(moment)) == contents(tmp_path / "whole"), moment
+
+
+@pytest.mark.parametrize("kind", ("byte", "char"))
+def test_the_tokenizer_of_a_dataset_can_be_given_to_another(tmp_path, kind):
+    """One text has no end of a document, several have: only a common tokenizer lets them be mixed."""
+    prepare(lambda: iter([("a", TEXT), ("b", TEXT + "!")]), tmp_path / "several", tokenizer=kind, val_fraction=0.5)
+    prepare(lambda: iter([("a", TEXT)]), tmp_path / "one", tokenizer=str(tmp_path / "several"))
+    one, several = (TokenDataset.open(tmp_path / name) for name in ("one", "several"))
+    assert one.tokenizer_fingerprint == several.tokenizer_fingerprint and one.vocab_size == several.vocab_size
+    assert one.tokenizer().decode(streams(tmp_path / "one")["train"]) == TEXT[: len(streams(tmp_path / "one")["train"])]
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.txt.gz", b"\x1f\x8b", "is compressed; unpack it first"),
+        ("a.txt.zst", b"\x28\xb5", "is compressed; unpack it first"),
+        ("a.json", b'[{"text": "a"}]', "one object with the text a line"),
+    ],
+)
+def test_a_file_of_another_kind_is_not_taken_for_text(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, DatasetError), match=said):
+        prepare(TextFiles([tmp_path / name]), tmp_path / "set", tokenizer="byte")
 
 
 def test_what_was_committed_is_not_read_again(corpus, tmp_path, monkeypatch):

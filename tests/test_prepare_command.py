@@ -257,6 +257,19 @@ def test_a_fallback_is_used_only_when_asked_for_and_is_told_and_stored(tmp_path,
     meta = TokenDataset.open(tmp_path / "set").meta
     assert meta["fallback"] == {"instead_of": "fineweb_edu", "used": "pydocs", "reason": "It cannot be reached."}
     assert "documentation topics" in meta["source"]
+    assert "holds pydocs, which --fallback took in place of fineweb_edu" in TokenDataset.open(tmp_path / "set").stand_in
+
+
+def test_a_mistyped_file_is_not_taken_for_a_name_on_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_textfile(["texts/corpus.txt", "--out=set", "--tokenizer=byte"]) == 1
+    assert "There is no file texts/corpus.txt" in capsys.readouterr().err
+
+
+def test_no_vocabulary_is_not_the_default_one(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert run_textfile([str(tmp_path / "a.txt"), f"--out={tmp_path / 'set'}", "--vocab_size=0"]) == 1
+    assert "vocab_size=0 is too small" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- one's own texts

@@ -9,6 +9,7 @@ from tests.distributed.chaos_starts import random_starts
 from tests.distributed.launching import shared_launcher
 
 
+@pytest.mark.slow
 def test_five_kills_change_nothing(tmp_path, tiny_dataset, capsys):
     done = chaos(tmp_path, tiny_dataset, kills=5, seed=1, patience=1.0)
     assert done["kills"] == 5 and done["cut a save short"] >= 1, capsys.readouterr().out

@@ -6,7 +6,7 @@ import gc
 import time
 from collections import Counter
 from functools import cache
-from itertools import islice, product
+from itertools import islice
 
 import pytest
 import torch
@@ -53,7 +53,13 @@ PER_UNIT = {  # operation → how often a unit does it in one step
 
 
 @pytest.mark.parametrize(
-    "size, strategy, model", [*product((2,), STRATEGIES[2], ("tied", "untied")), (4, "zero1", "untied"), (4, "hsdp", "untied")]
+    "size, strategy, model",
+    [
+        *((2, strategy, "untied") for strategy in STRATEGIES[2]),
+        *(pytest.param(2, strategy, "tied", marks=() if strategy == "fsdp" else pytest.mark.slow) for strategy in STRATEGIES[2]),
+        pytest.param(4, "zero1", "untied", marks=pytest.mark.slow),
+        (4, "hsdp", "untied"),
+    ],
 )
 def test_a_unit_travels_as_often_as_its_strategy_says(tiny_dataset, size, strategy, model):
     expected = Counter({operation: times * units(model) for operation, times in PER_UNIT[strategy].items()})

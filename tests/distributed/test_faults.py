@@ -75,8 +75,10 @@ def resumed_from(out_dir: Path) -> int | None:
 # ------------------------------------------------------------------------------------------- the disk
 
 
-@pytest.mark.parametrize("rank", (0, 1))
-@pytest.mark.parametrize("background", (False, True))
+@pytest.mark.parametrize(
+    "rank, background",
+    [(0, True), (1, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, False), (1, True)))],
+)
 def test_no_space_in_one_process_is_one_sentence_and_the_checkpoints_before_are_untouched(start, copy, rank, background):
     before = contents(copy / "checkpoints")
     limit = f"import resource\nif RANK == {rank}: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))"

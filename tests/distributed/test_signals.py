@@ -51,7 +51,9 @@ def saved_step(out_dir: Path) -> int:
 # ------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number, ranks", ((signal.SIGTERM, (0,)), (signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))))
+@pytest.mark.parametrize(
+    "number, ranks", ((signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1)), pytest.param(signal.SIGTERM, (0,), marks=pytest.mark.slow))
+)
 def test_a_stop_signal_to_any_rank_makes_all_finish_the_same_step_save_and_exit_0(start, tmp_path, number, ranks):
     group = start("--max_iters=100000", inject=SAYS_WHAT_IT_SAVES)
     group.wait_for_line("step 6/")
@@ -120,7 +122,7 @@ def test_a_rank_that_throws_brings_the_group_down_with_its_own_traceback_first(s
         assert events(tmp_path, "run_end")[-1]["outcome"] == "failed"
 
 
-@pytest.mark.parametrize("rank", (0, 1))
+@pytest.mark.parametrize("rank", (pytest.param(0, marks=pytest.mark.slow), 1))
 def test_a_killed_rank_takes_the_other_one_along_in_seconds_and_one_line(start, tmp_path, rank):
     group = start("--max_iters=100000", inject="" if rank else "import training.watch; training.watch.GRACE = 1")
     group.wait_for_line("step 7/")
