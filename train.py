@@ -126,10 +126,12 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     )
     world.check_same("dataset", dict(dataset=dataset.fingerprint))
     if start.resumes and start.saved["dataset"]["fingerprint"] != dataset.fingerprint:
+        was = start.saved["dataset"].get("name", config.dataset)
+        remedy = "Prepare it as it was" if was == config.dataset else f"Give --dataset={was}"
         raise Failure(
             f"Dataset {config.dataset!r} is not the one this run was trained on (its fingerprint is {dataset.fingerprint}, the "
-            f"checkpoint has {start.saved['dataset']['fingerprint']}). Prepare it as it was, or start a new run from the "
-            "weights with --init_from=weights:CHECKPOINT."
+            f"checkpoint has {start.saved['dataset']['fingerprint']}). {remedy}, or start a new run from the weights "
+            "with --init_from=weights:CHECKPOINT."
         )
     warnings = world.from_main(lambda: tokenizer_warnings(start.origin, dataset))
     model_config = config.model_config(dataset.vocab_size)

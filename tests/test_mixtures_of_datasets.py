@@ -244,6 +244,15 @@ def test_a_run_on_a_mixture_counts_its_sources_and_resumes_exactly(two, tmp_path
     assert "not the one this run was trained on" in capsys.readouterr().err
 
 
+def test_other_weights_are_no_reason_to_prepare_again(two, tmp_path, capsys):
+    large, small = (part.rpartition(":")[0] for part in two.split(","))
+    arguments = [*TINY_RUN, f"--out_dir={tmp_path / 'out'}", "--block_size=16"]
+    assert train.main([*arguments, f"--dataset={two}", "--max_iters=1"]) == 0
+    assert train.main([*arguments, f"--dataset={large}:0.5,{small}:0.5", "--max_iters=2", "--resume"]) != 0
+    said = capsys.readouterr().err
+    assert "is not the one this run was trained on" in said and f"Give --dataset={two}" in said
+
+
 def test_repeated_epochs_of_a_small_part_are_said(two, tmp_path, capsys):
     assert train.main([*TINY_RUN, f"--dataset={two}", f"--out_dir={tmp_path / 'out'}", "--max_iters=100", "--eval_only"]) == 0
     assert re.search(r"small has 8\d\d tokens: this run reads it 2\.\d times", capsys.readouterr().out)
