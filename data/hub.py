@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import DatasetError
-from data.sources import Documents, Position, Reader, Source, TextFiles, TextPiece, find_text_files
+from data.sources import Documents, Position, Reader, Source, Splits, TextFiles, TextPiece, find_text_files
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -291,6 +291,16 @@ class _ArticlesReader(Reader):
 ARTICLE = r" = (?!= ).+ = "  # WikiText's line with the title of an article: " = Title = "; sections have " = = Title = = "
 
 
+def hub_splits(name: str, local: Path | None, config: str | None = None, heads: str | None = None) -> Splits:
+    """The splits "train" and "validation" of a dataset on the Hub. heads: what begins a document, where rows are lines."""
+
+    def part(split: str) -> Source:
+        rows = HubRows(name, split, config=config, local=local)
+        return rows if heads is None else Articles(rows, heads)
+
+    return Splits({"train": part("train"), "val": part("validation")})
+
+
 # ------------------------------------------------------------------------------------------- a file on the web
 
 
@@ -315,3 +325,12 @@ def web_text(url: str, sha256: str, local: Path | None = None) -> Source:
         raise DatasetError(f"What {url} gave is not the text it should be (its sha256 differs); try again, or give --source=DIR.")
     text = content.decode("utf-8")
     return Documents(lambda: iter([(name, text)]), url, name=sha256)
+
+
+def tiny_shakespeare(local: Path | None = None) -> Source:
+    """A million characters of Shakespeare's plays, as char-rnn and nanoGPT read them."""
+    return web_text(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        local=local,
+    )

@@ -104,7 +104,6 @@ class Pipeline:
         if self.state["stopped"]:
             return
         for piece in plan.pieces(reader, documents):
-            documents[piece.split or ""] = documents.get(piece.split or "", 0) + piece.begins
             if self.joined:
                 held.append(piece.text)
                 if not piece.ends:
@@ -120,7 +119,7 @@ class Pipeline:
             if size >= BATCH_CHARACTERS:
                 yield TextBatch(texts, _About(parts, reader.position(), reader.share(), characters, dict(documents)))
                 texts, parts, size = [], [], 0
-        yield TextBatch(texts, _About(parts, reader.position(), reader.share(), characters, documents))
+        yield TextBatch(texts, _About(parts, reader.position(), reader.share(), characters, dict(documents)))
 
     def write(self, about: _About, encoded: Encoded) -> None:
         """Append a batch to the splits that its documents belong to."""

@@ -85,10 +85,10 @@ class Plan:
             ((split, (_, nearest)),) = keys.items()
             self.moved = {nearest: "val" if split == "train" else "train"}
 
-    def pieces(self, reader: Reader | None = None, documents: dict[str, int] | None = None) -> Iterator[TextPiece]:
-        """The pieces of the first max_samples documents. `documents`: how many have begun before, by the split that the
-        source names ("" for one that names none)."""
-        reader, begun = self.source.read() if reader is None else reader, dict(documents or {})
+    def pieces(self, reader: Reader | None = None, begun: dict[str, int] | None = None) -> Iterator[TextPiece]:
+        """The pieces of the first max_samples documents. `begun` counts on how many have begun, by the split that the source
+        names ("" for one that names none)."""
+        reader, begun = self.source.read() if reader is None else reader, {} if begun is None else begun
         for piece in reader:
             split = piece.split or ""
             limit = self.limit(self.options.max_samples, split)

@@ -11,6 +11,30 @@ PLAIN_BLOCK = "transformer"  # what all layers are where nobody says otherwise
 
 _GPT2_SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, norm_eps=1e-5, pad_vocab_multiple=1)
 
+_GPT2 = dict(
+    _GPT2_SHAPE,
+    vocab_size=50257,
+    normalization="layernorm",
+    activation="gelu_tanh",
+    ffn_type="standard",
+    position_encoding="learned_absolute",
+    norm_position="pre",
+    bias=True,
+    weight_tying=True,
+)
+
+_BIAS_FREE = dict(
+    _GPT2_SHAPE,
+    vocab_size=50304,
+    normalization="layernorm_nobias",
+    activation="gelu",
+    ffn_type="standard",
+    position_encoding="rope",
+    norm_position="pre",
+    bias=False,
+    weight_tying=True,
+)
+
 _LLAMA = dict(
     _GPT2_SHAPE,
     vocab_size=50304,
@@ -28,31 +52,11 @@ _LLAMA = dict(
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT-2 124M as OpenAI released it: pre-norm, biases, GELU-tanh, tied (Radford et al. 2019)",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50257,
-            normalization="layernorm",
-            activation="gelu_tanh",
-            ffn_type="standard",
-            position_encoding="learned_absolute",
-            norm_position="pre",
-            bias=True,
-            weight_tying=True,
-        ),
+        _GPT2,
     ),
     "gpt2_postnorm": (
         "the post-norm, bias-free variant that the starting documents call GPT-2",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50304,
-            normalization="layernorm_nobias",
-            activation="gelu",
-            ffn_type="standard",
-            position_encoding="learned_absolute",
-            norm_position="post",
-            bias=False,
-            weight_tying=True,
-        ),
+        dict(_BIAS_FREE, position_encoding="learned_absolute", norm_position="post"),
     ),
     "llama": ("LLaMA's parts in GPT-2's shape: RoPE, RMSNorm, SwiGLU, pre-norm, untied (Touvron et al. 2023)", _LLAMA),
     "llama3": (
@@ -144,17 +148,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "opt": (
         "OPT: GPT-2's parts with ReLU, tied (Zhang et al. 2022)",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50272,
-            normalization="layernorm",
-            activation="relu",
-            ffn_type="standard",
-            position_encoding="learned_absolute",
-            norm_position="pre",
-            bias=True,
-            weight_tying=True,
-        ),
+        dict(_GPT2, vocab_size=50272, activation="relu"),
     ),
     "modern": (
         "what small-model speed runs settled on: QK-norm, RoPE, ReLU², zero-initialised outputs, untied",
@@ -162,31 +156,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hybrid": (
         "GPT-2's feed-forward and tied head with RoPE and a bias-free pre-norm",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50304,
-            normalization="layernorm_nobias",
-            activation="gelu",
-            ffn_type="standard",
-            position_encoding="rope",
-            norm_position="pre",
-            bias=False,
-            weight_tying=True,
-        ),
+        _BIAS_FREE,
     ),
     "team": ("the starting documents' model_v1: the parts of LLaMA", _LLAMA),
     "custom": (
         "a plain bias-free pre-norm base to mix your own from: LayerNorm, GELU, RoPE, untied",
-        dict(
-            _GPT2_SHAPE,
-            vocab_size=50304,
-            normalization="layernorm_nobias",
-            activation="gelu",
-            ffn_type="standard",
-            position_encoding="rope",
-            norm_position="pre",
-            bias=False,
-            weight_tying=False,
-        ),
+        dict(_BIAS_FREE, weight_tying=False),
     ),
 }

@@ -5,18 +5,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from any working directory
 
-from data.hub import web_text
+from data.hub import tiny_shakespeare
 from data.plan import Options
 from data.prepare_command import Recipe, run_recipe
 
 RECIPE = Recipe(
     "shakespeare",
     "Tiny Shakespeare, one text of a million characters, by GPT-2's BPE",
-    lambda given: web_text(
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        local=given.source,
-    ),
+    lambda given: tiny_shakespeare(given.source),
     Options(tokenizer="gpt2"),
     size="1.1 MB to download",
 )

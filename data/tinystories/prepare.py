@@ -5,20 +5,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from any working directory
 
-from data.hub import HubRows
+from data.hub import hub_splits
 from data.plan import Options
 from data.prepare_command import Recipe, run_recipe
-from data.sources import Splits
 
 RECIPE = Recipe(
     "tinystories",
     "TinyStories, short stories in the words of a small child, by GPT-2's BPE",
-    lambda given: Splits(
-        {
-            "train": HubRows("roneneldan/TinyStories", "train", local=given.source),
-            "val": HubRows("roneneldan/TinyStories", "validation", local=given.source),
-        }
-    ),
+    lambda given: hub_splits("roneneldan/TinyStories", given.source),
     Options(tokenizer="gpt2"),
     size="1 GB to download, 1.9 GB of text in 2,119,719 stories",
 )
