@@ -84,7 +84,7 @@ class Encoder:
         under_way: deque[tuple[TextBatch, Future]] = deque()
         try:
             for batch in batches:
-                under_way.append((batch, self._pool.submit(_encode_here, batch.texts)))
+                under_way.append((batch, self._submit(batch)))
                 if len(under_way) > self.num_proc + 1:
                     batch, future = under_way.popleft()
                     yield batch, future.result()
@@ -93,8 +93,21 @@ class Encoder:
                 yield batch, future.result()
         except BrokenProcessPool:
             raise DatasetError(
-                "A process that encodes texts was killed, perhaps for want of memory; try again with a smaller --num_proc."
+                "A process that encodes texts was killed or could not be started, perhaps for want of memory; try again with a smaller --num_proc."
             ) from None
+
+    def _submit(self, batch: TextBatch) -> Future:
+        """Hand a batch to the pool, which starts a process where it has fewer than num_proc.
+
+        Raises BrokenProcessPool if a process was killed. Where the pool is taken down for that reason at the moment at
+        which it starts another process, what it raises is one of several errors about closed files and handles.
+        """
+        try:
+            return self._pool.submit(_encode_here, batch.texts)
+        except BrokenProcessPool:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BrokenProcessPool(f"a process could not be started: {error}") from error
 
 
 _coder: Tokenizer | None = None  # of a worker process

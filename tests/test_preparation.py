@@ -533,6 +533,17 @@ def test_a_killed_worker_is_said_in_a_sentence(corpus, tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize("error", [OSError("handle is closed"), ValueError("bad value(s) in fds_to_keep")], ids=str)
+def test_a_pool_that_breaks_while_it_starts_a_process_is_said_in_the_same_sentence(corpus, tmp_path, monkeypatch, error):
+    def torn_down(self, *arguments):
+        raise error
+
+    monkeypatch.setattr(encoding.ProcessPoolExecutor, "submit", torn_down)
+    with pytest.raises(DatasetError, match="was killed or could not be started.*smaller --num_proc"):
+        prepare(TextFiles([corpus]), tmp_path / "set", tokenizer="byte", num_proc=2)
+    assert not (tmp_path / "set").exists()
+
+
 def test_workers_end_with_the_process_that_started_them(corpus, tmp_path):
     code = f"""
 import os, sys, time
