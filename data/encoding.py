@@ -93,7 +93,8 @@ class Encoder:
                 yield batch, future.result()
         except BrokenProcessPool:
             raise DatasetError(
-                "A process that encodes texts was killed or could not be started, perhaps for want of memory; try again with a smaller --num_proc."
+                "A process that encodes texts was killed or could not be started, perhaps for want of memory; try again with a "
+                "smaller --num_proc."
             ) from None
 
     def _submit(self, batch: TextBatch) -> Future:

@@ -188,16 +188,18 @@ def forecast(source: Source, options: Options, num_proc: int | None) -> Forecast
 
 def _tokenizer(samples: list[Sample], options: Options, several: bool) -> tuple[tokenization.Tokenizer, float]:
     """The tokenizer asked for, made of half of the sample where it is made of texts; and the seconds that making it will take."""
-    texts = [text for sample in samples for place in sample.places for text in place.texts]
-    if options.tokenizer == "byte":
-        return tokenization.ByteTokenizer(eos=several), 0.0
-    if options.tokenizer == "char":
-        return tokenization.CharTokenizer.from_texts(texts, eos=several), 0.0
-    if options.tokenizer != "bpe":
-        return tokenization.given_tokenizer(options.tokenizer), 0.0
-    half = [text for sample in samples for place in sample.places for text in (place.texts[::2] or place.texts)]
+    places = [place.texts for sample in samples for place in sample.places]
+    half = [text for texts in places for text in (texts[::2] or texts)]
     started = time.perf_counter()
-    coder = tokenization.HuggingFaceTokenizer.train(half, options.bpe_vocab_size)
+    coder = tokenization.make_tokenizer(
+        options.tokenizer,
+        texts=lambda: (text for texts in places for text in texts),
+        training_texts=lambda: half,
+        bpe_vocab_size=options.bpe_vocab_size,
+        eos=several,
+    )
+    if options.tokenizer != "bpe":
+        return coder, 0.0
     seconds = (time.perf_counter() - started) / max(1, sum(map(len, half)))
     total = samples[0].total if samples[0].total is not None else BPE_TRAINING_CHARACTERS
     return coder, seconds * min(total, BPE_TRAINING_CHARACTERS)

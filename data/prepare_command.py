@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from command_line import whole_number
 from data import tokenization
 from data.dataset_writer import unfinished
 from data.estimate import forecast
@@ -183,7 +184,7 @@ def recipe_parser(recipe: Recipe) -> argparse.ArgumentParser:
         help=f"share of the documents (of a single one: of its text) kept for validation, where the source has no validation "
         f"split [{default.val_fraction:g}]",
     )
-    number = dict(type=_count, metavar="N")
+    number = dict(type=whole_number, metavar="N")
     parser.add_argument(
         "--max_tokens",
         **number,
@@ -223,17 +224,6 @@ def _folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; give the path of a folder")
     return Path(text).expanduser()
-
-
-def _count(text: str) -> int:
-    """A whole number from 1 on; 1e9 is one."""
-    try:
-        number = float(text)
-        if number != int(number) or number < 1:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on") from None
-    return int(number)
 
 
 def options_of(parser: argparse.ArgumentParser, recipe: Recipe, given: argparse.Namespace) -> Options:
