@@ -97,13 +97,18 @@ def error_text(error: Exception, memory_advice: str) -> str:
 # ------------------------------------------------------------------------------------------- what others wrote
 
 LARGEST_NUMBER = 1e30  # in a document: beyond it squares and products overflow, and no run has such a figure
+LARGEST_COUNT = 10**15  # of tokens, bytes, steps: products of two still fit into what arrays hold as far as anybody forms them
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """json.loads, whose ValueError also answers what is nested deeper than Python follows."""
+    """json.loads, whose ValueError also answers what is nested deeper than Python follows, and NaN, which is no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise json.JSONDecodeError(f"{constant} is no JSON number", "", 0)
+
     try:
-        return json.loads(text, **options)
+        return json.loads(text, **{"parse_constant": refuse, **options})
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
@@ -123,7 +128,7 @@ class Mandatory:
 def check_shape(value: Any, shape: Any, where: str = "it") -> None:
     """Hold what a JSON document says against its declared shape. Raises ValueError naming the place, or nothing is wrong.
 
-    shape: int (a whole number from 0 on), float (any finite number), str, bool, object (anything that is no list or object),
+    shape: int (a whole number from 0 to LARGEST_COUNT), float (any finite number), str, bool, object (anything that is no list or object),
     dict (any object), [shape], {key: shape} where "*" stands for all other keys, Mandatory(shape). Null and keys that are
     missing are fine elsewhere, and so are keys that a shape does not name. Numbers are at most LARGEST_NUMBER in size.
     """
@@ -137,13 +142,14 @@ def check_shape(value: Any, shape: Any, where: str = "it") -> None:
     elif isinstance(shape, list):
         fits, said = isinstance(value, list), "a list"
     elif shape is int:
-        fits, said = number and isinstance(value, int) and 0 <= value <= LARGEST_NUMBER, "a whole number from 0 on"
+        fits, said = number and isinstance(value, int) and 0 <= value <= LARGEST_COUNT, "a whole number from 0 to 10^15"
     elif shape is float:
         fits, said = number and math.isfinite(value) and abs(value) <= LARGEST_NUMBER, "a finite number of usual size"
     elif shape is object:
-        fits, said = not isinstance(value, (dict, list)), "a single value"
+        fits, said = not isinstance(value, (dict, list)) and _is_finite(value), "a single finite value"
     else:
-        fits, said = isinstance(value, shape), {str: "text", bool: "true or false", dict: "an object"}[shape]
+        fits = isinstance(value, shape) and (shape is not dict or _is_finite(value))
+        said = {str: "text", bool: "true or false", dict: "an object whose numbers are finite"}[shape]
     if not fits:
         given = repr(value)
         raise ValueError(f"{where} is {given[:40]}{' …' * (len(given) > 40)}, not {said}")
@@ -156,6 +162,13 @@ def check_shape(value: Any, shape: Any, where: str = "it") -> None:
                 check_shape(value.get(key), inner, f"{where}.{key}" if where != "it" else key)
         for key in value.keys() - shape.keys() if "*" in shape else ():
             check_shape(value[key], shape["*"], f"{where}.{key}" if where != "it" else key)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a JSON value is infinite (as 1e999 is read) or not a number."""
+    if isinstance(value, (dict, list)):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 # ------------------------------------------------------------------------------------------- the device

@@ -367,17 +367,20 @@ def _raise(problems: list[str]) -> None:
 # ------------------------------------------------------------------------------------------- printing
 
 
-def print_config(configuration: Configuration) -> None:
-    """Print every key with its value and origin, in the form of a config file."""
+def print_config(configuration: Configuration, vocabulary: int | None = None) -> None:
+    """Print every key with its value and origin, in the form of a config file.
+
+    vocabulary: the size that the run's dataset has, where a checkpoint says it.
+    """
     try:
-        values, origins = configuration.resolved(configuration.train.model_config())
+        values, origins = configuration.resolved(configuration.train.model_config(vocabulary))
     except ValueError as error:  # a run that starts from a checkpoint is not checked without it
         raise ConfigError(str(error)) from error
     for group in GROUPS:
         print(f"# {group}")
         for key in (k for k, f in KEYS.items() if f.metadata["group"] == group):
             value, origin = values[key], origins[key]
-            if key == "vocab_size" and not configuration.given(key):
+            if key == "vocab_size" and vocabulary is None and not configuration.given(key):
                 value, origin = None, f"the dataset's, else {values[key]} ({origin})"
             unused = "# " if value is None and type_of(key) is int else ""  # in the place of a key that excludes it
             print(printable(f"{f'{unused}{key} = {value!r}':<48} # {origin}"))

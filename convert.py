@@ -91,8 +91,7 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
 
     from data.tokenization import load_tokenizer
     from model_builder import build_model
-    from model_config import ModelConfig
-    from training.checkpoint import find_checkpoint, load_tensors, read_state, tokenizer_files
+    from training.checkpoint import find_checkpoint, load_tensors, model_of, read_state, tokenizer_files
     from training.huggingface import config_to_hf, tensor_rules
     from training.huggingface_parts import ConversionError
 
@@ -100,7 +99,7 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
         raise UsageError(f"{target} is not empty; choose a new folder.")
     checkpoint = find_checkpoint(source)
     state = read_state(checkpoint)
-    config = ModelConfig.from_dict(state["model"]["config"])
+    config = model_of(checkpoint, state)
     origin = state.get("source") or {}
     hf = config_to_hf(config, origin.get("config"))
     usual, others = (dtype, {}) if dtype else (origin.get("dtype", "float32"), origin.get("dtypes", {}))

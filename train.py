@@ -46,7 +46,9 @@ from training.starting import (
     imported_state,
     launch_warnings,
     prepare_out_dir,
+    remove_empty,
     resume_command,
+    starts_from_files,
     tokenizer_warnings,
 )
 from training_logger import remove_leftovers
@@ -70,7 +72,7 @@ def find_start(configuration: Configuration, world: World, display: Display) -> 
             notes += overruled
         else:
             configuration = go_on(configuration, saved, str(origin.path))
-            progress = Progress.restored(saved.get("progress"), origin.path)
+            progress = Progress.restored(saved, origin.path)
     elif problems := configuration.train.problems():  # resume=auto that found nothing
         raise ConfigError("\n".join(problems))
     if not origin or not store.holds(origin.path):
@@ -85,7 +87,7 @@ def open_out_dir(start: Start, world: World, resources: ExitStack) -> Saver:
     config, store = start.config, start.store
     store.world = world.beside() if config.async_checkpoint else world
     saver = BackgroundSaver(store) if config.async_checkpoint else Saver(store)
-    prepare_out_dir(config.out_dir, world)
+    resources.callback(remove_empty, prepare_out_dir(config.out_dir, world))
     if not config.eval_only:
         world.everywhere(store.check_writable)
         world.from_main(lambda: resources.enter_context(store.lock()))
@@ -337,9 +339,12 @@ def main(argv: list[str]) -> int:
         if "help" in switches:
             print_help(__doc__)
             return 0
-        configuration = configure(argv)
+        configuration, vocabulary = configure(argv), None
         if "print_config" in switches:
-            print_config(configuration)
+            if starts_from_files(configuration.train):  # its configuration is then theirs in part
+                start = find_start(configuration, World(), Display(stream=sys.stderr))
+                configuration, vocabulary = start.configuration, start.vocabulary
+            print_config(configuration, vocabulary)
             return 0
         return run(configuration, resume_command(argv))
 

@@ -347,6 +347,14 @@ class TrainingLogger:
         self._write_document()
         self._may_fail = True
 
+    def discard(self) -> None:
+        """Take away the log of a run whose start failed before anything was written to it."""
+        if self._file is not None and os.fstat(self._file).st_size == 0:
+            os.close(self._file)
+            self._file = None
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
     def step(
         self,
         step: int,

@@ -63,6 +63,12 @@ def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str
     return None
 
 
+def starts_from_files(config: TrainConfig) -> bool:
+    """Whether the run starts with what lies on this machine's disk, so that it can be looked at before the run."""
+    kind, _, name = config.init_from.partition(":")
+    return config.resume != "no" or kind == "weights" or (kind == "hf" and Path(name).expanduser().exists())
+
+
 def launch_names(world: World) -> dict[str, Any]:
     """What identifies this launch of the run, over all its restarts: SLURM's job, torchrun's run id, and its processes.
 
@@ -189,11 +195,16 @@ def tokenizer_warnings(origin: Origin | None, dataset: TokenDataset) -> list[str
     return warnings
 
 
-def prepare_out_dir(out_dir: str, world: World) -> None:
-    """Make the folder and see that every process can write there. Raises OSError or UsageError with a sentence."""
+def prepare_out_dir(out_dir: str, world: World) -> list[str]:
+    """Make the folder and see that every process can write there. Raises OSError or UsageError with a sentence.
+
+    Returns, in rank 0, the folders that it made: a start that comes to nothing takes them away again (`remove_empty`).
+    """
     word = world.from_main(lambda: uuid.uuid4().hex)  # another run may be looking at the same folder
     probes = [Path(out_dir) / f".probe_{word}_{rank}" for rank in range(world.size)]
     mine = probes[world.rank]
+    folder = Path(os.path.abspath(out_dir))
+    made = world.from_main(lambda: [str(path) for path in (folder, *folder.parents) if not path.exists()])
 
     def write() -> None:
         try:
@@ -212,9 +223,21 @@ def prepare_out_dir(out_dir: str, world: World) -> None:
     try:
         world.everywhere(write)
         world.everywhere(see_all)
-    finally:
+    except BaseException:
         with suppress(OSError):
             mine.unlink()
+        remove_empty(made)
+        raise
+    with suppress(OSError):
+        mine.unlink()
+    return made if world.is_main else []
+
+
+def remove_empty(folders: list[str]) -> None:
+    """Remove folders that have nothing in them, the innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def resume_command(argv: list[str]) -> str:
