@@ -6,6 +6,7 @@ Imports nothing of the project, so every module may import it.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -87,11 +88,43 @@ def error_text(error: Exception, memory_advice: str) -> str:
     import torch
 
     text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
+        return system_error(error)
     if is_expected(error):
         return text
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return memory_advice
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+_REMEDIES = {
+    "Free some space, or choose another place": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "Choose a place that you may write to, or ask for the right to it": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "Check the path": (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+    "Name a file, not a folder": (errno.EISDIR,),
+    "Close other programs, or raise the limit (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "The disk, or the network to it, fails; try again or choose another place": (errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+}
+
+
+def system_error(error: OSError) -> str:
+    """What the system refused, as a sentence: the path, its reason, and what to do."""
+    names = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    advice = next((advice for advice, numbers in _REMEDIES.items() if error.errno in numbers), "")
+    return (f"{names}: " if names else "") + f"{error.strerror or error}." + (f" {advice}." if advice else "")
+
+
+def check_target(option: str, path: str | os.PathLike) -> Path:
+    """Raise UsageError unless a file can be written there, which is asked before the work that it is to hold. The path."""
+    target = Path(path).expanduser()
+    folder = target.absolute().parent
+    if target.is_dir():
+        raise UsageError(f"{option}={path} is a folder; name a file in it.")
+    if not folder.is_dir():
+        raise UsageError(f"{option}={path} cannot be written: there is no folder {folder}. Make it, or choose another place.")
+    if not os.access(target if target.exists() else folder, os.W_OK):
+        raise UsageError(f"{option}={path} cannot be written: permission denied. Choose another place.")
+    return target
 
 
 # ------------------------------------------------------------------------------------------- what others wrote
@@ -128,9 +161,9 @@ class Mandatory:
 def check_shape(value: Any, shape: Any, where: str = "it") -> None:
     """Hold what a JSON document says against its declared shape. Raises ValueError naming the place, or nothing is wrong.
 
-    shape: int (a whole number from 0 to LARGEST_COUNT), float (any finite number), str, bool, object (anything that is no list or object),
-    dict (any object), [shape], {key: shape} where "*" stands for all other keys, Mandatory(shape). Null and keys that are
-    missing are fine elsewhere, and so are keys that a shape does not name. Numbers are at most LARGEST_NUMBER in size.
+    shape: int (a whole number from 0 to LARGEST_COUNT), float (any finite number up to LARGEST_NUMBER in size), str, bool,
+    object (anything that is no list or object), dict (any object), [shape], {key: shape} where "*" stands for all other
+    keys, Mandatory(shape). Null and keys that are missing are fine elsewhere, and so are keys that a shape does not name.
     """
     needed = isinstance(shape, Mandatory)
     shape = shape.shape if needed else shape

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import training.objectives  # these three fill the registries that keys choose from
 import training.optimizers
 import training.parallelism  # noqa: F401
-from command_line import PROJECT, UsageError, parse_json, printable
+from command_line import PROJECT, Mandatory, UsageError, check_shape, parse_json, printable
 from model_config import (
     COMPONENT_KINDS,
     NO,
@@ -199,6 +199,14 @@ def shown(path: Path) -> str:
     return str(path)
 
 
+_SAVED = {
+    "schema_version": int,
+    "format_version": int,
+    "config": Mandatory({"*": object}),
+    "origins": Mandatory({"*": object}),
+}
+
+
 def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str]]:
     """What a run saved of its configuration, without what its preset, other keys or the dataset decided for it.
 
@@ -207,9 +215,10 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
     try:
         text = file.read_text(encoding="utf-8")
         document = parse_json(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
+        check_shape(document, Mandatory(_SAVED))
         saved, origins = document["config"], document["origins"]
         items = {key: (value, str(origins.get(key) or "saved").removeprefix(FROM_CHECKPOINT)) for key, value in saved.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
             "Give a run_*.json, run_*.jsonl or a checkpoint's state.json."
@@ -220,7 +229,7 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
         version = document["format_version"]
     else:
         version, known = document.get("schema_version", SCHEMA_VERSION), SCHEMA_VERSION
-    if version > known:
+    if (version or 0) > known:
         raise ConfigError(
             f"{shown(file)} has format version {version}, and this version of kitbash reads up to {known}. "
             "Use the version of kitbash that wrote it, or a later one."

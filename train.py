@@ -18,6 +18,7 @@ import torch
 
 from command_line import Failure, choose_device, guarded
 from configurator import ConfigError, Configuration, configure, print_config, print_help, switches_in
+from data.files import remove_empty
 from data.mixture import dataset_names, open_dataset, portable_spec
 from data.preparation import ensure_prepared
 from data.token_dataset import DatasetError
@@ -46,7 +47,6 @@ from training.starting import (
     imported_state,
     launch_warnings,
     prepare_out_dir,
-    remove_empty,
     resume_command,
     starts_from_files,
     tokenizer_warnings,

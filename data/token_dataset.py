@@ -30,7 +30,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from command_line import Mandatory, check_shape, parse_json
+from command_line import Mandatory, check_shape, parse_json, printable
 from data.files import READ_BYTES, DatasetError, chunks, sha256
 from data.nanogpt import Vocabulary, looks_like_uint32, read_vocabulary
 
@@ -515,12 +515,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         dataset = TokenDataset.open(options.dataset)
-        print(dataset.describe())
+        print(printable(dataset.describe()))
         if options.command == "verify":
             dataset.verify()
             print(f"verified     {'every file is as meta.json says' if dataset.meta else 'sizes only: no meta.json'}")
     except (DatasetError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 

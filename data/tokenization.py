@@ -542,7 +542,9 @@ def _read_json(path: Path) -> dict:
             raise ValueError("it is not an object")
         return content
     except ValueError as error:
-        raise TokenizerError(f"{path} cannot be read as JSON ({error}); restore the file, or prepare the dataset again.") from None
+        raise TokenizerError(
+            f"{path} cannot be read as JSON ({error}); restore the file, or prepare the dataset again."
+        ) from None
 
 
 def _import(library: str, purpose: str):

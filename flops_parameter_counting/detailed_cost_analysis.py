@@ -23,7 +23,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script, this folder comes first on the path, and flops.py would hide the package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from command_line import PROJECT, Parser, UsageError, guarded, parse_json
+from command_line import PROJECT, Parser, UsageError, check_target, guarded, parse_json
 from flops_parameter_counting.cost_report import plot, show_backward, show_cost, show_grid, show_validation
 from flops_parameter_counting.flops import breakdown, elementwise, flops_per_token
 from flops_parameter_counting.hardware import GPUS, find_gpu
@@ -122,6 +122,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     problems += [f"{word!r} is not KEY=VALUE." for word in options.overrides if not word.partition("=")[2]]
     if options.plot and not options.plot.endswith((".png", ".pdf", ".svg")):
         problems.append(f"--plot={options.plot} must end in .png, .pdf or .svg.")
+    elif options.plot:
+        try:
+            check_target("--plot", options.plot)
+        except UsageError as error:
+            problems.append(str(error))
     if problems:
         raise UsageError("\n".join(problems))
     return options

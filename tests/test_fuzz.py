@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from test_compare import make_run
 
+import ablate
 import compare_architectures
 import convert
 import sample
@@ -311,3 +312,45 @@ def test_a_size_beyond_any_model_is_a_usage_error_at_once(word, capsys):
     assert train.main([word, "--print_config"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"train.py: {word.split('=')[0][2:]}=") and "the most that any model here has" in said
+
+
+# ------------------------------------------------------------------------------------------- other command lines
+
+
+def words_of(parser, draw: random.Random, known: tuple[str, ...]) -> list[str]:
+    """A random command line of an argparse parser."""
+    options = [action for action in parser._actions if {"--help", "--debug"}.isdisjoint(action.option_strings or ["--help"])]
+    chosen = draw.sample(options, min(len(options), draw.randint(1, 3)))
+    words = [
+        action.option_strings[-1] + ("" if action.nargs == 0 else f"={draw.choice((*VALUES_OF_WORDS, *known))}")
+        for action in chosen
+    ]
+    return words + [draw.choice((*VALUES_OF_WORDS, *known))] * draw.randint(0, 1)
+
+
+VALUES_OF_WORDS = ("", "0", "-1", "3", "1e9", "1e400", "nan", "x", "x=1", "\x1b[31m", "..", "9" * 40, "/dev/null", "/proc/1/x")
+
+
+@pytest.mark.parametrize("edits", EDITS)
+@pytest.mark.parametrize("program", ["sample", "compare", "cost", "show", "checkpoint", "ablate"])
+def test_a_random_command_line_of_other_programs(trained, program, tmp_path, monkeypatch, capsys, edits):
+    """Issue 14.11."""
+    monkeypatch.chdir(tmp_path)
+    out, _, words = copied(trained, tmp_path)
+    main, parser, always = {
+        "sample": (sample.main, sample.make_parser(), ["--max_new_tokens=2"]),
+        "compare": (compare_architectures.main, compare_architectures.make_parser(), []),
+        "cost": (detailed_cost_analysis.main, detailed_cost_analysis.make_parser(), ["--batch_size=1", "--context=64"]),
+        "show": (show.main, show.make_parser(), ["--samples=1"]),
+        "checkpoint": (checkpoint_commands.main, None, []),
+        "ablate": (ablate.main, ablate.make_parser(), ["--dry_run", *words]),
+    }[program]
+    known, draw = (str(out), "gpt2", "llama_1.36b", "seed=1,2", "1e20"), random.Random(10)
+    for number in range(edits // 2):
+        if parser is None:
+            argv = [draw.choice(("inspect", "consolidate", "x")), *(draw.choice((*VALUES_OF_WORDS, str(out))) for _ in range(2))]
+        else:
+            argv = [*always, *words_of(parser, draw, known)]
+        answers(main, argv, tmp_path, capsys, (number, argv), may_write=True)
+        for written in set(tmp_path.iterdir()) - {out}:
+            shutil.rmtree(written) if written.is_dir() else written.unlink()

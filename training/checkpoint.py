@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from command_line import Failure, parse_json
+from command_line import Failure, parse_json, printable
 from data.files import fsync
 from training.manifest import (
     FORMAT_VERSION,
@@ -400,7 +400,9 @@ def find_checkpoint(
             )
         verify(best, holding, world)
         return best
-    found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)), holding, world)
+    found = store.newest_intact(
+        warn or (lambda message: print(f"warning: {printable(message)}", file=sys.stderr)), holding, world
+    )
     if found is None:
         what = "has no checkpoint in it" if path.exists() else "does not exist"
         raise CheckpointError(
@@ -413,12 +415,12 @@ def stored_tensors(checkpoint: Path, kinds: Collection[str] | None = None) -> St
     """What the listed tensor files hold; only those with tensors of these kinds, if they are given. Raises CheckpointError."""
     entries = {name: entry for name, entry in listed_files(checkpoint).items() if name.lower().endswith(SUFFIX)}
     if kinds is not None:
-        entries = {name: entry for name, entry in entries.items() if not kinds.isdisjoint(entry.get("holds", kinds))}
+        entries = {name: entry for name, entry in entries.items() if not kinds.isdisjoint(entry.get("holds") or kinds)}
     try:
         stored = StoredTensors(checkpoint / name for name in entries)
         for name, parts in stored.parts.items():
             for part in parts:
-                if kind_of(name) not in entries[part.path.name].get("holds", [kind_of(name)]):
+                if kind_of(name) not in (entries[part.path.name].get("holds") or [kind_of(name)]):
                     raise ValueError(f"{part.path.name} holds {name}, which the manifest does not say of it")
         return stored
     except (OSError, ValueError) as error:

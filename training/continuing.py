@@ -87,7 +87,7 @@ def check_saved(saved: dict[str, Any], where: str) -> None:
     ]
     if not problems:
         values = {key: as_type(type_of(key), value) for key, value in saved.items() if key in KEYS and value is not None}
-        problems = [text for text in TrainConfig.of(values).problems(with_model=False)]
+        problems = TrainConfig.of(values).problems(with_model=False)
         try:
             resolve("custom", **{key: value for key, value in values.items() if key in model_keys()})
         except ValueError as error:

@@ -54,7 +54,10 @@ STATE = {
     "launch": {"slurm_job": str, "torchrun": str, "agents": [str]},
     "source": {"huggingface": str, "config": dict, "generation": dict, "dtype": str, "dtypes": {"*": str}, "ids": dict},
 }
-MANIFEST = {"number": int, "files": Mandatory({"*": Mandatory({"bytes": Mandatory(int), "sha256": Mandatory(str), "holds": [str]})})}
+MANIFEST = {
+    "number": int,
+    "files": Mandatory({"*": Mandatory({"bytes": Mandatory(int), "sha256": Mandatory(str), "holds": [str]})}),
+}
 FileEntry = dict[str, Any]  # of the manifest: bytes, sha256, and what kinds of tensors a tensor file holds
 
 
@@ -148,7 +151,7 @@ def verify(checkpoint: Path, holding: str | None = None, world: World | None = N
 def _damage(checkpoint: Path, holding: str | None, world: World) -> str | None:
     """What is wrong with this process's share of the files, or None."""
     files = listed_files(checkpoint)
-    wanted = {name: entry for name, entry in sorted(files.items()) if holding in (None, *entry.get("holds", [holding]))}
+    wanted = {name: entry for name, entry in sorted(files.items()) if holding in (None, *(entry.get("holds") or [holding]))}
     total, before, mine = sum(entry["bytes"] for entry in wanted.values()), 0, []
     for name, entry in wanted.items():  # a process that reads what it wrote checks its own files: they are in order of rank
         if (before + entry["bytes"] // 2) * world.size // max(total, 1) == world.rank:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UsageError
+from data.files import remove_empty
 from data.token_dataset import TokenDataset
 from data.tokenization import load_tokenizer
 from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
@@ -231,13 +232,6 @@ def prepare_out_dir(out_dir: str, world: World) -> list[str]:
     with suppress(OSError):
         mine.unlink()
     return made if world.is_main else []
-
-
-def remove_empty(folders: list[str]) -> None:
-    """Remove folders that have nothing in them, the innermost first."""
-    for folder in folders:
-        with suppress(OSError):
-            os.rmdir(folder)
 
 
 def resume_command(argv: list[str]) -> str:

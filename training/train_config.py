@@ -236,7 +236,7 @@ class TrainConfig(_ModelKeys):
             if getattr(self, key) is not None and not least <= getattr(self, key) < math.inf
         ]
         problems += [
-            f"{key}={getattr(self, key)} must be below {most}."
+            f"{key}={getattr(self, key)} must be below {most:,}."
             for key, most in _BELOW.items()
             if getattr(self, key) is not None and getattr(self, key) >= most
         ]
@@ -309,7 +309,25 @@ _AT_LEAST = dict(
     price_per_gpu_hour=0,
 )
 
-_BELOW = dict(seed=2**63, data_seed=2**63, threads=1025)
+# Beyond these no run is meant, and counting would overflow, or take until tomorrow, before anything is said.
+_COUNTS = ("total_batch_tokens", "max_iters", "max_tokens", "max_train_tokens", "warmup_iters", "lr_decay_iters")
+_INTERVALS = ("eval_interval", "eval_iters", "patience", "log_interval", "save_interval", "keep_last", "nonfinite_limit")
+_BELOW = dict(
+    seed=2**63,
+    data_seed=2**63,
+    threads=1025,
+    batch_size=2**31,
+    gradient_accumulation_steps=2**31,
+    hsdp_shard_size=2**20,
+    collective_timeout=10**7,
+    epochs=10**9,
+    learning_rate=10**6,
+    weight_decay=10**6,
+    grad_clip=10**30,
+    adam_eps=10**6,
+    price_per_gpu_hour=10**12,
+    **dict.fromkeys((*_COUNTS, *_INTERVALS), 10**15),
+)
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "own"}  # the keys that are always there
 FIELDS = {"arch_preset": FIELDS["arch_preset"], **FIELDS}
