@@ -169,6 +169,8 @@ def check_shape(value: Any, shape: Any, where: str = "it") -> None:
     shape = shape.shape if needed else shape
     if value is None and not needed:
         return
+    if value is None:
+        raise ValueError(f"it lacks {where}" if where != "it" else "it is null")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(shape, dict):
         fits, said = isinstance(value, dict), "an object"

@@ -293,7 +293,9 @@ class Sampler:
             write(decoder.push(token))
             made += 1
         write(decoder.flush())
-        show("".join(pieces) + "\n")
+        if pieces:
+            show("".join(pieces))
+        print(flush=True)
         return made
 
     def batch(self) -> list[tuple[str, int]]:

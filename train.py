@@ -109,7 +109,7 @@ def prepare_machine(start: Start, world: World, device: torch.device) -> Machine
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(dropout_seed(config.seed, world.data_rank))  # the weights have seeds of their own
-    peaks = world.everywhere(lambda: device_peak(device, dtype))
+    peaks = world.everywhere(lambda: device_peak(device, dtype, config.peak_tflops))
     peak = None if None in peaks else dataclasses.replace(peaks[0], flops=sum(peak.flops for peak in peaks))
     return Machine(world, device, dtype, peak)
 

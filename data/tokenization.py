@@ -443,6 +443,12 @@ def _bos_id(backend, config: dict) -> int | None:
     return whole[0] if plain and whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain else None
 
 
+def _check_characters(characters: object) -> None:
+    """Raise ValueError unless this is a text, or a list of characters."""
+    if not isinstance(characters, str):
+        check_shape(characters, Mandatory([Mandatory(str)]), "characters")
+
+
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     """The tokenizer saved in a folder, or None where there is none."""
     path = Path(folder) / TOKENIZER_FILE
@@ -452,7 +458,8 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     kind = definition.get("kind", "hf")
     try:
         if kind in ("char", "byte"):
-            check_shape(definition, {"characters": [Mandatory(str)], "eos": Mandatory(bool)})
+            check_shape(definition, {"eos": Mandatory(bool)})
+            _check_characters(definition.get("characters", []))
         if kind == "char":
             return CharTokenizer(definition["characters"], definition["eos"])
         if kind == "byte":

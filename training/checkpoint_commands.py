@@ -72,7 +72,7 @@ def inspect(path: str, list_tensors: bool = False) -> int:
     rows = [
         ("checkpoint", folder),
         ("intact", damage or "yes, every file has its size and checksum"),
-        ("model", f"{model['name']}   (fingerprint {model['fingerprint']})"),
+        ("model", f"{model.get('name')}   (fingerprint {model.get('fingerprint')})"),
         ("step", state["step"]),
         ("tokens", f"{progress['tokens']:,}" if "tokens" in progress else "unknown"),
         (

@@ -46,7 +46,7 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
     (device, parallelism); the compute dtype is the one that was used.
     """
     saved, saved_origins = state["config"], {key: _own(origin) for key, origin in state["origins"].items()}
-    check_saved(saved, where)
+    check_saved(saved, where, needed=("batch_size",))
 
     def comes_back(key: str) -> bool:
         """Whether the key was given on the command line then, and is not given there now."""
@@ -76,9 +76,12 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
     return merged
 
 
-def check_saved(saved: dict[str, Any], where: str) -> None:
-    """Hold a checkpoint's configuration against the types of its keys. Raises CheckpointError with all that is wrong with it."""
-    needed = ("batch_size", *(name for name, key in model_keys().items() if key.required), "n_layer", "n_embd", "n_head")
+def check_saved(saved: dict[str, Any], where: str, needed: tuple[str, ...] = ()) -> None:
+    """Hold a checkpoint's configuration against the types of its keys. Raises CheckpointError with all that is wrong with it.
+
+    needed: keys that it must have besides those of a model.
+    """
+    needed = (*needed, *(name for name, key in model_keys().items() if key.required), "n_layer", "n_embd", "n_head")
     problems = [f"it has no {key}" for key in dict.fromkeys(needed) if saved.get(key) is None]
     problems += [
         f"{key}={value!r} is not {type_in_words(type_of(key))}"

@@ -39,7 +39,7 @@ STATE = {
     "world_size": int,
     "threads": int,
     "versions": {"*": object},
-    "model": {"name": Mandatory(str), "fingerprint": Mandatory(str), "config": Mandatory({"*": object})},
+    "model": {"name": str, "fingerprint": str, "config": Mandatory({"*": object})},
     "progress": {"step": int, "sequences": int, "tokens": int, "skipped": int, "skipped_in_a_row": int, "saved_step": int}
     | _JUDGED
     | {"val_tokens": int},

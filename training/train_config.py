@@ -184,6 +184,12 @@ class TrainConfig(_ModelKeys):
     collective_timeout: int = _key(
         600, "seconds without progress after which several processes give up and say who hangs", "execution"
     )
+    peak_tflops: float | None = _key(
+        None,
+        "dense peak of one device in the compute dtype, in TFLOP/s, which mfu is measured against, for what is not in the table "
+        "of flops_parameter_counting/hardware.py [the table's; a CPU's is measured]",
+        "execution",
+    )
     threads: int | None = _key(None, "CPU threads [PyTorch's choice; a resumed run: as before]", "execution")
 
     def __getattr__(self, name: str) -> Any:  # only for what is no field
@@ -238,7 +244,7 @@ class TrainConfig(_ModelKeys):
         problems += [
             f"{key}={getattr(self, key)} must be below {most:,}."
             for key, most in _BELOW.items()
-            if getattr(self, key) is not None and getattr(self, key) >= most
+            if getattr(self, key) is not None and most <= getattr(self, key) < math.inf
         ]
         if not self.out_dir:
             problems.append("out_dir='' is empty; name a folder.")
@@ -307,6 +313,7 @@ _AT_LEAST = dict(
     hsdp_shard_size=2,
     collective_timeout=1,
     price_per_gpu_hour=0,
+    peak_tflops=1e-6,
 )
 
 # Beyond these no run is meant, and counting would overflow, or take until tomorrow, before anything is said.
@@ -321,11 +328,12 @@ _BELOW = dict(
     hsdp_shard_size=2**20,
     collective_timeout=10**7,
     epochs=10**9,
-    learning_rate=10**6,
-    weight_decay=10**6,
-    grad_clip=10**30,
-    adam_eps=10**6,
+    learning_rate=1e40,
+    weight_decay=1e40,
+    grad_clip=1e40,
+    adam_eps=1e40,
     price_per_gpu_hour=10**12,
+    peak_tflops=10**9,
     **dict.fromkeys((*_COUNTS, *_INTERVALS), 10**15),
 )
 
@@ -389,7 +397,13 @@ EXCLUSIVE = (
 ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "fsdp")}
 
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that goes on
-OF_THE_MACHINE = ("device", "parallelism", "hsdp_shard_size", "collective_timeout")  # never taken from a checkpoint
+OF_THE_MACHINE = (
+    "device",
+    "parallelism",
+    "hsdp_shard_size",
+    "collective_timeout",
+    "peak_tflops",
+)  # never taken from a checkpoint
 OF_THE_START = ("out_dir", "init_from", "resume")  # where this start of the run begins and writes
 
 
