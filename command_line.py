@@ -209,6 +209,17 @@ def _is_finite(value: Any) -> bool:
 # ------------------------------------------------------------------------------------------- the device
 
 
+def whole_number(text: str) -> int:
+    """The type of an argparse option that takes a whole number from 1 on; 1e9 is one."""
+    try:
+        number = float(text)
+        if number != int(number) or number < 1:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on") from None
+    return int(number)
+
+
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """'auto' → the GPU if there is one, else the CPU; else the device of that name. UsageError if it is not there.
 

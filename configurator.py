@@ -123,10 +123,10 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
             raise ConfigError(f"base = … goes in a circle: {' → '.join(p.name for p in above + (file,))}.")
         if file.suffix in (".json", ".jsonl"):
             return _read_saved_config(file)
-        source, namespace = _execute(file)
+        tree, namespace = _execute(file)
     except ConfigError as error:
         return {}, str(error).split("\n")
-    lines = _assignment_lines(source)
+    lines = _assignment_lines(tree)
     names = {
         name: value for name, value in namespace.items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
@@ -153,27 +153,39 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
     return _overlay(values, own, shown(file), problems), problems
 
 
-def _execute(file: Path) -> tuple[str, dict[str, Any]]:
-    """A config file's source and the namespace it leaves. Raises ConfigError with the line where it fails."""
+def _execute(file: Path) -> tuple[ast.Module, dict[str, Any]]:
+    """A config file as a tree and the namespace it leaves. Raises ConfigError with the line where it fails."""
     try:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown(file)} cannot be read: {error}.") from error
     namespace: dict[str, Any] = {"__name__": "kitbash_config", "__file__": str(file)}
     try:
-        for line in ast.parse(source).body:
-            if isinstance(line, ast.AnnAssign) and line.value is None:  # YAML's way; to Python it is a type without a value
-                raise ConfigError(
-                    f"{shown(file)}:{line.lineno}: '{ast.unparse(line)}' sets nothing. A config file is Python: "
-                    f"{ast.unparse(line.target)} = {ast.unparse(line.annotation)}."
-                )
-        exec(compile(source, str(file), "exec"), namespace)
-    except ConfigError:
-        raise
+        tree = ast.parse(source, str(file))
+    except Exception as error:
+        raise _raised(error, file) from error
+    _refuse_annotations(tree, file)
+    try:
+        exec(compile(tree, str(file), "exec"), namespace)
     except (Exception, SystemExit) as error:
-        line = (error.lineno or 1) if isinstance(error, SyntaxError) else _line_in(error, str(file))
-        raise ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}") from error
-    return source, namespace
+        raise _raised(error, file) from error
+    return tree, namespace
+
+
+def _raised(error: BaseException, file: Path) -> ConfigError:
+    """What is said of an error that a config file raises."""
+    line = (error.lineno or 1) if isinstance(error, SyntaxError) else _line_in(error, str(file))
+    return ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}")
+
+
+def _refuse_annotations(tree: ast.Module, file: Path) -> None:
+    """`key: value` is YAML's way to set a key; to Python it is a type without a value. Raises ConfigError."""
+    for line in tree.body:
+        if isinstance(line, ast.AnnAssign) and line.value is None:
+            raise ConfigError(
+                f"{shown(file)}:{line.lineno}: '{ast.unparse(line)}' sets nothing. A config file is Python: "
+                f"{ast.unparse(line.target)} = {ast.unparse(line.annotation)}."
+            )
 
 
 def may_be_bare(key: str) -> bool:
@@ -262,10 +274,10 @@ def _line_in(error: BaseException, filename: str) -> int:
     return line
 
 
-def _assignment_lines(source: str) -> dict[str, int]:
-    """name → the line that last binds it in a module's source."""
+def _assignment_lines(tree: ast.Module) -> dict[str, int]:
+    """name → the line that last binds it in a module."""
     lines = {}
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             lines[node.id] = max(node.lineno, lines.get(node.id, 0))
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):

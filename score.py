@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import Failure, Parser, UsageError, check_target, choose_device, guarded, labelled, printable
+from command_line import Failure, Parser, UsageError, check_target, choose_device, guarded, labelled, printable, whole_number
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
@@ -40,11 +40,11 @@ def make_parser() -> Parser:
     what.add_argument("--text_key", default="text", metavar="KEY", help="the field or column with the text [text]")
     what.add_argument("--dataset", metavar="NAME", help="a prepared dataset")
     what.add_argument("--split", choices=("train", "val"), default="val", help="its split [val]")
-    what.add_argument("--max_tokens", type=_count, metavar="N", help="only the first N tokens")
+    what.add_argument("--max_tokens", type=whole_number, metavar="N", help="only the first N tokens")
     how = parser.add_argument_group("how")
-    how.add_argument("--context", type=_count, metavar="N", help="tokens that a window holds [the model's block_size]")
-    how.add_argument("--stride", type=_count, metavar="N", help="by how much a window moves, at most the context")
-    how.add_argument("--batch_size", type=_count, default=8, metavar="N", help="windows at a time [8]")
+    how.add_argument("--context", type=whole_number, metavar="N", help="tokens that a window holds [the model's block_size]")
+    how.add_argument("--stride", type=whole_number, metavar="N", help="by how much a window moves, at most the context")
+    how.add_argument("--batch_size", type=whole_number, default=8, metavar="N", help="windows at a time [8]")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N [auto]")
     how.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the computation [float32]"
@@ -52,16 +52,6 @@ def make_parser() -> Parser:
     how.add_argument("--json", metavar="FILE", help="where the score is written [beside the run; nowhere for other models]")
     how.add_argument("--debug", action="store_true", help="errors with their traceback")
     return parser
-
-
-def _count(text: str) -> int:
-    try:
-        number = float(text)
-        if number != int(number) or number < 1:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on") from None
-    return int(number)
 
 
 def run(options: argparse.Namespace) -> None:

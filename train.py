@@ -24,9 +24,9 @@ from data.preparation import ensure_prepared
 from data.token_dataset import DatasetError
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.hardware import best_dtype, device_peak
-from model_builder import build_model, initialize
+from model_builder import initialize
 from model_components import auxiliary_losses
-from training.activation_checkpointing import apply_activation_checkpointing
+from training.assembly import assemble, compile_blocks
 from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeights, read_state
 from training.continuing import check_same_objective, go_on, take_model
 from training.data_loader import DataLoader, WindowOrder, document_end, repetitions
@@ -34,7 +34,7 @@ from training.evaluation import Evaluator
 from training.objectives import OBJECTIVES, Objective, Tally
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
 from training.parallelism import choose, parallelize
-from training.precision import LossScale, SkipCounter, dropout_seed, set_compute_dtype
+from training.precision import LossScale, SkipCounter, dropout_seed
 from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
 from training.progress import Diverged, Progress, check_outcome, stop_if_diverged
 from training.report import Display, Report, closing_lines, open_report
@@ -158,7 +158,7 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
         rank=world.data_rank,
         world_size=world.data_size,
         order_version=start.saved["dataset"].get("order", 1) if start.resumes else WindowOrder.VERSION,
-        phases=[(-(-tokens // model_config.block_size), shares) for tokens, shares in dataset.phases],
+        phases=dataset.phases,
         eos_id=eos_id,
     )
     resources.callback(loader.close)
@@ -188,11 +188,7 @@ def make_learner(start: Start, machine: Machine, data: Data) -> Learner:
         check_same_objective(start.saved, objective.fingerprint(), str(start.origin.path))
     parallelism, why = choose_strategy(start, machine, data, objective)
     start.notes.extend([why] if why else [])
-    model = build_model(data.model_config, device="meta")
-    if objective.heads is not None:
-        model.add_module("objective", objective.heads.to("meta"))  # saved, initialised and shared as part of the model
-    set_compute_dtype(model, machine.compute_dtype)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
+    model = assemble(data.model_config, objective, config, machine.compute_dtype)
     parallel = parallelize(model, parallelism, machine.world, device, machine.compute_dtype, config.hsdp_shard_size)
     model.to_empty(device=device)
     initialize(model, config.seed, parallel.put, but=restored_names(start, model))
@@ -213,9 +209,7 @@ def make_learner(start: Start, machine: Machine, data: Data) -> Learner:
         ),
     )
     restore(start, machine, learner)
-    if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward)  # which changes no name and no result
+    compile_blocks(model, config, device)
     return learner
 
 

@@ -176,12 +176,12 @@ _FACTS = {
 _EVAL = {"step": Mandatory(int), "tokens": Mandatory(int), "val_loss": float, "bits_per_byte": float, "val_tokens": int}
 _TIME = {"event": Mandatory(str), "time": Mandatory(str)}
 EVENTS = {
-    "run_start": {**_TIME, **_FACTS},
-    "step": {**_TIME, "step": Mandatory(int), "tokens": Mandatory(int), "loss": float, "step_ms": {"total": float}},
-    "eval": {**_TIME, **_EVAL},
-    "checkpoint": {**_TIME, "step": Mandatory(int)},
-    "warning": {**_TIME, "message": str},
-    "run_end": {**_TIME, "outcome": Mandatory(str)},
+    "run_start": _FACTS,
+    "step": {"step": Mandatory(int), "tokens": Mandatory(int), "loss": float, "step_ms": {"total": float}},
+    "eval": _EVAL,
+    "checkpoint": {"step": Mandatory(int)},
+    "warning": {"message": str},
+    "run_end": {"outcome": Mandatory(str)},
 }
 DOCUMENT = {
     **_FACTS,
@@ -238,7 +238,7 @@ def _reduced(path: Path, skim: bool) -> dict[str, Any]:
                 continue
             try:
                 event = parse_json(line)
-                check_shape(event, Mandatory({"event": Mandatory(str), "time": Mandatory(str)}), "the line")
+                check_shape(event, Mandatory(_TIME), "the line")
                 check_shape(event, EVENTS.get(event["event"], {}))
                 if event["event"] == "run_start":
                     _check_schema(event, path)

@@ -104,7 +104,7 @@ def show_step(where: Path, step: int, rows: int) -> None:
         block_size,
         config["data_seed"],
         order_version=described.get("order", 1),
-        phases=[(-(-tokens // block_size), shares) for tokens, shares in dataset.phases],
+        phases=dataset.phases,
         prefetch=False,
     )
     parts, starts = loader.order.places(first, count)

@@ -438,7 +438,8 @@ def _how_to_prepare(folder: Path) -> str:
             return "Prepare your own text with: python data/textfile/prepare.py FILE --name=NAME, then use --dataset=NAME"
         return f"Prepare it with: python data/{folder.name}/prepare.py{again}"
     target = f"--name={folder.name}" if inside else f"--out={folder}"
-    return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}{again}"
+    copied = "Copy it again if it was copied from elsewhere; else prepare" if again else "Prepare"
+    return f"{copied} it from your own text with: python data/textfile/prepare.py FILE {target}{again}"
 
 
 def read_meta(folder: Path) -> dict:

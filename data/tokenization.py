@@ -22,7 +22,7 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -327,7 +327,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> HuggingFaceTokenizer:
-        """Read a local tokenizer.json, or a folder that has one. Nothing is fetched; see `make_tokenizer`."""
+        """Read a local tokenizer.json, or a folder that has one. Nothing is fetched; see `given_tokenizer`."""
         tokenizers = _import("tokenizers", "a Hugging Face tokenizer")
         path = Path(path).expanduser()
         file = path / TOKENIZER_FILE if path.is_dir() else path
@@ -476,6 +476,28 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     raise TokenizerError(
         f"{path} is of the unknown kind {kind!r} (known: char, byte, gpt2, or Hugging Face's form); update the program."
     )
+
+
+def make_tokenizer(
+    spec: str,
+    *,
+    texts: Callable[[], Iterable[str]],
+    training_texts: Callable[[], Iterable[str]],
+    bpe_vocab_size: int | None,
+    eos: bool,
+) -> Tokenizer:
+    """The tokenizer called `spec`: bpe, char, byte, or one that is given.
+
+    texts, training_texts: read what characters are collected from, and what a BPE is trained on; called only where they are
+    needed. bpe_vocab_size: that of a BPE. eos: whether characters and bytes get an id for the end of a document.
+    """
+    if spec == "bpe":
+        return HuggingFaceTokenizer.train(training_texts(), bpe_vocab_size)
+    if spec == "char":
+        return CharTokenizer.from_texts(texts(), eos=eos)
+    if spec == "byte":
+        return ByteTokenizer(eos=eos)
+    return given_tokenizer(spec)
 
 
 def given_tokenizer(spec: str) -> Tokenizer:

@@ -99,13 +99,14 @@ def estimate_memory(
     _check(
         config, batch_size, context, dtype, checkpointing, sharding, world_size, shard_size, device, gradient_accumulation_steps
     )
-    chain, tables = measured_pieces(config, batch_size, context, dtype, checkpointing, device, sharding is not None)
+    accumulates = gradient_accumulation_steps > 1
+    chain, tables = measured_pieces(config, batch_size, context, dtype, checkpointing, device, sharding is not None, accumulates)
     course = _Course(
         sharding,
         sharding.shards(world_size, shard_size) if sharding else 1,
         4 if dtype == "float32" else 2,
         optimizer,
-        gradient_accumulation_steps > 1,
+        accumulates,
         chain,
         config.padded_vocab_size * config.n_embd if config.weight_tying else 0,
     )

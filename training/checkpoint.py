@@ -39,9 +39,11 @@ from training.manifest import (
     FORMAT_VERSION,
     CheckpointError,
     FileEntry,
+    Removed,
     UnknownFormat,
     UnlistedFile,
     as_json,
+    damage,
     listed_files,
     model_of,
     read_state,
@@ -56,6 +58,7 @@ from training.shards import StoredTensors, held, kind_of, share_out, write_shard
 from training.tensor_files import SUFFIX, Written, write_streamed
 
 _STEP, _TEMPORARY, _REPLACED = "step_", ".writing_", ".replaced_"
+LOOKS = 3  # times at which a reader looks for checkpoints that a run removes before they are read
 _STREAM_BYTES = 256 << 20
 
 
@@ -175,9 +178,21 @@ class CheckpointStore:
 
         holding: as for `verify`. world: the processes that call this and share the work; alone if it is not given. among:
         which checkpoints count at all; rank 0 asks it. Raises
-        CheckpointError if there are checkpoints and every one is damaged, UnknownFormat and UnlistedFile at the first.
+        CheckpointError if there are checkpoints and every one is damaged, UnknownFormat and UnlistedFile at the first. Where
+        a run that goes on removes them meanwhile, those that it has written since are looked at.
         """
         world = world or World()
+        for _ in range(LOOKS - 1):
+            try:
+                return self._newest_intact(warn, holding, world, among)
+            except Removed:
+                pass
+        return self._newest_intact(warn, holding, world, among)
+
+    def _newest_intact(
+        self, warn: Callable[[str], None], holding: str | None, world: World, among: Callable[[Path], bool]
+    ) -> Path | None:
+        """As newest_intact, once; raises Removed where one of the checkpoints goes away meanwhile."""
         names, note = world.from_main(lambda: self._candidates(among))
         if note:
             warn(note)
@@ -186,7 +201,7 @@ class CheckpointStore:
             try:
                 verify(candidate, holding, world)
                 return candidate
-            except (UnknownFormat, UnlistedFile):  # not damaged: it is neither passed over nor moved out of the way
+            except (UnknownFormat, UnlistedFile, Removed):  # not damaged: it is neither passed over nor moved out of the way
                 raise
             except CheckpointError as error:
                 reasons.append(str(error))
@@ -424,7 +439,7 @@ def stored_tensors(checkpoint: Path, kinds: Collection[str] | None = None) -> St
                     raise ValueError(f"{part.path.name} holds {name}, which the manifest does not say of it")
         return stored
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {error}.") from error
+        raise damage(checkpoint, str(error)) from error
 
 
 def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str, ...] = (), world: World | None = None) -> None:
@@ -449,7 +464,7 @@ def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str,
         try:
             stored.load(wanted, world.moved)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"Checkpoint {checkpoint} cannot be read: {error}.") from error
+            raise damage(checkpoint, f"it cannot be read ({error})") from error
 
     world.everywhere(load, f"reading {checkpoint}")
 

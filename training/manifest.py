@@ -69,8 +69,22 @@ class UnknownFormat(CheckpointError):
     """A checkpoint of another format version: it is whole, but this code does not know how to read it."""
 
 
+class Removed(CheckpointError):
+    """A checkpoint that was there is there no more: its run goes on, and keeps the latest ones only."""
+
+
 class UnlistedFile(CheckpointError):
     """A checkpoint's folder holds a file that its manifest does not list, and that would be read by somebody."""
+
+
+def damage(checkpoint: Path, problem: str) -> CheckpointError:
+    """The error that says what is wrong with a checkpoint. A folder that is gone was not damaged, it was removed."""
+    if not checkpoint.exists():
+        return Removed(
+            f"Checkpoint {checkpoint} was removed while it was read; a run that goes on keeps its latest ones only (keep_last). "
+            "Try again with the run's out_dir, whose latest one is taken."
+        )
+    return CheckpointError(f"Checkpoint {checkpoint} is damaged: {problem}.")
 
 
 def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[str, Any]:
@@ -79,7 +93,7 @@ def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[st
     state = _read_versioned(checkpoint / "state.json", STATE)
     missing = [key for key in needs if not isinstance(state.get(key), dict)]
     if missing:
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its state.json has no {', '.join(missing)}.")
+        raise damage(checkpoint, f"its state.json has no {', '.join(missing)}")
     return state
 
 
@@ -104,11 +118,11 @@ def listed_files(checkpoint: Path) -> dict[str, FileEntry]:
     """
     files = _read_versioned(checkpoint / "manifest.json", MANIFEST)["files"]
     if "state.json" not in files:
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
+        raise damage(checkpoint, "its manifest lists no files with size and checksum")
     for name in files:
         plain = name == os.path.basename(name) and not set("\\\0") & set(name)
         if not plain or (checkpoint / name).resolve().parent != checkpoint.resolve():
-            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists {name!r}, which is not a file in it.")
+            raise damage(checkpoint, f"its manifest lists {name!r}, which is not a file in it")
     for unlisted in _unlisted(checkpoint, files):
         raise UnlistedFile(
             f"{unlisted} is not of this checkpoint: its manifest does not list it. Nothing but what is listed is loaded; move it "
@@ -139,7 +153,9 @@ def verify(checkpoint: Path, holding: str | None = None, world: World | None = N
 
     def check() -> tuple[type[CheckpointError], str] | None:
         try:
-            return (CheckpointError, problem) if (problem := _damage(checkpoint, holding, world)) else None
+            if problem := _problem(checkpoint, holding, world):
+                raise damage(checkpoint, problem)
+            return None
         except CheckpointError as error:
             return type(error), str(error)
 
@@ -148,7 +164,7 @@ def verify(checkpoint: Path, holding: str | None = None, world: World | None = N
         raise kind(text)
 
 
-def _damage(checkpoint: Path, holding: str | None, world: World) -> str | None:
+def _problem(checkpoint: Path, holding: str | None, world: World) -> str | None:
     """What is wrong with this process's share of the files, or None."""
     files = listed_files(checkpoint)
     wanted = {name: entry for name, entry in sorted(files.items()) if holding in (None, *(entry.get("holds") or [holding]))}
@@ -171,8 +187,7 @@ def _damage(checkpoint: Path, holding: str | None, world: World) -> str | None:
             return f"{name} cannot be read ({error.strerror})"
 
     with ThreadPoolExecutor(threads()) as pool:
-        problem = next(filter(None, pool.map(check, mine)), None)
-    return f"Checkpoint {checkpoint} is damaged: {problem}." if problem else None
+        return next(filter(None, pool.map(check, mine)), None)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -188,7 +203,7 @@ def _read_versioned(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
     content = _read_json(path)
     version = content.get("format_version")
     if version is None:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: its {path.name} does not name a format version.")
+        raise damage(path.parent, f"its {path.name} does not name a format version")
     if version != FORMAT_VERSION:
         raise UnknownFormat(
             f"{path.parent} has checkpoint format {version!r}, and this version of kitbash reads {FORMAT_VERSION}. "
@@ -197,7 +212,7 @@ def _read_versioned(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
     try:
         check_shape(content, shape)
     except ValueError as error:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: in its {path.name}, {error}.") from error
+        raise damage(path.parent, f"in its {path.name}, {error}") from error
     return content
 
 
@@ -208,7 +223,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError("not a JSON object")
         return document
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+        raise damage(path.parent, f"{path.name} cannot be read ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------- writing

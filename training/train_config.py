@@ -266,6 +266,10 @@ class TrainConfig(_ModelKeys):
                 f"weights that are there: --init_from=weights:{self.init_from}. To go on with the run that made them: --resume, "
                 "with its --out_dir."
             )
+        if self.init_from in ("weights:", "hf:"):
+            problems.append(
+                f"init_from={self.init_from!r} names nothing after the colon; give a path, such as {self.init_from}out/x."
+            )
         device = self.device.split(":")[0]
         if device not in ("auto", "cpu", "cuda"):
             problems.append(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N.")
