@@ -18,6 +18,7 @@ import torch
 
 from command_line import Failure, choose_device, guarded
 from configurator import ConfigError, Configuration, configure, print_config, print_help, switches_in
+from data.files import remove_empty
 from data.mixture import dataset_names, open_dataset, portable_spec
 from data.preparation import ensure_prepared
 from data.token_dataset import DatasetError
@@ -47,6 +48,7 @@ from training.starting import (
     launch_warnings,
     prepare_out_dir,
     resume_command,
+    starts_from_files,
     tokenizer_warnings,
 )
 from training_logger import remove_leftovers
@@ -70,7 +72,7 @@ def find_start(configuration: Configuration, world: World, display: Display) -> 
             notes += overruled
         else:
             configuration = go_on(configuration, saved, str(origin.path))
-            progress = Progress.restored(saved.get("progress"), origin.path)
+            progress = Progress.restored(saved, origin.path)
     elif problems := configuration.train.problems():  # resume=auto that found nothing
         raise ConfigError("\n".join(problems))
     if not origin or not store.holds(origin.path):
@@ -85,7 +87,7 @@ def open_out_dir(start: Start, world: World, resources: ExitStack) -> Saver:
     config, store = start.config, start.store
     store.world = world.beside() if config.async_checkpoint else world
     saver = BackgroundSaver(store) if config.async_checkpoint else Saver(store)
-    prepare_out_dir(config.out_dir, world)
+    resources.callback(remove_empty, prepare_out_dir(config.out_dir, world))
     if not config.eval_only:
         world.everywhere(store.check_writable)
         world.from_main(lambda: resources.enter_context(store.lock()))
@@ -107,7 +109,7 @@ def prepare_machine(start: Start, world: World, device: torch.device) -> Machine
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(dropout_seed(config.seed, world.data_rank))  # the weights have seeds of their own
-    peaks = world.everywhere(lambda: device_peak(device, dtype))
+    peaks = world.everywhere(lambda: device_peak(device, dtype, config.peak_tflops))
     peak = None if None in peaks else dataclasses.replace(peaks[0], flops=sum(peak.flops for peak in peaks))
     return Machine(world, device, dtype, peak)
 
@@ -331,9 +333,12 @@ def main(argv: list[str]) -> int:
         if "help" in switches:
             print_help(__doc__)
             return 0
-        configuration = configure(argv)
+        configuration, vocabulary = configure(argv), None
         if "print_config" in switches:
-            print_config(configuration)
+            if starts_from_files(configuration.train):  # its configuration is then theirs in part
+                start = find_start(configuration, World(), Display(stream=sys.stderr))
+                configuration, vocabulary = start.configuration, start.vocabulary
+            print_config(configuration, vocabulary)
             return 0
         return run(configuration, resume_command(argv))
 

@@ -161,12 +161,12 @@ _FACTS = {
     "length": int,
     "tokens_per_iteration": int,
     "resumed_from": {"run": str, "checkpoint": str, "step": int},
-    "config": {"dataset": str, "out_dir": str, "seed": object, "data_seed": object},
+    "config": {"dataset": str, "out_dir": str, "*": object},
     "origins": dict,
     "model": {
         "name": str,
         "fingerprint": str,
-        "config": dict,
+        "config": {"*": object},
         "parameters": float,
         "flops_per_token": {"full": float, "causal": float, "hardware": float},
     },
@@ -346,6 +346,14 @@ class TrainingLogger:
         self._record("run_start", schema_version=SCHEMA_VERSION, resumed_from=self._resumed_from, **facts)
         self._write_document()
         self._may_fail = True
+
+    def discard(self) -> None:
+        """Take away the log of a run whose start failed before anything was written to it."""
+        if self._file is not None and os.fstat(self._file).st_size == 0:
+            os.close(self._file)
+            self._file = None
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
     def step(
         self,

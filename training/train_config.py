@@ -129,6 +129,7 @@ class TrainConfig(_ModelKeys):
     )
     warmup_iters: int = _key(0, "iterations over which the learning rate rises linearly to its peak", "schedule", resume="fixed")
     min_lr: float | None = _key(None, "learning rate at the end of the schedule [learning_rate / 10]", "schedule", resume="fixed")
+    min_lr_ratio: float | None = _key(None, "min_lr as a share of learning_rate, instead of min_lr", "schedule", resume="fixed")
     lr_decay_iters: int | None = _key(None, "iteration at which the learning rate reaches min_lr [the run's length]", "schedule")
     lr_decay_fraction: float = _key(0.2, "share of lr_decay_iters over which lr_schedule=wsd decays", "schedule", resume="fixed")
     max_iters: int | None = _key(None, "length of the run in iterations", "schedule")
@@ -184,6 +185,12 @@ class TrainConfig(_ModelKeys):
     collective_timeout: int = _key(
         600, "seconds without progress after which several processes give up and say who hangs", "execution"
     )
+    peak_tflops: float | None = _key(
+        None,
+        "dense peak of one device in the compute dtype, in TFLOP/s, which mfu is measured against, for what is not in the table "
+        "of flops_parameter_counting/hardware.py [the table's; a CPU's is measured]",
+        "execution",
+    )
     threads: int | None = _key(None, "CPU threads [PyTorch's choice; a resumed run: as before]", "execution")
 
     def __getattr__(self, name: str) -> Any:  # only for what is no field
@@ -236,9 +243,9 @@ class TrainConfig(_ModelKeys):
             if getattr(self, key) is not None and not least <= getattr(self, key) < math.inf
         ]
         problems += [
-            f"{key}={getattr(self, key)} must be below {most}."
+            f"{key}={getattr(self, key)} must be below {most:,}."
             for key, most in _BELOW.items()
-            if getattr(self, key) is not None and getattr(self, key) >= most
+            if getattr(self, key) is not None and most <= getattr(self, key) < math.inf
         ]
         if not self.out_dir:
             problems.append("out_dir='' is empty; name a folder.")
@@ -250,6 +257,8 @@ class TrainConfig(_ModelKeys):
                 problems.append(f"{key}={getattr(self, key)} must be in [0, 1).")
         if not 0 < self.lr_decay_fraction <= 1:
             problems.append(f"lr_decay_fraction={self.lr_decay_fraction} must be in (0, 1].")
+        if self.min_lr_ratio is not None and not 0 <= self.min_lr_ratio <= 1:
+            problems.append(f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]: it is a share of learning_rate.")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             problems.append(
                 f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it (the usual choice is a tenth)."
@@ -311,9 +320,29 @@ _AT_LEAST = dict(
     hsdp_shard_size=2,
     collective_timeout=1,
     price_per_gpu_hour=0,
+    peak_tflops=1e-6,
 )
 
-_BELOW = dict(seed=2**63, data_seed=2**63, threads=1025)
+# Beyond these no run is meant, and counting would overflow, or take until tomorrow, before anything is said.
+_COUNTS = ("total_batch_tokens", "max_iters", "max_tokens", "max_train_tokens", "warmup_iters", "lr_decay_iters")
+_INTERVALS = ("eval_interval", "eval_iters", "patience", "log_interval", "save_interval", "keep_last", "nonfinite_limit")
+_BELOW = dict(
+    seed=2**63,
+    data_seed=2**63,
+    threads=1025,
+    batch_size=2**31,
+    gradient_accumulation_steps=2**31,
+    hsdp_shard_size=2**20,
+    collective_timeout=10**7,
+    epochs=10**9,
+    learning_rate=1e40,
+    weight_decay=1e40,
+    grad_clip=1e40,
+    adam_eps=1e40,
+    price_per_gpu_hour=10**12,
+    peak_tflops=10**9,
+    **dict.fromkeys((*_COUNTS, *_INTERVALS), 10**15),
+)
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "own"}  # the keys that are always there
 FIELDS = {"arch_preset": FIELDS["arch_preset"], **FIELDS}
@@ -368,14 +397,18 @@ GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "e
 EXCLUSIVE = (
     ("max_iters", "max_tokens", "epochs"),
     ("gradient_accumulation_steps", "total_batch_tokens"),
+    ("min_lr", "min_lr_ratio"),
     ("d_ff", "ffn_expansion_ratio"),
 )
 
-# Other names of keys' values: {alias: (key, value)}; alias=True says key=value, alias=False nothing.
-ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "fsdp")}
-
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that goes on
-OF_THE_MACHINE = ("device", "parallelism", "hsdp_shard_size", "collective_timeout")  # never taken from a checkpoint
+OF_THE_MACHINE = (
+    "device",
+    "parallelism",
+    "hsdp_shard_size",
+    "collective_timeout",
+    "peak_tflops",
+)  # never taken from a checkpoint
 OF_THE_START = ("out_dir", "init_from", "resume")  # where this start of the run begins and writes
 
 
