@@ -87,7 +87,7 @@ def test_best_is_the_best_of_those_that_were_saved_also_after_going_on(tmp_path,
 
 
 def test_a_snapshot_every_n_epochs_stays_also_after_going_on(tmp_path, tiny_dataset):
-    """An epoch of 640 tokens is 10 steps. The run stops at step 14, in the second epoch, and goes on."""
+    """An epoch of 640 tokens is 10 steps. The run stops in mid-epoch, at step 24, and goes on."""
     run = (*TINY_RUN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path}", "--max_train_tokens=640", "--eval_interval=0")
     run += ("--epochs=6", "--snapshot_epochs=2", "--save_interval=7", "--keep_last=1", "--lr_schedule=constant")
     store = CheckpointStore(tmp_path)
@@ -95,13 +95,8 @@ def test_a_snapshot_every_n_epochs_stays_also_after_going_on(tmp_path, tiny_data
     assert [int(path.name[-9:]) for path in store.all()] == [20, 24]
     assert train.main([*run, "--resume"]) == 0
     assert [int(path.name[-9:]) for path in store.snapshots()] == [20, 40, 60]
-    best = store.pointed("best")
-    assert [int(path.name[-9:]) for path in store.all()] == [
-        20,
-        *([int(best.name[-9:])] if best.name[-2:] == "24" else []),
-        40,
-        60,
-    ]
+    others = {path.name for path in store.all()} - {path.name for path in store.snapshots()}
+    assert others <= {store.pointed("best").name}
 
 
 @pytest.mark.parametrize(
