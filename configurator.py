@@ -329,6 +329,12 @@ def configure(argv: list[str]) -> Configuration:
         except ConfigError as error:
             problems.append(f"--{error}")
     values = _in_tokens(_overlay(values, line, "the command line", problems), problems)
+    sized = values.keys() & {"batch_size", "total_batch_tokens"} or values.get("resume", ("no",))[0] != "no"
+    if values.get("micro_batch", (None,))[0] == "auto" and not sized:
+        problems.append(
+            "micro_batch=auto (batch_size=auto) needs the size of the global batch: give --total_batch_tokens=…, or a "
+            "batch_size=… in the config file, whose global batch is kept."
+        )
     train = TrainConfig.of({key: value for key, (value, _) in values.items()})
     train = replace(train, out_dir=os.path.expanduser(train.out_dir))
     unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]

@@ -30,9 +30,10 @@ from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeigh
 from training.continuing import check_same_objective, go_on, take_model
 from training.data_loader import DataLoader, WindowOrder, document_end, repetitions
 from training.evaluation import Evaluator
+from training.fitting import fit_into_memory, settle_micro_batch
 from training.objectives import OBJECTIVES, Objective, Tally
-from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
-from training.parallelism import choose, parallelize
+from training.optimizers import Optimizer, clip_and_check
+from training.parallelism import parallelize
 from training.precision import LossScale, SkipCounter, dropout_seed, set_compute_dtype
 from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
 from training.progress import Diverged, Progress, check_outcome, stop_if_diverged
@@ -167,25 +168,17 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     return Data(dataset, portable_spec(dataset, config.dataset), loader, model_config, sequences, length, warnings)
 
 
-def choose_strategy(start: Start, machine: Machine, data: Data, objective: Objective) -> tuple[str, str]:
-    """The name of the strategy, and a sentence about it where parallelism='auto' chose it."""
-    config, world = start.config, machine.world
-    if config.parallelism != "auto":
-        return config.parallelism, ""
-    if start.resumes and start.saved["world_size"] == world.size > 1 and "parallelism" in start.saved:
-        return start.saved["parallelism"], ""  # whatever is free at this moment: a restart changes nothing
-    rule, extra = OPTIMIZERS[config.optimizer].rule, objective.memory(config.batch_size, data.model_config.block_size)
-    return world.from_main(lambda: choose(config, data.model_config, world, machine.device, machine.dtype, rule, extra))
-
-
-def make_learner(start: Start, machine: Machine, data: Data) -> Learner:
-    """Build the model, share it, and give it the weights that the run starts from."""
-    config, device = start.config, machine.device
-    objective = OBJECTIVES[config.objective](config, data.model_config)
+def make_objective(start: Start, data: Data) -> Objective:
+    """What is minimised; of a run that goes on, the same as before."""
+    objective = OBJECTIVES[start.config.objective](start.config, data.model_config)
     if start.resumes:
         check_same_objective(start.saved, objective.fingerprint(), str(start.origin.path))
-    parallelism, why = choose_strategy(start, machine, data, objective)
-    start.notes.extend([why] if why else [])
+    return objective
+
+
+def make_learner(start: Start, machine: Machine, data: Data, objective: Objective, parallelism: str) -> Learner:
+    """Build the model, share it, and give it the weights that the run starts from."""
+    config, device = start.config, machine.device
     model = build_model(data.model_config, device="meta")
     if objective.heads is not None:
         model.add_module("objective", objective.heads.to("meta"))  # saved, initialised and shared as part of the model
@@ -246,7 +239,7 @@ def train(
 
         tally = Tally(data.tokens, machine.device)
         scale = loss_scale.scale / data.tokens
-        for micro_batch in learner.parallel.accumulate(batch.split(config.batch_size)):
+        for micro_batch in learner.parallel.accumulate(batch.split(config.micro_batch_size)):
             with auxiliary_losses(scale) as auxiliary:
                 losses, count, figures = objective(model, micro_batch.to(machine.device))
             (losses * scale).backward()
@@ -295,15 +288,20 @@ def run(configuration: Configuration, to_go_on: str) -> int:
         world = resources.enter_context(join(device, timeout=asked.collective_timeout, alone=alone))
         display = Display(enabled=world.is_main)
         start = find_start(configuration, world, display)
-        config, progress = start.config, start.progress
+        progress = start.progress
         saver = open_out_dir(start, world, resources)
         machine = prepare_machine(start, world, device)
         data = open_data(start, machine, resources)
-        if start.resumes and progress.step >= data.length and not config.eval_only:
+        if start.resumes and progress.step >= data.length and not start.config.eval_only:
             display.line(f"nothing to do: {progress.step} of {data.length} iterations are done; --max_iters says how many.")
             return 0
-        learner = make_learner(start, machine, data)
-        identity = describe(start, machine, data, learner)
+        objective = make_objective(start, data)
+        fit = fit_into_memory(start, machine, data, objective)
+        if fit.too_large:
+            display.line(f"warning: {fit.in_words()}")  # now, as the next line may be the last one
+        learner = make_learner(start, machine, data, objective, fit.parallelism)
+        start = settle_micro_batch(start, machine, data, learner, fit)
+        config, identity = start.config, describe(start, machine, data, learner)
         report = open_report(start, machine, data, learner, identity, display)
         for warning in [*data.warnings, *world.from_main(launch_warnings)]:
             report.warn(warning)

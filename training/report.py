@@ -79,7 +79,7 @@ def start_report(start: Start, machine: Machine, data: Data, learner: Learner, d
         (
             "batch",
             f"{sequences} sequences × {model.block_size} tokens = {tokens:,} tokens per iteration, in "
-            f"micro-batches of {min(config.batch_size, sequences)}",
+            f"micro-batches of {min(config.micro_batch_size, sequences)}",
         ),
         (
             "length",

@@ -102,6 +102,12 @@ class TrainConfig(_ModelKeys):
     )
     data_seed: int = _key(1337, "random seed of the order in which the data is read", "data", resume="fixed")
     batch_size: int = _key(12, "sequences in a micro-batch, at most", "data")
+    micro_batch: Literal["auto"] | int | None = _key(
+        None,
+        "sequences in a micro-batch where it is not batch_size, the global batch staying what it is; auto (also "
+        "--batch_size=auto): the largest that fits into memory; a resumed run keeps what was chosen",
+        "execution",
+    )
     gradient_accumulation_steps: int = _key(
         1, "micro-batches a step: the global batch is batch_size × this many sequences on any machine", "data"
     )
@@ -229,6 +235,11 @@ class TrainConfig(_ModelKeys):
             return self.total_batch_tokens // block_size
         return self.batch_size * self.gradient_accumulation_steps
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in a micro-batch, at most; batch_size as long as micro_batch=auto is not settled."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else self.batch_size
+
     def problems(self, with_model: bool = True) -> list[str]:
         """Every reason why this run cannot start, one sentence each.
 
@@ -244,6 +255,8 @@ class TrainConfig(_ModelKeys):
             for key, most in _BELOW.items()
             if getattr(self, key) is not None and getattr(self, key) >= most
         ]
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            problems.append(f"micro_batch={self.micro_batch} must be at least 1, or auto.")
         if not self.out_dir:
             problems.append("out_dir='' is empty; name a folder.")
         for key in ("learning_rate", "adam_eps"):
