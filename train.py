@@ -4,6 +4,7 @@ python train.py [config/x.py | run_….json] [--key=value | --key value | --flag
 python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
 python train.py config/quickstart.py --resume
 python train.py --help | config/x.py --print_config
+python train.py config/x.py --check                                        # can it run here, and what will it cost
 torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 """
 
@@ -26,6 +27,7 @@ from flops_parameter_counting.hardware import best_dtype, device_peak
 from model_builder import build_model, initialize
 from model_components import auxiliary_losses
 from training.activation_checkpointing import apply_activation_checkpointing
+from training.checking import inspected
 from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeights, read_state
 from training.continuing import check_same_objective, go_on, take_model
 from training.data_loader import DataLoader, WindowOrder, document_end, repetitions
@@ -327,6 +329,20 @@ def run(configuration: Configuration, to_go_on: str) -> int:
     return 0
 
 
+def check(configuration: Configuration) -> int:
+    """Say whether the run could start on this machine and what it would cost, without writing anything. Exit code."""
+    asked, here = configuration.train, launched_as()
+    device = choose_device(asked.device, here.local_rank, here.local_size)
+    with ExitStack() as resources:
+        world = resources.enter_context(join(device, timeout=asked.collective_timeout))
+        display = Display(enabled=world.is_main)
+        start = find_start(configuration, world, display)
+        machine = prepare_machine(start, world, device)
+        said, possible = inspected(start, machine, lambda: open_data(start, machine, resources))
+        display.line(said)
+    return 0 if possible else 1
+
+
 def main(argv: list[str]) -> int:
     """Parse, then train; returns the exit code."""
 
@@ -339,6 +355,8 @@ def main(argv: list[str]) -> int:
         if "print_config" in switches:
             print_config(configuration)
             return 0
+        if "check" in switches:
+            return check(configuration)
         return run(configuration, resume_command(argv))
 
     return guarded("train.py", argv, job, may_say=first_to_say, rank=rank() if launched() else None)

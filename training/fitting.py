@@ -115,7 +115,7 @@ class Demand:
                 break
         if not found:
             found = [
-                f"{world} processes with --parallelism=fsdp"
+                f"{world} processes, each with as much memory, with --parallelism=fsdp"
                 for world in WORLDS
                 if world > processes and self.sequences % world == 0 and self.needs(1, "fsdp", world) <= room
             ][:1]
@@ -162,8 +162,8 @@ def fit_into_memory(start: Start, machine: Machine, data: Data, objective: Objec
     return world.from_main(lambda: laid_out(start, demand, world, device, available))
 
 
-def laid_out(start: Start, demand: Demand, world: World, device: torch.device, available: float) -> Fit:
-    """`fit_into_memory`, by one process."""
+def laid_out(start: Start, demand: Demand, world: World, device: torch.device, available: float, closely: bool = False) -> Fit:
+    """`fit_into_memory`, by one process. `closely`: also for a run that certainly fits, what it needs."""
     config, processes, room = start.config, world.data_size, usable(device, available)
     parallelism, why = config.parallelism, ""
     if parallelism == "auto":
@@ -176,7 +176,7 @@ def laid_out(start: Start, demand: Demand, world: World, device: torch.device, a
     share = max(1, demand.sequences // processes)
     auto = config.micro_batch == "auto"
     micro_batch = min(share, config.micro_batch_size)
-    if not auto and rough_bound(demand, micro_batch) * (1 if parallelism == "none" else 2) < SMALL * available:
+    if not auto and not closely and rough_bound(demand, micro_batch) * (1 if parallelism == "none" else 2) < SMALL * available:
         return Fit(parallelism, micro_batch, None, available)
     try:
         kept = start.saved["config"].get("micro_batch") if start.resumes else None
