@@ -34,6 +34,7 @@ from training.data_loader import DataLoader, WindowOrder, document_end, repetiti
 from training.evaluation import Evaluator
 from training.fitting import fit_into_memory, settle_micro_batch
 from training.objectives import OBJECTIVES, Objective, Tally
+from training.observing import Observer
 from training.optimizers import Optimizer, clip_and_check
 from training.parallelism import parallelize
 from training.precision import LossScale, SkipCounter, dropout_seed, set_compute_dtype
@@ -223,6 +224,7 @@ def train(
     evaluate: Evaluator,
     report: Report,
     checkpoints: Checkpoints,
+    observer: Observer,
     stop: StopRequest,
 ) -> str:
     """Train until the run's length, a request to stop or the end of patience; returns the outcome."""
@@ -241,14 +243,16 @@ def train(
 
         tally = Tally(data.tokens, machine.device)
         scale = loss_scale.scale / data.tokens
-        for micro_batch in learner.parallel.accumulate(batch.split(config.micro_batch_size)):
-            with auxiliary_losses(scale) as auxiliary:
-                losses, count, figures = objective(model, micro_batch.to(machine.device))
-            (losses * scale).backward()
-            tally.add(losses, count, {**figures, **auxiliary.totals})
+        with observer.forward(progress.step):
+            for micro_batch in learner.parallel.accumulate(batch.split(config.micro_batch_size)):
+                with auxiliary_losses(scale) as auxiliary:
+                    losses, count, figures = objective(model, micro_batch.to(machine.device))
+                (losses * scale).backward()
+                tally.add(losses, count, {**figures, **auxiliary.totals})
         loss, share, figures = tally.over(world.sum)  # of the global batch
         meter.lap("compute")
 
+        observer.backward_done(progress.step, loss_scale.scale * share)
         lr = learning_rate(progress.step, config, data.length)
         grad_norm, skip = clip_and_check(model, loss, config.grad_clip, loss_scale.scale * share)
         optimizer.step(lr, skip)  # skip: something is not finite, which only the device knows
@@ -263,6 +267,7 @@ def train(
         last = progress.step == data.length
         if last or progress.step % config.log_interval == 0:
             report.step(progress, loss, lr, grad_norm, figures, learner.skips)
+        observer.step_done(progress, loss, last)
         stop_if_diverged(progress, learner.skips, config.nonfinite_limit, start.store)
         if last or (config.eval_interval and progress.step % config.eval_interval == 0):
             with meter.excluded():
@@ -315,9 +320,10 @@ def run(configuration: Configuration, to_go_on: str) -> int:
                 outcome = "evaluated"
             else:
                 checkpoints = Checkpoints(saver, start, machine, data, learner, report, identity)
+                observer = Observer(start, machine, data, learner, report)
                 display.start_bar(progress.step, data.length)
                 with stop:
-                    outcome = train(start, machine, data, learner, evaluate, report, checkpoints, stop)
+                    outcome = train(start, machine, data, learner, evaluate, report, checkpoints, observer, stop)
         except (Diverged, NonFiniteWeights):
             outcome = "diverged"
             raise

@@ -124,6 +124,8 @@ LONG = (
     "test_model_components.py::test_a_token_changes_no_logits",
     "test_new_parts.py",
     "test_preparation.py",
+    "test_observing.py::test_a_planted",
+    "test_observing.py::test_w",
     "test_prepare_command.py",
     "test_readme.py",
     "test_registered_entries.py",

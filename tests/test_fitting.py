@@ -48,6 +48,9 @@ def test_the_search_ends_within_a_tenth_or_one_sequence_of_the_largest_that_work
         assert len(asked) <= 2 + 11 + 5 and asked[0] == first
     with pytest.raises(Failure, match="one sequence"):
         largest_that_runs(lambda rows: False, 8)
+    for limit in (8, 9, 11, 30, 64, 100):  # where more may be tried than was predicted
+        found = largest_that_runs(lambda rows: rows <= limit, 8, most=64)
+        assert found <= min(limit, 64) and min(limit, 64) - found <= max(1, 0.1 * limit)
 
 
 @pytest.mark.parametrize("share", [0.6, 1.5])
@@ -229,8 +232,8 @@ def test_auto_is_within_a_tenth_of_the_largest_that_runs(tmp_path, tiny_dataset,
         f"--dataset={tiny_dataset}",
         "--save_interval=-1",
     ]
-    words += ["--max_iters=1", "--eval_interval=0", f"--total_batch_tokens={64 * 256}", "--vocab_size=4096"]
-    limit = 900_000_000
+    words += ["--max_iters=1", "--eval_interval=0", f"--total_batch_tokens={256 * 256}", "--vocab_size=8192"]
+    limit = 2_000_000_000
 
     def start(micro_batch, number):
         run = [*words, f"--micro_batch={micro_batch}", f"--out_dir={tmp_path / str(number)}"]

@@ -21,7 +21,7 @@ from model_builder import Transformer
 from model_components import auxiliary_losses
 from model_config import ModelConfig
 from training.batch import Batch
-from training.meter import free_memory
+from training.meter import free_memory, own_limits
 from training.objectives import Objective
 from training.optimizers import OPTIMIZERS, clip_and_check
 from training.parallelism import STRATEGIES, choose
@@ -209,28 +209,36 @@ def settle_micro_batch(start: Start, machine: Machine, data: Data, learner: Lear
         return start
     micro_batch, tried = fit.micro_batch, ""
     if fit.chosen and not machine.world.grouped and not start.config.eval_only:
-        micro_batch = largest_that_runs(lambda rows: runs(start, machine, data, learner, rows), fit.micro_batch)
+        can_be_caught = machine.device.type == "cuda" or own_limits()  # a machine that is full ends processes instead
+        most = data.sequences if can_be_caught else 0
+        micro_batch = largest_that_runs(lambda rows: runs(start, machine, data, learner, rows), fit.micro_batch, most)
         tried = ", tried"
-    needed = f"about {_gb(fit.needed)} of {_gb(fit.available)} GB" if micro_batch == fit.micro_batch else "as much as ran"
+    needed = f"predicted {_gb(fit.needed)} of {_gb(fit.available)} GB" if micro_batch == fit.micro_batch else "as much as ran"
     start.notes.append(f"micro-batches of {micro_batch} sequences (batch_size=auto): {needed}{tried}")
     config = start.config.with_values({"micro_batch": micro_batch})
     return replace(start, configuration=replace(start.configuration, train=config))
 
 
-def largest_that_runs(works: Callable[[int], bool], first: int) -> int:
+def largest_that_runs(works: Callable[[int], bool], first: int, most: int = 0) -> int:
     """`first` if that works; else half of it and so on, and from there up again to within a tenth of what fails.
 
+    most: up to so many, a fifth more is tried as long as that works; for where running out of memory can be caught.
     Raises Failure where not even one sequence works.
     """
-    failed, rows = math.inf, first
+    rows, failed = first, math.inf
     while not works(rows):
-        failed = rows
         if rows == 1:
             raise Failure(
                 "Out of memory with micro-batches of one sequence. Use --activation_checkpointing=full, a smaller --block_size "
                 "or model, or several processes with --parallelism=fsdp."
             )
-        rows = rows // 2
+        failed, rows = rows, rows // 2
+    while math.isinf(failed) and rows < most:
+        more = min(most, max(rows + 1, int(1.2 * rows)))
+        if works(more):
+            rows = more
+        else:
+            failed = more
     while math.isfinite(failed) and failed - rows > max(1, 0.08 * rows):
         middle = (rows + int(failed)) // 2
         if works(middle):
@@ -246,6 +254,7 @@ def runs(start: Start, machine: Machine, data: Data, learner: Learner, rows: int
     A few micro-batches of the step to come, forward and backward, without the update.
     """
     model, device = learner.model, machine.device
+    learner.optimizer.state()  # is made at the first update otherwise
     kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     devices = [device] if device.type == "cuda" else []
     was_training = model.training

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from command_line import duration, labelled
+from command_line import duration, labelled, printable
 from flops_parameter_counting.hardware import Peak, measure_cpu_peak
 from flops_parameter_counting.parameters import count_active_parameters, count_padding, count_parameters
 from model_config import COMPONENT_KINDS, component, model_keys, shortest_pattern
@@ -299,6 +299,23 @@ class Report:
             **({"val_loss_by_source": found.by_source} if found.by_source else {}),
         )
         self.display.line(evaluation_line(progress.step, found, progress.is_best))
+
+    def statistics(self, step: int, found: dict[str, Any]) -> None:
+        """Norms of one step: all of them to the log, the extremes to the terminal."""
+        self.logger.statistics(step, **found)
+        gradients, activations = found["gradient_norm"], found["activation_rms"]
+        most = max(gradients, key=gradients.get)
+        words = [f"stats at {step}", f"largest gradient norm {gradients[most]:.3g} ({most})"]
+        if activations:
+            words.append(f"output rms {min(activations.values()):.3g} to {max(activations.values()):.3g}")
+        if found["largest_logit"] is not None:
+            words.append(f"largest logit {found['largest_logit']:.3g}")
+        self.display.line(" | ".join(words))
+
+    def sample(self, step: int, text: str) -> None:
+        """A sample of text."""
+        self.logger.sample(step, text)
+        self.display.line(f"sample at {step} | {printable(text)}")
 
     def end(self, outcome: str, progress: Progress, processes: int, price_per_hour: float | None) -> dict[str, float | None]:
         """Close bar, profiler and log, with how the run came out. Returns what it took: seconds, device-hours, their price."""

@@ -157,6 +157,12 @@ class TrainConfig(_ModelKeys):
     snapshot_epochs: float | None = _key(
         None, "passes over the training data between snapshots: checkpoints that stay, whatever keep_last says", "watching"
     )
+    sample_interval: int = _key(0, "iterations between samples of text, on the terminal and in the log; 0: none", "watching")
+    sample_prompt: str = _key("", "what samples continue [the end of a document]", "watching")
+    sample_tokens: int = _key(64, "tokens of a sample", "watching")
+    stats_interval: int = _key(
+        0, "iterations between norms of each block's output and gradient and the largest logit, in the log; 0: none", "watching"
+    )
     nonfinite_limit: int = _key(20, "skipped updates in a row (non-finite gradients) that stop the run", "watching")
 
     tensorboard: bool = _key(False, "also write event files to out_dir/tensorboard", "watching")
@@ -325,6 +331,9 @@ _AT_LEAST = dict(
     save_interval=-1,
     keep_last=1,
     nonfinite_limit=1,
+    sample_interval=0,
+    sample_tokens=1,
+    stats_interval=0,
     threads=1,
     min_lr=0,
     seed=0,
