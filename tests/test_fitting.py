@@ -220,20 +220,12 @@ sys.exit(train.main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["--arch_preset=gpt2 --block_size=128", "--arch_preset=llama --block_size=256"])
+@pytest.mark.parametrize("shape", ["--arch_preset=gpt2 --block_size=64", "--arch_preset=llama --block_size=128 --n_layer=4"])
 def test_auto_is_within_a_tenth_of_the_largest_that_runs(tmp_path, tiny_dataset, run_python, shape):
     """python -m pytest -m slow -s tests/test_fitting.py: the largest that runs is found by bisection, a process each."""
-    words = [
-        *TINY_RUN,
-        *shape.split(),
-        "--n_layer=4",
-        "--n_head=4",
-        "--n_embd=128",
-        f"--dataset={tiny_dataset}",
-        "--save_interval=-1",
-    ]
-    words += ["--max_iters=1", "--eval_interval=0", f"--total_batch_tokens={256 * 256}", "--vocab_size=8192"]
-    limit = 2_000_000_000
+    words = [*TINY_RUN, *shape.split(), f"--dataset={tiny_dataset}", "--vocab_size=16384", "--total_batch_tokens=32768"]
+    words += ["--save_interval=-1", "--max_iters=1", "--eval_interval=0"]
+    limit = 1_500_000_000
 
     def start(micro_batch, number):
         run = [*words, f"--micro_batch={micro_batch}", f"--out_dir={tmp_path / str(number)}"]
