@@ -83,16 +83,22 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, (UsageError, Failure, OSError))
 
 
-def error_text(error: Exception, memory_advice: str) -> str:
-    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory left, on a GPU or here."""
     import torch
 
+    said = ("can't allocate memory", "std::bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
+def error_text(error: Exception, memory_advice: str) -> str:
+    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
         return system_error(error)
     if is_expected(error):
         return text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return memory_advice
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
