@@ -92,6 +92,14 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
     problems += [f"--{key} cannot be given: {NOT_VARIED[key]}." for key in ("init_from", "resume", "eval_only") if key in given]
     asked = read_varied("vary", options.vary, problems)
     crossed = read_varied("cross", options.cross, problems)
+    if not options.vary:
+        problems.append("What is to be compared? Name a key and its values: --vary normalization=layernorm,rmsnorm.")
+    problems += [
+        f"--{key}={given[key]} and --vary {key} say two things; leave one of them out (the first value of --vary may be "
+        "the configuration's own)."
+        for key in asked
+        if key in given
+    ]
     problems += [f"{key} is both varied and crossed; choose one." for key in crossed if key in asked]
     problems += [
         f"--cross {key}: only keys of the optimizer and its schedule can be crossed; --vary compares {key}."

@@ -116,7 +116,7 @@ def test_one_broken_score_does_not_stop_a_comparison(tmp_path, capsys):
     assert compare_architectures.main([str(run), str(other)]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["max_iters", "max_tokens", "batch_size", "eval_iters", "collective_timeout", "learning_rate"])
+@pytest.mark.parametrize("key", ["max_iters", "max_tokens", "batch_size", "eval_iters", "collective_timeout", "epochs"])
 def test_a_number_that_no_run_has_is_a_usage_error(key, capsys):
     """Issue 14.11: numbers have upper limits."""
     assert train.main([f"--{key}=1e22", "--print_config"]) == 2
