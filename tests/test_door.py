@@ -263,6 +263,20 @@ def test_an_import_that_fails_leaves_no_folder(trained, tmp_path, monkeypatch, c
     assert everything(tmp_path) == before
 
 
+# ------------------------------------------------------------------------------------------- 10: a peak that is given
+
+
+def test_mfu_is_of_the_peak_that_is_given(tiny_dataset, tmp_path, capsys):
+    """Issue 14.10: peak_tflops, for a device that no table lists."""
+    words = [*TINY_RUN, f"--dataset={tiny_dataset}", "--max_iters=2", f"--out_dir={tmp_path / 'run'}", "--peak_tflops=0.5"]
+    assert train.main(words) == 0
+    (log,) = (tmp_path / "run").glob("run_*.json")
+    document = json.loads(log.read_text())
+    assert document["peak"] == {"flops": 0.5e12, "source": "as peak_tflops says", "measured": False}
+    step, a_token = document["last_step"], document["model"]["flops_per_token"]["full"]
+    assert step["mfu"] == pytest.approx(step["tokens_per_s"] * a_token / 0.5e12)
+
+
 # ------------------------------------------------------------------------------------------- 16: what will run
 
 
