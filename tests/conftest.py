@@ -114,6 +114,7 @@ LONG = (
     "test_frozen_formats.py",
     "test_fuzz.py",
     "test_huggingface",
+    "test_layer_pruning.py",
     "test_memory.py",
     "test_mixtures_of_datasets.py::test_a_run",
     "test_mixtures_of_datasets.py::test_max_train",
