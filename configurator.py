@@ -19,7 +19,7 @@ from typing import Any, Literal
 import training.objectives  # these three fill the registries that keys choose from
 import training.optimizers
 import training.parallelism  # noqa: F401
-from command_line import PROJECT, UsageError, parse_json, printable
+from command_line import PROJECT, Mandatory, UsageError, check_shape, parse_json, printable
 from model_config import (
     COMPONENT_KINDS,
     NO,
@@ -122,10 +122,10 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
             raise ConfigError(f"base = … goes in a circle: {' → '.join(p.name for p in above + (file,))}.")
         if file.suffix in (".json", ".jsonl"):
             return _read_saved_config(file)
-        source, namespace = _execute(file)
+        tree, namespace = _execute(file)
     except ConfigError as error:
         return {}, str(error).split("\n")
-    lines = _assignment_lines(source)
+    lines = _assignment_lines(tree)
     names = {
         name: value for name, value in namespace.items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
@@ -155,27 +155,39 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
     return _overlay(values, own, shown(file), problems), problems
 
 
-def _execute(file: Path) -> tuple[str, dict[str, Any]]:
-    """A config file's source and the namespace it leaves. Raises ConfigError with the line where it fails."""
+def _execute(file: Path) -> tuple[ast.Module, dict[str, Any]]:
+    """A config file as a tree and the namespace it leaves. Raises ConfigError with the line where it fails."""
     try:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown(file)} cannot be read: {error}.") from error
     namespace: dict[str, Any] = {"__name__": "kitbash_config", "__file__": str(file)}
     try:
-        for line in ast.parse(source).body:
-            if isinstance(line, ast.AnnAssign) and line.value is None:  # YAML's way; to Python it is a type without a value
-                raise ConfigError(
-                    f"{shown(file)}:{line.lineno}: '{ast.unparse(line)}' sets nothing. A config file is Python: "
-                    f"{ast.unparse(line.target)} = {ast.unparse(line.annotation)}."
-                )
-        exec(compile(source, str(file), "exec"), namespace)
-    except ConfigError:
-        raise
+        tree = ast.parse(source, str(file))
+    except Exception as error:
+        raise _raised(error, file) from error
+    _refuse_annotations(tree, file)
+    try:
+        exec(compile(tree, str(file), "exec"), namespace)
     except (Exception, SystemExit) as error:
-        line = (error.lineno or 1) if isinstance(error, SyntaxError) else _line_in(error, str(file))
-        raise ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}") from error
-    return source, namespace
+        raise _raised(error, file) from error
+    return tree, namespace
+
+
+def _raised(error: BaseException, file: Path) -> ConfigError:
+    """What is said of an error that a config file raises."""
+    line = (error.lineno or 1) if isinstance(error, SyntaxError) else _line_in(error, str(file))
+    return ConfigError(f"{shown(file)}:{line}: the config file raises {type(error).__name__}: {error}")
+
+
+def _refuse_annotations(tree: ast.Module, file: Path) -> None:
+    """`key: value` is YAML's way to set a key; to Python it is a type without a value. Raises ConfigError."""
+    for line in tree.body:
+        if isinstance(line, ast.AnnAssign) and line.value is None:
+            raise ConfigError(
+                f"{shown(file)}:{line.lineno}: '{ast.unparse(line)}' sets nothing. A config file is Python: "
+                f"{ast.unparse(line.target)} = {ast.unparse(line.annotation)}."
+            )
 
 
 def may_be_bare(key: str) -> bool:
@@ -203,6 +215,14 @@ def shown(path: Path) -> str:
     return str(path)
 
 
+_SAVED = {
+    "schema_version": int,
+    "format_version": int,
+    "config": Mandatory({"*": object}),
+    "origins": Mandatory({"*": object}),
+}
+
+
 def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str]]:
     """What a run saved of its configuration, without what its preset, other keys or the dataset decided for it.
 
@@ -211,9 +231,10 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
     try:
         text = file.read_text(encoding="utf-8")
         document = parse_json(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
+        check_shape(document, Mandatory(_SAVED))
         saved, origins = document["config"], document["origins"]
         items = {key: (value, str(origins.get(key) or "saved").removeprefix(FROM_CHECKPOINT)) for key, value in saved.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
             "Give a run_*.json, run_*.jsonl or a checkpoint's state.json."
@@ -224,7 +245,7 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
         version = document["format_version"]
     else:
         version, known = document.get("schema_version", SCHEMA_VERSION), SCHEMA_VERSION
-    if version > known:
+    if (version or 0) > known:
         raise ConfigError(
             f"{shown(file)} has format version {version}, and this version of kitbash reads up to {known}. "
             "Use the version of kitbash that wrote it, or a later one."
@@ -257,10 +278,10 @@ def _line_in(error: BaseException, filename: str) -> int:
     return line
 
 
-def _assignment_lines(source: str) -> dict[str, int]:
-    """name → the line that last binds it in a module's source."""
+def _assignment_lines(tree: ast.Module) -> dict[str, int]:
+    """name → the line that last binds it in a module."""
     lines = {}
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             lines[node.id] = max(node.lineno, lines.get(node.id, 0))
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -369,17 +390,20 @@ def _raise(problems: list[str]) -> None:
 # ------------------------------------------------------------------------------------------- printing
 
 
-def print_config(configuration: Configuration) -> None:
-    """Print every key with its value and origin, in the form of a config file."""
+def print_config(configuration: Configuration, vocabulary: int | None = None) -> None:
+    """Print every key with its value and origin, in the form of a config file.
+
+    vocabulary: the size that the run's dataset has, where a checkpoint says it.
+    """
     try:
-        values, origins = configuration.resolved(configuration.train.model_config())
+        values, origins = configuration.resolved(configuration.train.model_config(vocabulary))
     except ValueError as error:  # a run that starts from a checkpoint is not checked without it
         raise ConfigError(str(error)) from error
     for group in GROUPS:
         print(f"# {group}")
         for key in (k for k, f in KEYS.items() if f.metadata["group"] == group):
             value, origin = values[key], origins[key]
-            if key == "vocab_size" and not configuration.given(key):
+            if key == "vocab_size" and vocabulary is None and not configuration.given(key):
                 value, origin = None, f"the dataset's, else {values[key]} ({origin})"
             unused = "# " if value is None and type_of(key) is int else ""  # in the place of a key that excludes it
             print(printable(f"{f'{unused}{key} = {value!r}':<48} # {origin}"))

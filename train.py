@@ -19,14 +19,15 @@ import torch
 
 from command_line import Failure, choose_device, guarded
 from configurator import ConfigError, Configuration, configure, print_config, print_help, switches_in
+from data.files import remove_empty
 from data.mixture import dataset_names, open_dataset, portable_spec
 from data.preparation import ensure_prepared
 from data.token_dataset import DatasetError
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.hardware import best_dtype, device_peak
-from model_builder import build_model, initialize
+from model_builder import initialize
 from model_components import auxiliary_losses
-from training.activation_checkpointing import apply_activation_checkpointing
+from training.assembly import assemble, compile_blocks
 from training.checking import inspected
 from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeights, read_state
 from training.continuing import check_same_objective, go_on, take_model
@@ -37,7 +38,7 @@ from training.objectives import OBJECTIVES, Objective, Tally
 from training.observing import Observer
 from training.optimizers import Optimizer, clip_and_check
 from training.parallelism import parallelize
-from training.precision import LossScale, SkipCounter, dropout_seed, set_compute_dtype
+from training.precision import LossScale, SkipCounter, dropout_seed
 from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
 from training.progress import Diverged, Progress, check_outcome, stop_if_diverged
 from training.report import Display, Report, closing_lines, open_report
@@ -51,6 +52,7 @@ from training.starting import (
     launch_warnings,
     prepare_out_dir,
     resume_command,
+    starts_from_files,
     tokenizer_warnings,
 )
 from training_logger import remove_leftovers
@@ -74,7 +76,7 @@ def find_start(configuration: Configuration, world: World, display: Display) -> 
             notes += overruled
         else:
             configuration = go_on(configuration, saved, str(origin.path))
-            progress = Progress.restored(saved.get("progress"), origin.path)
+            progress = Progress.restored(saved, origin.path)
     elif problems := configuration.train.problems():  # resume=auto that found nothing
         raise ConfigError("\n".join(problems))
     if not origin or not store.holds(origin.path):
@@ -89,7 +91,7 @@ def open_out_dir(start: Start, world: World, resources: ExitStack) -> Saver:
     config, store = start.config, start.store
     store.world = world.beside() if config.async_checkpoint else world
     saver = BackgroundSaver(store) if config.async_checkpoint else Saver(store)
-    prepare_out_dir(config.out_dir, world)
+    resources.callback(remove_empty, prepare_out_dir(config.out_dir, world))
     if not config.eval_only:
         world.everywhere(store.check_writable)
         world.from_main(lambda: resources.enter_context(store.lock()))
@@ -111,7 +113,7 @@ def prepare_machine(start: Start, world: World, device: torch.device) -> Machine
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(dropout_seed(config.seed, world.data_rank))  # the weights have seeds of their own
-    peaks = world.everywhere(lambda: device_peak(device, dtype))
+    peaks = world.everywhere(lambda: device_peak(device, dtype, config.peak_tflops))
     peak = None if None in peaks else dataclasses.replace(peaks[0], flops=sum(peak.flops for peak in peaks))
     return Machine(world, device, dtype, peak)
 
@@ -160,7 +162,7 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
         rank=world.data_rank,
         world_size=world.data_size,
         order_version=start.saved["dataset"].get("order", 1) if start.resumes else WindowOrder.VERSION,
-        phases=[(-(-tokens // model_config.block_size), shares) for tokens, shares in dataset.phases],
+        phases=dataset.phases,
         eos_id=eos_id,
     )
     resources.callback(loader.close)
@@ -182,11 +184,7 @@ def make_objective(start: Start, data: Data) -> Objective:
 def make_learner(start: Start, machine: Machine, data: Data, objective: Objective, parallelism: str) -> Learner:
     """Build the model, share it, and give it the weights that the run starts from."""
     config, device = start.config, machine.device
-    model = build_model(data.model_config, device="meta")
-    if objective.heads is not None:
-        model.add_module("objective", objective.heads.to("meta"))  # saved, initialised and shared as part of the model
-    set_compute_dtype(model, machine.compute_dtype)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
+    model = assemble(data.model_config, objective, config, machine.compute_dtype)
     parallel = parallelize(model, parallelism, machine.world, device, machine.compute_dtype, config.hsdp_shard_size)
     model.to_empty(device=device)
     initialize(model, config.seed, parallel.put, but=restored_names(start, model))
@@ -207,9 +205,7 @@ def make_learner(start: Start, machine: Machine, data: Data, objective: Objectiv
         ),
     )
     restore(start, machine, learner)
-    if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward)  # which changes no name and no result
+    compile_blocks(model, config, device)
     return learner
 
 
@@ -357,9 +353,12 @@ def main(argv: list[str]) -> int:
         if "help" in switches:
             print_help(__doc__)
             return 0
-        configuration = configure(argv)
+        configuration, vocabulary = configure(argv), None
         if "print_config" in switches:
-            print_config(configuration)
+            if starts_from_files(configuration.train):  # its configuration is then theirs in part
+                start = find_start(configuration, World(), Display(stream=sys.stderr))
+                configuration, vocabulary = start.configuration, start.vocabulary
+            print_config(configuration, vocabulary)
             return 0
         if "check" in switches:
             return check(configuration)

@@ -162,12 +162,12 @@ _FACTS = {
     "length": int,
     "tokens_per_iteration": int,
     "resumed_from": {"run": str, "checkpoint": str, "step": int},
-    "config": {"dataset": str, "out_dir": str, "seed": object, "data_seed": object},
+    "config": {"dataset": str, "out_dir": str, "*": object},
     "origins": dict,
     "model": {
         "name": str,
         "fingerprint": str,
-        "config": dict,
+        "config": {"*": object},
         "parameters": float,
         "flops_per_token": {"full": float, "causal": float, "hardware": float},
     },
@@ -177,12 +177,12 @@ _FACTS = {
 _EVAL = {"step": Mandatory(int), "tokens": Mandatory(int), "val_loss": float, "bits_per_byte": float, "val_tokens": int}
 _TIME = {"event": Mandatory(str), "time": Mandatory(str)}
 EVENTS = {
-    "run_start": {**_TIME, **_FACTS},
-    "step": {**_TIME, "step": Mandatory(int), "tokens": Mandatory(int), "loss": float, "step_ms": {"total": float}},
-    "eval": {**_TIME, **_EVAL},
-    "checkpoint": {**_TIME, "step": Mandatory(int)},
-    "warning": {**_TIME, "message": str},
-    "run_end": {**_TIME, "outcome": Mandatory(str)},
+    "run_start": _FACTS,
+    "step": {"step": Mandatory(int), "tokens": Mandatory(int), "loss": float, "step_ms": {"total": float}},
+    "eval": _EVAL,
+    "checkpoint": {"step": Mandatory(int)},
+    "warning": {"message": str},
+    "run_end": {"outcome": Mandatory(str)},
 }
 DOCUMENT = {
     **_FACTS,
@@ -239,7 +239,7 @@ def _reduced(path: Path, skim: bool) -> dict[str, Any]:
                 continue
             try:
                 event = parse_json(line)
-                check_shape(event, Mandatory({"event": Mandatory(str), "time": Mandatory(str)}), "the line")
+                check_shape(event, Mandatory(_TIME), "the line")
                 check_shape(event, EVENTS.get(event["event"], {}))
                 if event["event"] == "run_start":
                     _check_schema(event, path)
@@ -347,6 +347,14 @@ class TrainingLogger:
         self._record("run_start", schema_version=SCHEMA_VERSION, resumed_from=self._resumed_from, **facts)
         self._write_document()
         self._may_fail = True
+
+    def discard(self) -> None:
+        """Take away the log of a run whose start failed before anything was written to it."""
+        if self._file is not None and os.fstat(self._file).st_size == 0:
+            os.close(self._file)
+            self._file = None
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
     def step(
         self,

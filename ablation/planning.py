@@ -184,7 +184,7 @@ def crossed_settings(
 def read_varied(option: str, texts: Sequence[str], problems: list[str]) -> dict[str, dict[str, Any]]:
     """The arguments of --vary or --cross → {key: {text of a value: the value}}. Adds what cannot be used to the problems.
 
-    Values are separated by commas, or by semicolons where one holds commas itself.
+    Values are separated by commas, or by semicolons where one holds commas itself, as mixtures of datasets do.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
@@ -202,7 +202,7 @@ def read_varied(option: str, texts: Sequence[str], problems: list[str]) -> dict[
             problems.append(f"--{option} {text} names no values ({describe_type(key)}); write --{option} {key}=a,b.")
         else:
             found[key] = {}
-            for word in map(str.strip, listed.split(";" if ";" in listed else ",")):
+            for word in listed_values(key, listed):
                 try:
                     value = convert(key, word)
                     if key in COMPONENT_KINDS:
@@ -214,6 +214,12 @@ def read_varied(option: str, texts: Sequence[str], problems: list[str]) -> dict[
                     problems.append(f"--{option} {text}: {word} is given twice.")
                 found[key][word] = value
     return found
+
+
+def listed_values(key: str, listed: str) -> list[str]:
+    """The values of a key in a list. Commas between `name:share` are those of one mixture of datasets."""
+    mixture = key == "dataset" and ":" in listed
+    return [word.strip() for word in listed.split(";" if ";" in listed or mixture else ",")]
 
 
 def make_variants(

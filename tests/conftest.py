@@ -117,6 +117,7 @@ LONG = (
     "test_frozen_formats.py",
     "test_fuzz.py",
     "test_huggingface",
+    "test_layer_pruning.py",
     "test_memory.py",
     "test_language_models.py",
     "test_mixtures_of_datasets.py::test_a_run",

@@ -60,7 +60,7 @@ def test_the_production_recipe_does_not_fit_a_machine_of_24_gb(tmp_path, tiny_da
     """At 24 GB it needs 59 GB; what would fit is one sequence with checkpointing, and not even that on 20 GB."""
     for module in (checking, fitting):
         monkeypatch.setattr(module, "free_memory", lambda device, processes: 23.5e9)
-    monkeypatch.setattr("train.device_peak", lambda device, dtype: None)
+    monkeypatch.setattr("train.device_peak", lambda *_, **__: None)
     words = ["config/full_llama_1.36b.py", "--device=cpu", f"--out_dir={tmp_path / 'out'}", "--check"]
     assert train.main([*words, f"--dataset={tiny_dataset}"] if with_data else words) == 1
     lines = screen(capsys)

@@ -711,6 +711,12 @@ def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer(
     assert not free & set(fixed_on_resume())
 
 
+@pytest.mark.parametrize("kind", ["weights:", "hf:"])
+def test_init_from_without_a_path_is_not_the_current_folder(kind):
+    with pytest.raises(ConfigError, match="names nothing after the colon"):
+        configure([f"--init_from={kind}"])
+
+
 def test_what_belongs_to_the_machine_is_never_inherited_and_dtype_comes_back_as_it_was_used():
     """Issue 10.2: a run saved on cuda:3 moves; one in bf16 goes on so where auto would choose something else."""
     state = state_of("--parallelism=hsdp", "--hsdp_shard_size=2", "--device=cuda:3", "--threads=1000")

@@ -27,16 +27,15 @@ from data.token_dataset import is_prepared, resolve_dataset
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_parameters
 from flops_parameter_counting.scaling_laws import LAWS
-from model_builder import build_model, initialize
+from model_builder import initialize
 from model_components import auxiliary_losses
 from model_config import ModelConfig
-from training.activation_checkpointing import apply_activation_checkpointing
+from training.assembly import assemble
 from training.batch import next_token_batch
 from training.fitting import Demand, Fit, laid_out
 from training.meter import free_memory
 from training.objectives import OBJECTIVES, Objective
 from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
-from training.precision import set_compute_dtype
 from training.report import ASSUMED_MFU
 from training.stages import Data, Machine, Start
 
@@ -212,11 +211,7 @@ def _try_a_step(
     rate = ASSUMED_MFU * machine.peak.flops if machine.peak else math.inf
     rows = fit.micro_batch if flops * fit.micro_batch / rate < LONGEST_TRIAL else 1
     try:
-        network = build_model(model, device="meta")
-        if objective.heads is not None:
-            network.add_module("objective", objective.heads.to("meta"))
-        set_compute_dtype(network, machine.compute_dtype)
-        apply_activation_checkpointing(network, config.activation_checkpointing)
+        network = assemble(model, objective, config, machine.compute_dtype)
         network.to_empty(device=device)
         initialize(network, config.seed)
         if objective.frozen is not None:

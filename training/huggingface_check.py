@@ -124,8 +124,7 @@ def _shape_problem(folder: Path, checkpoint: Path) -> str | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from model_config import ModelConfig
-    from training.checkpoint import read_state
+    from training.checkpoint import model_of
     from training.huggingface_files import read_config, tensors_on_disk
 
     with torch.device("meta"):
@@ -139,7 +138,7 @@ def _shape_problem(folder: Path, checkpoint: Path) -> str | None:
             f"{len(astray)} tensors are not as transformers builds them, e.g. {name} with the shape {found.get(name)} "
             f"instead of {expected.get(name)}."
         )
-    wanted = ModelConfig.from_dict(read_state(checkpoint)["model"]["config"])
+    wanted = model_of(checkpoint)
     plain = dict(pad_vocab_multiple=1, attention_backend="sdpa", dropout=0.0, zero_init=False)
     one, other = (dataclasses.replace(config, **plain) for config in (wanted, read_config(folder)))
     return None if one == other else f"its config.json is of the model {other.name}, the checkpoint's is {one.name}."

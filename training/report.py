@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -167,8 +167,8 @@ class Display:
     If stdout goes away (`| head`, a full disk) it falls silent too: the log is the truth, and training goes on.
     """
 
-    def __init__(self, enabled: bool = True):
-        self.enabled, self.bar = enabled, None
+    def __init__(self, enabled: bool = True, stream: TextIO | None = None):
+        self.enabled, self.bar, self.stream = enabled, None, stream  # stream: another one than stdout
 
     def start_bar(self, first: int, total: int) -> None:
         """Show a bar of the run's steps, if a person is watching."""
@@ -186,12 +186,13 @@ class Display:
         """Print a line without tearing the bar."""
         if not self.enabled or sys.stdout is None:
             return
+        text = printable(text)
         try:
             if self.bar is not None:
                 self.bar.write(text)
                 sys.stdout.flush()
             else:
-                print(text, flush=True)
+                print(text, flush=True, file=self.stream)
         except OSError:
             self.enabled = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that nothing fails when the process ends either
@@ -348,21 +349,25 @@ def open_report(
     `identity` is what `saving.describe` says of the run.
     """
     config, world, origin, progress = start.config, machine.world, start.origin, start.progress
-    resumed_from = dict(checkpoint=str(origin.path), step=progress.step, run=start.saved["run"]) if origin else None
+    resumed_from = dict(checkpoint=str(origin.path), step=progress.step, run=start.saved.get("run")) if origin else None
     logger = TrainingLogger(config.out_dir, enabled=world.is_main, resumed_from=resumed_from)
-    logger.trackers = world.from_main(lambda: open_trackers(config, logger.path.stem)) or []
     hardware, flops, peak = hardware_facts(machine.device), dataclasses.asdict(learner.flops), machine.peak
     n, active = learner.model.num_parameters(), count_active_parameters(data.model_config)
     cost = dict(parameters=n, flops_per_token=flops, **({} if active == n else {"active_parameters": active}))
-    world.from_main(
-        lambda: logger.start(
-            **{**identity, "model": {**identity["model"], **cost}},
-            hardware=hardware,
-            peak=dataclasses.asdict(peak) if peak else None,
-            length=data.length,
-            tokens_per_iteration=data.tokens,
+    try:
+        logger.trackers = world.from_main(lambda: open_trackers(config, logger.path.stem)) or []
+        world.from_main(
+            lambda: logger.start(
+                **{**identity, "model": {**identity["model"], **cost}},
+                hardware=hardware,
+                peak=dataclasses.asdict(peak) if peak else None,
+                length=data.length,
+                tokens_per_iteration=data.tokens,
+            )
         )
-    )
+    except BaseException:
+        logger.discard()
+        raise
     display.line(start_report(start, machine, data, learner, hardware["device_name"], logger.path))
     meter = StepMeter(machine.device, on_lap=lambda lap: world.at(progress.step, f"after {lap}"))
     figures = {"mfu": flops["full"], "mfu_causal": flops["causal"], "hfu": flops["hardware"]}

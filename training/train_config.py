@@ -200,6 +200,12 @@ class TrainConfig(_ModelKeys):
     collective_timeout: int = _key(
         600, "seconds without progress after which several processes give up and say who hangs", "execution"
     )
+    peak_tflops: float | None = _key(
+        None,
+        "dense peak of one device in the compute dtype, in TFLOP/s, which mfu is measured against, for what is not in the table "
+        "of flops_parameter_counting/hardware.py [the table's; a CPU's is measured]",
+        "execution",
+    )
     threads: int | None = _key(None, "CPU threads [PyTorch's choice; a resumed run: as before]", "execution")
 
     def __getattr__(self, name: str) -> Any:  # only for what is no field
@@ -257,9 +263,9 @@ class TrainConfig(_ModelKeys):
             if getattr(self, key) is not None and not least <= getattr(self, key) < math.inf
         ]
         problems += [
-            f"{key}={getattr(self, key)} must be below {most}."
+            f"{key}={getattr(self, key)} must be below {most:,}."
             for key, most in _BELOW.items()
-            if getattr(self, key) is not None and getattr(self, key) >= most
+            if getattr(self, key) is not None and most <= getattr(self, key) < math.inf
         ]
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
             problems.append(f"micro_batch={self.micro_batch} must be at least 1, or auto.")
@@ -290,6 +296,10 @@ class TrainConfig(_ModelKeys):
                 f"init_from={self.init_from!r} is neither 'scratch' nor 'weights:…' nor 'hf:…'. To start a new run with the "
                 f"weights that are there: --init_from=weights:{self.init_from}. To go on with the run that made them: --resume, "
                 "with its --out_dir."
+            )
+        if self.init_from in ("weights:", "hf:"):
+            problems.append(
+                f"init_from={self.init_from!r} names nothing after the colon; give a path, such as {self.init_from}out/x."
             )
         device = self.device.split(":")[0]
         if device not in ("auto", "cpu", "cuda"):
@@ -341,9 +351,29 @@ _AT_LEAST = dict(
     hsdp_shard_size=2,
     collective_timeout=1,
     price_per_gpu_hour=0,
+    peak_tflops=1e-6,
 )
 
-_BELOW = dict(seed=2**63, data_seed=2**63, threads=1025)
+# Beyond these no run is meant, and counting would overflow, or take until tomorrow, before anything is said.
+_COUNTS = ("total_batch_tokens", "max_iters", "max_tokens", "max_train_tokens", "warmup_iters", "lr_decay_iters")
+_INTERVALS = ("eval_interval", "eval_iters", "patience", "log_interval", "save_interval", "keep_last", "nonfinite_limit")
+_BELOW = dict(
+    seed=2**63,
+    data_seed=2**63,
+    threads=1025,
+    batch_size=2**31,
+    gradient_accumulation_steps=2**31,
+    hsdp_shard_size=2**20,
+    collective_timeout=10**7,
+    epochs=10**9,
+    learning_rate=1e40,
+    weight_decay=1e40,
+    grad_clip=1e40,
+    adam_eps=1e40,
+    price_per_gpu_hour=10**12,
+    peak_tflops=10**9,
+    **dict.fromkeys((*_COUNTS, *_INTERVALS), 10**15),
+)
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "own"}  # the keys that are always there
 FIELDS = {"arch_preset": FIELDS["arch_preset"], **FIELDS}
@@ -403,7 +433,13 @@ EXCLUSIVE = (
 )
 
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that goes on
-OF_THE_MACHINE = ("device", "parallelism", "hsdp_shard_size", "collective_timeout")  # never taken from a checkpoint
+OF_THE_MACHINE = (
+    "device",
+    "parallelism",
+    "hsdp_shard_size",
+    "collective_timeout",
+    "peak_tflops",
+)  # never taken from a checkpoint
 OF_THE_START = ("out_dir", "init_from", "resume")  # where this start of the run begins and writes
 
 
