@@ -12,7 +12,6 @@ import ast
 import os
 import re
 import types
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +31,8 @@ from model_config import (
     type_in_words,
 )
 from model_parts.registry import reserve
+from training.aliases import ALIASES, SPELLINGS, InUnits, TakenBack, help_lines, recipe_meant, typed, without_aliases
 from training.train_config import (
-    ALIASES,
     EXCLUSIVE,
     FROM_CHECKPOINT,
     GROUPS,
@@ -44,7 +43,6 @@ from training.train_config import (
 )
 from training_logger import SCHEMA_VERSION
 
-RESUMING = {"resume": "yes", "auto": "auto"}  # spellings of init_from, the first nanoGPT's → values of resume
 SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
 reserve("the command line", (*SWITCHES, *ALIASES, "base"))  # which is a name in config files
 
@@ -92,19 +90,20 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]
             if equals:
                 problems.append(f"--{key} takes no value.")
         elif key not in KEYS and key not in ALIASES:
-            problems.append(f"--{key} is not a key{did_you_mean(key, KEYS)}. --help lists them all.")
+            problems.append(f"--{key} is not a key{did_you_mean(key, [*KEYS, *ALIASES])}. --help lists them all.")
             if not equals and words and not words[0].startswith("--"):
                 words.pop(0)
         elif equals:
             given[key] = text
-        elif key in ALIASES or may_be_bare(key):  # a bare flag is True; a value may follow all the same
+        elif may_be_bare(key):  # a bare flag is True; a value may follow all the same
             kind = bool if key in ALIASES else type_of(key)
             follows = bool(words) and not words[0].startswith("--") and as_type(kind, words[0]) is not NO
             given[key] = words.pop(0) if follows else True
         elif words and not words[0].startswith("--"):
             given[key] = words.pop(0)
         else:
-            problems.append(f"--{key} needs a value ({describe_type(key)}): --{key}=…")
+            kind = ALIASES[key].takes() if key in ALIASES else describe_type(key)
+            problems.append(f"--{key} needs a value ({kind}): --{key}=…")
     return config_file, given, switches, problems
 
 
@@ -130,9 +129,12 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
     names = {
         name: value for name, value in namespace.items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    for alias, key in [*((alias, key) for alias, (key, _) in ALIASES.items()), ("init_from", "resume")]:
-        if alias in lines:
-            lines.setdefault(key, lines[alias])
+    for name, key in [
+        *((name, alias.key) for name, alias in ALIASES.items()),
+        *((key, meant) for (key, _), (meant, _) in SPELLINGS.items()),
+    ]:
+        if name in lines and key is not None:
+            lines.setdefault(key, lines[name])
     values, problems, own = {}, [], {}
     if "base" in names:
         base, where = names.pop("base"), f"{shown(file)}:{lines.get('base', 1)}"
@@ -141,7 +143,7 @@ def _read_config_file(path: str | Path, above: tuple[Path, ...] = ()) -> tuple[d
             problems = [p if re.match(r"\S+:\d+: ", p) else f"{where}: {p}" for p in problems]
         else:
             problems = [f"{where}: base={base!r} must be the path of a config file."]
-    for name, value in _without_aliases(names, lambda name: f"{shown(file)}:{lines.get(name, 1)}: ", problems).items():
+    for name, value in without_aliases(names, lambda name: f"{shown(file)}:{lines.get(name, 1)}: ", problems).items():
         where = f"{shown(file)}:{lines.get(name, 1)}"
         if name not in KEYS:
             problems.append(f"{where}: {name!r} is not a key{did_you_mean(name, KEYS)}. Names of the file's own begin with '_'.")
@@ -190,6 +192,8 @@ def _refuse_annotations(tree: ast.Module, file: Path) -> None:
 
 def may_be_bare(key: str) -> bool:
     """Whether --key alone, without a value, means something: True, or the 'yes' of resume."""
+    if key in ALIASES:
+        return ALIASES[key].is_flag
     return bool in alternatives(type_of(key)) or key == "resume"
 
 
@@ -286,38 +290,13 @@ def convert(key: str, value: Any) -> Any:
 
     '1' → 1.0 and '3e8' → 300000000 are fine, 1.5 for an int is not. Raises ConfigError naming key, value and type.
     """
+    if isinstance(value, (TakenBack, InUnits)):  # an alias has said it; settled when all sources have been read
+        return value
     text = ",".join(map(str, value)) if key == "layer_pattern" and isinstance(value, (list, tuple)) else value
-    if key == "resume" and as_type(bool, text) is not NO:  # a bare --resume, resume = True
-        text = "yes" if as_type(bool, text) else "no"
-    converted = as_type(type_of(key), text)
+    converted = typed(key, text)
     if converted is NO:
         raise ConfigError(f"{key}={value!r} is not {describe_type(key)}.")
     return converted
-
-
-def _without_aliases(given: dict[str, Any], where: Callable[[str], str], problems: list[str]) -> dict[str, Any]:
-    """use_zero1=True as parallelism='zero1', init_from='auto' as resume='auto'; two that differ are a problem."""
-    plain = {key: value for key, value in given.items() if key not in ALIASES}
-    for alias in [name for name in given if name in ALIASES]:
-        key, value = ALIASES[alias]
-        meant = as_type(bool, given[alias])
-        if meant is NO:
-            problems.append(f"{where(alias)}{alias}={given[alias]!r} is not True or False.")
-        elif meant and plain.get(key, value) != value:
-            problems.append(
-                f"{where(alias)}{alias}=True means {key}={value!r}, but {key}={plain[key]!r} is given too; give one of them."
-            )
-        elif meant:
-            plain[key] = value
-    if (asked := RESUMING.get(str(plain.get("init_from")))) is not None:  # where to begin is then not said
-        spelling = plain.pop("init_from")
-        if str(plain.get("resume", asked)) not in (asked, "True" if asked == "yes" else asked):
-            problems.append(
-                f"{where('init_from')}init_from={spelling!r} means resume={asked!r}, but resume={plain['resume']!r} is given "
-                "too; give one of them."
-            )
-        plain["resume"] = asked
-    return plain
 
 
 def describe_type(key: str) -> str:
@@ -332,7 +311,9 @@ def describe_type(key: str) -> str:
 
 def _overlay(weaker: dict, stronger: dict, where: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
     """`stronger` over `weaker`; of exclusive keys the stronger source's wins, and two in one source are a problem."""
-    merged = dict(weaker)
+    back = {key: value.value for key, (value, _) in stronger.items() if isinstance(value, TakenBack)}
+    merged = {key: found for key, found in weaker.items() if key not in back or found[0] != back[key]}
+    stronger = {key: found for key, found in stronger.items() if key not in back}
     for group in EXCLUSIVE:
         chosen = [key for key in group if key in stronger and stronger[key][0] is not None]
         if len(chosen) > 1:
@@ -348,17 +329,18 @@ def configure(argv: list[str]) -> Configuration:
     A run that starts from given weights gets its model from there, so that is checked later (training/continuing.py).
     """
     config_file, given, _, problems = _split(argv)
+    config_file = config_file or recipe_meant(given)
     values: dict[str, tuple[Any, str]] = {}
     if config_file is not None:
         values, of_file = _read_config_file(config_file)
         problems += of_file
     line = {}
-    for key, text in _without_aliases(given, lambda key: "the command line: ", problems).items():
+    for key, text in without_aliases(given, lambda key: "the command line: ", problems).items():
         try:
             line[key] = (convert(key, text), "command line")
         except ConfigError as error:
             problems.append(f"--{error}")
-    values = _overlay(values, line, "the command line", problems)
+    values = _in_tokens(_overlay(values, line, "the command line", problems), problems)
     train = TrainConfig.of({key: value for key, (value, _) in values.items()})
     train = replace(train, out_dir=os.path.expanduser(train.out_dir))
     unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]
@@ -369,6 +351,20 @@ def configure(argv: list[str]) -> Configuration:
     ]  # nothing that follows from a mistake
     _raise(problems)
     return Configuration(train, {key: values[key][1] if key in values else "default" for key in KEYS})
+
+
+def _in_tokens(values: dict[str, tuple[Any, str]], problems: list[str]) -> dict[str, tuple[Any, str]]:
+    """The values, with those that count in another key's multiplied by it: that key's, or its preset's."""
+    settled = dict(values)
+    for key, (value, where) in values.items():
+        if not isinstance(value, InUnits):
+            continue
+        preset = PRESETS.get(values["arch_preset"][0] if "arch_preset" in values else KEYS["arch_preset"].default)
+        unit = values[value.unit][0] if value.unit in values else preset[1].get(value.unit) if preset else None
+        if value.unit not in values and "init_from" in values and values["init_from"][0] != "scratch":
+            problems.append(f"{where}: {key} is given in units of {value.unit}, which comes with the weights; give --{key}=….")
+        settled[key] = (value.number * (unit or 1), where)
+    return settled
 
 
 def _raise(problems: list[str]) -> None:
@@ -406,6 +402,9 @@ def print_help(usage: str) -> None:
                 continue
             default = "" if field.default is None else f"  default {field.default!r}"
             print(f"  --{key}: {describe_type(key)}{default}\n        {field.metadata['help']}")
+    print("\nother names (aliases):")
+    for line in help_lines():
+        print(f"  {line}")
     print(f"\npresets (--arch_preset): {', '.join(PRESETS)}")
     print(
         "A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins;"

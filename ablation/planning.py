@@ -17,7 +17,8 @@ from ablation.variants import Variant, folder_name, make_variant, readable
 from command_line import UsageError
 from configurator import convert, describe_type, parse_command_line
 from model_config import COMPONENT_KINDS, component, did_you_mean
-from training.train_config import ALIASES, KEYS
+from training.aliases import ALIASES
+from training.train_config import KEYS
 
 NOT_VARIED = {
     "seed": "--seeds repeats every variant over seeds",
@@ -190,7 +191,7 @@ def read_varied(option: str, texts: Sequence[str], problems: list[str]) -> dict[
         key, _, listed = text.partition("=")
         key = key.strip().replace("-", "_")
         if key in ALIASES:
-            problems.append(f"--{option} {text}: {option} {ALIASES[key][0]} itself.")
+            problems.append(f"--{option} {text}: {option} {ALIASES[key].key or 'the key that is meant'} itself.")
         elif key not in KEYS:
             problems.append(f"--{option} {text}: {key!r} is not a key{did_you_mean(key, KEYS)}. train.py --help lists all.")
         elif key in NOT_VARIED:

@@ -597,6 +597,7 @@ OTHER = dict(
     lr_schedule="linear",
     warmup_iters=5,
     min_lr=1e-7,
+    min_lr_ratio=0.3,
     lr_decay_fraction=0.9,
     rope_scaling="linear",
     rope_factor=2.0,

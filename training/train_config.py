@@ -129,6 +129,7 @@ class TrainConfig(_ModelKeys):
     )
     warmup_iters: int = _key(0, "iterations over which the learning rate rises linearly to its peak", "schedule", resume="fixed")
     min_lr: float | None = _key(None, "learning rate at the end of the schedule [learning_rate / 10]", "schedule", resume="fixed")
+    min_lr_ratio: float | None = _key(None, "min_lr as a share of learning_rate, instead of min_lr", "schedule", resume="fixed")
     lr_decay_iters: int | None = _key(None, "iteration at which the learning rate reaches min_lr [the run's length]", "schedule")
     lr_decay_fraction: float = _key(0.2, "share of lr_decay_iters over which lr_schedule=wsd decays", "schedule", resume="fixed")
     max_iters: int | None = _key(None, "length of the run in iterations", "schedule")
@@ -250,6 +251,8 @@ class TrainConfig(_ModelKeys):
                 problems.append(f"{key}={getattr(self, key)} must be in [0, 1).")
         if not 0 < self.lr_decay_fraction <= 1:
             problems.append(f"lr_decay_fraction={self.lr_decay_fraction} must be in (0, 1].")
+        if self.min_lr_ratio is not None and not 0 <= self.min_lr_ratio <= 1:
+            problems.append(f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]: it is a share of learning_rate.")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             problems.append(
                 f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it (the usual choice is a tenth)."
@@ -368,11 +371,9 @@ GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "e
 EXCLUSIVE = (
     ("max_iters", "max_tokens", "epochs"),
     ("gradient_accumulation_steps", "total_batch_tokens"),
+    ("min_lr", "min_lr_ratio"),
     ("d_ff", "ffn_expansion_ratio"),
 )
-
-# Other names of keys' values: {alias: (key, value)}; alias=True says key=value, alias=False nothing.
-ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "fsdp")}
 
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that goes on
 OF_THE_MACHINE = ("device", "parallelism", "hsdp_shard_size", "collective_timeout")  # never taken from a checkpoint
