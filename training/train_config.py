@@ -148,6 +148,9 @@ class TrainConfig(_ModelKeys):
         "watching",
     )
     keep_last: int = _key(2, "checkpoints to keep, besides the best", "watching")
+    snapshot_epochs: float | None = _key(
+        None, "passes over the training data between snapshots: checkpoints that stay, whatever keep_last says", "watching"
+    )
     nonfinite_limit: int = _key(20, "skipped updates in a row (non-finite gradients) that stop the run", "watching")
 
     tensorboard: bool = _key(False, "also write event files to out_dir/tensorboard", "watching")
@@ -256,6 +259,12 @@ class TrainConfig(_ModelKeys):
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             problems.append(
                 f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it (the usual choice is a tenth)."
+            )
+        if self.snapshot_epochs is not None and not self.snapshot_epochs > 0:
+            problems.append(f"snapshot_epochs={self.snapshot_epochs} must be above 0; leave it out for no snapshots.")
+        elif self.snapshot_epochs is not None and (self.save_interval or 0) < 0:
+            problems.append(
+                f"snapshot_epochs={self.snapshot_epochs} needs checkpoints; save_interval={self.save_interval} is none at all."
             )
         if self.init_from != "scratch" and not self.init_from.startswith(("weights:", "hf:")):
             problems.append(
