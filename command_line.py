@@ -6,6 +6,7 @@ Imports nothing of the project, so every module may import it.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -82,28 +83,71 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, (UsageError, Failure, OSError))
 
 
-def error_text(error: Exception, memory_advice: str) -> str:
-    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory left, on a GPU or here."""
     import torch
 
+    said = ("can't allocate memory", "std::bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
+def error_text(error: Exception, memory_advice: str) -> str:
+    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
+        return system_error(error)
     if is_expected(error):
         return text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return memory_advice
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+_REMEDIES = {
+    "Free some space, or choose another place": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "Choose a place that you may write to, or ask for the right to it": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "Check the path": (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+    "Name a file, not a folder": (errno.EISDIR,),
+    "Close other programs, or raise the limit (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "The disk, or the network to it, fails; try again or choose another place": (errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+}
+
+
+def system_error(error: OSError) -> str:
+    """What the system refused, as a sentence: the path, its reason, and what to do."""
+    names = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    advice = next((advice for advice, numbers in _REMEDIES.items() if error.errno in numbers), "")
+    return (f"{names}: " if names else "") + f"{error.strerror or error}." + (f" {advice}." if advice else "")
+
+
+def check_target(option: str, path: str | os.PathLike) -> Path:
+    """Raise UsageError unless a file can be written there, which is asked before the work that it is to hold. The path."""
+    target = Path(path).expanduser()
+    folder = target.absolute().parent
+    if target.is_dir():
+        raise UsageError(f"{option}={path} is a folder; name a file in it.")
+    if not folder.is_dir():
+        raise UsageError(f"{option}={path} cannot be written: there is no folder {folder}. Make it, or choose another place.")
+    if not os.access(target if target.exists() else folder, os.W_OK):
+        raise UsageError(f"{option}={path} cannot be written: permission denied. Choose another place.")
+    return target
 
 
 # ------------------------------------------------------------------------------------------- what others wrote
 
 LARGEST_NUMBER = 1e30  # in a document: beyond it squares and products overflow, and no run has such a figure
+LARGEST_COUNT = 10**15  # of tokens, bytes, steps: products of two still fit into what arrays hold as far as anybody forms them
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """json.loads, whose ValueError also answers what is nested deeper than Python follows."""
+    """json.loads, whose ValueError also answers what is nested deeper than Python follows, and NaN, which is no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise json.JSONDecodeError(f"{constant} is no JSON number", "", 0)
+
     try:
-        return json.loads(text, **options)
+        return json.loads(text, **{"parse_constant": refuse, **options})
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
@@ -123,27 +167,30 @@ class Mandatory:
 def check_shape(value: Any, shape: Any, where: str = "it") -> None:
     """Hold what a JSON document says against its declared shape. Raises ValueError naming the place, or nothing is wrong.
 
-    shape: int (a whole number from 0 on), float (any finite number), str, bool, object (anything that is no list or object),
-    dict (any object), [shape], {key: shape} where "*" stands for all other keys, Mandatory(shape). Null and keys that are
-    missing are fine elsewhere, and so are keys that a shape does not name. Numbers are at most LARGEST_NUMBER in size.
+    shape: int (a whole number from 0 to LARGEST_COUNT), float (any finite number up to LARGEST_NUMBER in size), str, bool,
+    object (anything that is no list or object), dict (any object), [shape], {key: shape} where "*" stands for all other
+    keys, Mandatory(shape). Null and keys that are missing are fine elsewhere, and so are keys that a shape does not name.
     """
     needed = isinstance(shape, Mandatory)
     shape = shape.shape if needed else shape
     if value is None and not needed:
         return
+    if value is None:
+        raise ValueError(f"it lacks {where}" if where != "it" else "it is null")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(shape, dict):
         fits, said = isinstance(value, dict), "an object"
     elif isinstance(shape, list):
         fits, said = isinstance(value, list), "a list"
     elif shape is int:
-        fits, said = number and isinstance(value, int) and 0 <= value <= LARGEST_NUMBER, "a whole number from 0 on"
+        fits, said = number and isinstance(value, int) and 0 <= value <= LARGEST_COUNT, "a whole number from 0 to 10^15"
     elif shape is float:
         fits, said = number and math.isfinite(value) and abs(value) <= LARGEST_NUMBER, "a finite number of usual size"
     elif shape is object:
-        fits, said = not isinstance(value, (dict, list)), "a single value"
+        fits, said = not isinstance(value, (dict, list)) and _is_finite(value), "a single finite value"
     else:
-        fits, said = isinstance(value, shape), {str: "text", bool: "true or false", dict: "an object"}[shape]
+        fits = isinstance(value, shape) and (shape is not dict or _is_finite(value))
+        said = {str: "text", bool: "true or false", dict: "an object whose numbers are finite"}[shape]
     if not fits:
         given = repr(value)
         raise ValueError(f"{where} is {given[:40]}{' …' * (len(given) > 40)}, not {said}")
@@ -156,6 +203,13 @@ def check_shape(value: Any, shape: Any, where: str = "it") -> None:
                 check_shape(value.get(key), inner, f"{where}.{key}" if where != "it" else key)
         for key in value.keys() - shape.keys() if "*" in shape else ():
             check_shape(value[key], shape["*"], f"{where}.{key}" if where != "it" else key)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a JSON value is infinite (as 1e999 is read) or not a number."""
+    if isinstance(value, (dict, list)):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 # ------------------------------------------------------------------------------------------- the device

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import training.objectives  # these three fill the registries that keys choose from
 import training.optimizers
 import training.parallelism  # noqa: F401
-from command_line import PROJECT, UsageError, parse_json, printable
+from command_line import PROJECT, Mandatory, UsageError, check_shape, parse_json, printable
 from model_config import (
     COMPONENT_KINDS,
     NO,
@@ -43,7 +43,7 @@ from training.train_config import (
 )
 from training_logger import SCHEMA_VERSION
 
-SWITCHES = ("help", "print_config", "debug")  # what the command line has besides keys
+SWITCHES = ("help", "print_config", "check", "debug")  # what the command line has besides keys
 reserve("the command line", (*SWITCHES, *ALIASES, "base"))  # which is a name in config files
 
 
@@ -62,7 +62,7 @@ def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, str | boo
 
 
 def switches_in(argv: list[str]) -> set[str]:
-    """Which of --help, --print_config and --debug are given, whatever else may be wrong."""
+    """Which of --help, --print_config, --check and --debug are given, whatever else may be wrong."""
     return _split(argv)[2]
 
 
@@ -215,6 +215,14 @@ def shown(path: Path) -> str:
     return str(path)
 
 
+_SAVED = {
+    "schema_version": int,
+    "format_version": int,
+    "config": Mandatory({"*": object}),
+    "origins": Mandatory({"*": object}),
+}
+
+
 def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str]]:
     """What a run saved of its configuration, without what its preset, other keys or the dataset decided for it.
 
@@ -223,9 +231,10 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
     try:
         text = file.read_text(encoding="utf-8")
         document = parse_json(text.split("\n", 1)[0] if file.suffix == ".jsonl" else text)
+        check_shape(document, Mandatory(_SAVED))
         saved, origins = document["config"], document["origins"]
         items = {key: (value, str(origins.get(key) or "saved").removeprefix(FROM_CHECKPOINT)) for key, value in saved.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{shown(file)} is not a saved run: it has no readable 'config' and 'origins' ({error}). "
             "Give a run_*.json, run_*.jsonl or a checkpoint's state.json."
@@ -236,7 +245,7 @@ def _read_saved_config(file: Path) -> tuple[dict[str, tuple[Any, str]], list[str
         version = document["format_version"]
     else:
         version, known = document.get("schema_version", SCHEMA_VERSION), SCHEMA_VERSION
-    if version > known:
+    if (version or 0) > known:
         raise ConfigError(
             f"{shown(file)} has format version {version}, and this version of kitbash reads up to {known}. "
             "Use the version of kitbash that wrote it, or a later one."
@@ -341,6 +350,12 @@ def configure(argv: list[str]) -> Configuration:
         except ConfigError as error:
             problems.append(f"--{error}")
     values = _in_tokens(_overlay(values, line, "the command line", problems), problems)
+    sized = values.keys() & {"batch_size", "total_batch_tokens"} or values.get("resume", ("no",))[0] != "no"
+    if values.get("micro_batch", (None,))[0] == "auto" and not sized:
+        problems.append(
+            "micro_batch=auto (batch_size=auto) needs the size of the global batch: give --total_batch_tokens=…, or a "
+            "batch_size=… in the config file, whose global batch is kept."
+        )
     train = TrainConfig.of({key: value for key, (value, _) in values.items()})
     train = replace(train, out_dir=os.path.expanduser(train.out_dir))
     unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]
@@ -375,17 +390,20 @@ def _raise(problems: list[str]) -> None:
 # ------------------------------------------------------------------------------------------- printing
 
 
-def print_config(configuration: Configuration) -> None:
-    """Print every key with its value and origin, in the form of a config file."""
+def print_config(configuration: Configuration, vocabulary: int | None = None) -> None:
+    """Print every key with its value and origin, in the form of a config file.
+
+    vocabulary: the size that the run's dataset has, where a checkpoint says it.
+    """
     try:
-        values, origins = configuration.resolved(configuration.train.model_config())
+        values, origins = configuration.resolved(configuration.train.model_config(vocabulary))
     except ValueError as error:  # a run that starts from a checkpoint is not checked without it
         raise ConfigError(str(error)) from error
     for group in GROUPS:
         print(f"# {group}")
         for key in (k for k, f in KEYS.items() if f.metadata["group"] == group):
             value, origin = values[key], origins[key]
-            if key == "vocab_size" and not configuration.given(key):
+            if key == "vocab_size" and vocabulary is None and not configuration.given(key):
                 value, origin = None, f"the dataset's, else {values[key]} ({origin})"
             unused = "# " if value is None and type_of(key) is int else ""  # in the place of a key that excludes it
             print(printable(f"{f'{unused}{key} = {value!r}':<48} # {origin}"))
@@ -407,6 +425,6 @@ def print_help(usage: str) -> None:
         print(f"  {line}")
     print(f"\npresets (--arch_preset): {', '.join(PRESETS)}")
     print(
-        "A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins;"
-        "\n--debug shows the traceback of an error."
+        "A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins,"
+        "\n--check whether the run can start here and what it will cost; --debug shows the traceback of an error."
     )

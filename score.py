@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import Failure, Parser, UsageError, choose_device, guarded, labelled, whole_number
+from command_line import Failure, Parser, UsageError, check_target, choose_device, guarded, labelled, printable, whole_number
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     if options.text is not None and options.dataset is not None:
         raise UsageError("Give either --text or --dataset.")
     if options.json is not None:
-        check_target(Path(options.json).expanduser())
+        check_target("--json", options.json)
     device, place = choose_device(options.device), Path(options.model).expanduser()
     state: dict[str, Any] = {}
     if place.exists() and not is_folder(place):
@@ -105,19 +105,9 @@ def run(options: argparse.Namespace) -> None:
         "how": {"context": context, "stride": options.stride, "dtype": options.dtype, "device": str(device)},
         "score": found.to_dict(),
     }
-    print(score_text(document))
+    print(printable(score_text(document)))
     if target := write_score(document, options.json, place if state else None):
         print(f"written to  {target}")
-
-
-def check_target(path: Path) -> None:
-    """Raises UsageError unless a file can be written there: scoring takes long, so this is asked first."""
-    import os
-
-    if path.is_dir():
-        raise UsageError(f"--json={path} is a folder; name a file in it.")
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise UsageError(f"--json={path} cannot be written: {path.absolute().parent} is no folder that can be written to.")
 
 
 class _First:
@@ -227,11 +217,13 @@ def write_score(document: dict[str, Any], asked: str | None, checkpoint: Path | 
     """Write a score to the file asked for, or beside the run of a checkpoint; returns where, None for nowhere."""
     import hashlib
     import json
+    import math
     import os
 
     if asked is None and checkpoint is None:
         return None
-    text = json.dumps(document, indent=2) + "\n"
+    score = {key: None if value in (math.inf, -math.inf) or value != value else value for key, value in document["score"].items()}
+    text = json.dumps({**document, "score": score}, indent=2, allow_nan=False) + "\n"  # JSON has no infinity
     if asked is not None:
         target = Path(asked).expanduser()
     else:

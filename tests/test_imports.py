@@ -18,6 +18,7 @@ LAYERS = (
         "train",
         "sample",
         "score",
+        "compress",
         "convert",
         "ablate",
         "compare_architectures",
@@ -38,6 +39,7 @@ LAYERS = (
     ("configurator",),
     ("comparison", "comparison.*"),
     ("ablation", "ablation.*"),
+    ("layer_pruning", "layer_pruning.*"),
 )
 PROGRAMS = LAYERS[1]
 AS_PROGRAM = " as a program"

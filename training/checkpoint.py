@@ -20,21 +20,20 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import shutil
 import sys
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from command_line import Failure
+from command_line import Failure, parse_json, printable
 from data.files import fsync
 from training.manifest import (
     FORMAT_VERSION,
@@ -46,6 +45,7 @@ from training.manifest import (
     as_json,
     damage,
     listed_files,
+    model_of,
     read_state,
     tensor_entry,
     tokenizer_files,
@@ -81,6 +81,7 @@ class CheckpointStore:
     def lock(self) -> Iterator[None]:
         """Be the only process that writes to this out_dir. Raises CheckpointError if another one is."""
         file = self.folder.with_name(".lock")
+        made = not file.exists()
         with open(file, "a+", encoding="utf-8") as handle:
             try:
                 import fcntl
@@ -111,6 +112,9 @@ class CheckpointStore:
                 yield
             finally:
                 self._lock = None
+                if made and locked and not self.folder.exists() and not any(file.parent.glob("run_*.jsonl")):
+                    with suppress(OSError):  # a start that failed before it wrote anything leaves nothing behind
+                        file.unlink()
 
     def check_still_there(self) -> None:
         """Raise OSError if the out_dir whose lock this process holds was deleted, or is another one by now."""
@@ -387,10 +391,10 @@ def _number(checkpoint: Path) -> int:
 @functools.lru_cache(maxsize=1024)
 def _number_in(manifest: Path, *version: int) -> int:
     try:
-        number = json.loads(manifest.read_text(encoding="utf-8")).get("number", 0)
+        number = parse_json(manifest.read_text(encoding="utf-8")).get("number", 0)
     except (OSError, ValueError, AttributeError):  # damaged: whoever wants to use it will say so
         return 0
-    return number if isinstance(number, int) else 0
+    return number if isinstance(number, int) and not isinstance(number, bool) else 0
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -423,7 +427,9 @@ def find_checkpoint(
             )
         verify(best, holding, world)
         return best
-    found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)), holding, world)
+    found = store.newest_intact(
+        warn or (lambda message: print(f"warning: {printable(message)}", file=sys.stderr)), holding, world
+    )
     if found is None:
         what = "has no checkpoint in it" if path.exists() else "does not exist"
         raise CheckpointError(
@@ -436,12 +442,12 @@ def stored_tensors(checkpoint: Path, kinds: Collection[str] | None = None) -> St
     """What the listed tensor files hold; only those with tensors of these kinds, if they are given. Raises CheckpointError."""
     entries = {name: entry for name, entry in listed_files(checkpoint).items() if name.lower().endswith(SUFFIX)}
     if kinds is not None:
-        entries = {name: entry for name, entry in entries.items() if not kinds.isdisjoint(entry.get("holds", kinds))}
+        entries = {name: entry for name, entry in entries.items() if not kinds.isdisjoint(entry.get("holds") or kinds)}
     try:
         stored = StoredTensors(checkpoint / name for name in entries)
         for name, parts in stored.parts.items():
             for part in parts:
-                if kind_of(name) not in entries[part.path.name].get("holds", [kind_of(name)]):
+                if kind_of(name) not in (entries[part.path.name].get("holds") or [kind_of(name)]):
                     raise ValueError(f"{part.path.name} holds {name}, which the manifest does not say of it")
         return stored
     except (OSError, ValueError) as error:
@@ -493,7 +499,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", which: str 
     """
     from data.tokenization import load_tokenizer
     from model_builder import build_model
-    from model_config import ModelConfig
     from training import huggingface_files as huggingface
 
     if huggingface.is_folder(path):
@@ -504,7 +509,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", which: str 
         huggingface.load_weights(model, folder)
         return model.eval(), load_tokenizer(folder)
     checkpoint = find_checkpoint(path, which=which, holding="model")
-    config = ModelConfig.from_dict(read_state(checkpoint)["model"]["config"])
+    config = model_of(checkpoint)
     model = build_model(config, device="meta").to_empty(device=device)
     load_tensors(checkpoint, model_tensors(model))
     return model.eval(), load_tokenizer(checkpoint)

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from command_line import duration, labelled
+from command_line import duration, labelled, printable
 from flops_parameter_counting.hardware import Peak, measure_cpu_peak
 from flops_parameter_counting.parameters import count_active_parameters, count_padding, count_parameters
 from model_config import COMPONENT_KINDS, component, model_keys, shortest_pattern
@@ -79,7 +79,7 @@ def start_report(start: Start, machine: Machine, data: Data, learner: Learner, d
         (
             "batch",
             f"{sequences} sequences × {model.block_size} tokens = {tokens:,} tokens per iteration, in "
-            f"micro-batches of {min(config.batch_size, sequences)}",
+            f"micro-batches of {min(config.micro_batch_size, sequences)}",
         ),
         (
             "length",
@@ -167,8 +167,8 @@ class Display:
     If stdout goes away (`| head`, a full disk) it falls silent too: the log is the truth, and training goes on.
     """
 
-    def __init__(self, enabled: bool = True):
-        self.enabled, self.bar = enabled, None
+    def __init__(self, enabled: bool = True, stream: TextIO | None = None):
+        self.enabled, self.bar, self.stream = enabled, None, stream  # stream: another one than stdout
 
     def start_bar(self, first: int, total: int) -> None:
         """Show a bar of the run's steps, if a person is watching."""
@@ -186,12 +186,13 @@ class Display:
         """Print a line without tearing the bar."""
         if not self.enabled or sys.stdout is None:
             return
+        text = printable(text)
         try:
             if self.bar is not None:
                 self.bar.write(text)
                 sys.stdout.flush()
             else:
-                print(text, flush=True)
+                print(text, flush=True, file=self.stream)
         except OSError:
             self.enabled = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that nothing fails when the process ends either
@@ -300,6 +301,23 @@ class Report:
         )
         self.display.line(evaluation_line(progress.step, found, progress.is_best))
 
+    def statistics(self, step: int, found: dict[str, Any]) -> None:
+        """Norms of one step: all of them to the log, the extremes to the terminal."""
+        self.logger.statistics(step, **found)
+        gradients, activations = found["gradient_norm"], found["activation_rms"]
+        most = max(gradients, key=gradients.get)
+        words = [f"stats at {step}", f"largest gradient norm {gradients[most]:.3g} ({most})"]
+        if activations:
+            words.append(f"output rms {min(activations.values()):.3g} to {max(activations.values()):.3g}")
+        if found["largest_logit"] is not None:
+            words.append(f"largest logit {found['largest_logit']:.3g}")
+        self.display.line(" | ".join(words))
+
+    def sample(self, step: int, text: str) -> None:
+        """A sample of text."""
+        self.logger.sample(step, text)
+        self.display.line(f"sample at {step} | {printable(text)}")
+
     def end(self, outcome: str, progress: Progress, processes: int, price_per_hour: float | None) -> dict[str, float | None]:
         """Close bar, profiler and log, with how the run came out. Returns what it took: seconds, device-hours, their price."""
         seconds = time.perf_counter() - self.started
@@ -331,21 +349,25 @@ def open_report(
     `identity` is what `saving.describe` says of the run.
     """
     config, world, origin, progress = start.config, machine.world, start.origin, start.progress
-    resumed_from = dict(checkpoint=str(origin.path), step=progress.step, run=start.saved["run"]) if origin else None
+    resumed_from = dict(checkpoint=str(origin.path), step=progress.step, run=start.saved.get("run")) if origin else None
     logger = TrainingLogger(config.out_dir, enabled=world.is_main, resumed_from=resumed_from)
-    logger.trackers = world.from_main(lambda: open_trackers(config, logger.path.stem)) or []
     hardware, flops, peak = hardware_facts(machine.device), dataclasses.asdict(learner.flops), machine.peak
     n, active = learner.model.num_parameters(), count_active_parameters(data.model_config)
     cost = dict(parameters=n, flops_per_token=flops, **({} if active == n else {"active_parameters": active}))
-    world.from_main(
-        lambda: logger.start(
-            **{**identity, "model": {**identity["model"], **cost}},
-            hardware=hardware,
-            peak=dataclasses.asdict(peak) if peak else None,
-            length=data.length,
-            tokens_per_iteration=data.tokens,
+    try:
+        logger.trackers = world.from_main(lambda: open_trackers(config, logger.path.stem)) or []
+        world.from_main(
+            lambda: logger.start(
+                **{**identity, "model": {**identity["model"], **cost}},
+                hardware=hardware,
+                peak=dataclasses.asdict(peak) if peak else None,
+                length=data.length,
+                tokens_per_iteration=data.tokens,
+            )
         )
-    )
+    except BaseException:
+        logger.discard()
+        raise
     display.line(start_report(start, machine, data, learner, hardware["device_name"], logger.path))
     meter = StepMeter(machine.device, on_lap=lambda lap: world.at(progress.step, f"after {lap}"))
     figures = {"mfu": flops["full"], "mfu_causal": flops["causal"], "hfu": flops["hardware"]}
