@@ -194,7 +194,7 @@ def laid_out(start: Start, demand: Demand, world: World, device: torch.device, a
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f}"
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"
 
 
 # ------------------------------------------------------------------------------------------- trying a micro-batch
