@@ -114,6 +114,7 @@ LONG = (
     "test_fitting.py::test_not_even",
     "test_fitting.py::test_the_largest",
     "test_flops.py",
+    "test_from_the_documents.py",
     "test_frozen_formats.py",
     "test_fuzz.py",
     "test_huggingface",
