@@ -305,8 +305,8 @@ def words_of(command: str) -> set[str]:
 
 
 def costly(command: str) -> bool:
-    """Whether a command takes a second or more: the levels' tests and pictures, memory of 7B, the shapes for a budget."""
-    return bool(re.search(r"cpu_levels.py (test|plot|all)|=llama2_7b|--backward_config", command))
+    """Whether a command takes a second or more: the levels, 16 bits on a CPU, sharding, memory of 7B, the shapes for a budget."""
+    return bool(re.search(r"cpu_levels.py|--(bf|fp)16|--use_|=llama2_7b|--backward_config", command))
 
 
 def commands_checked(kind: str) -> list:
