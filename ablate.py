@@ -55,7 +55,6 @@ def make_parser() -> Parser:
     what.add_argument(
         "--seeds",
         type=number_of_seeds,
-        default=3,
         metavar="N|auto",
         help="runs of each variant: the configuration's seed and data_seed and the N - 1 after them [3]. The number has to be "
         "fixed beforehand: adding seeds until a difference shows, from 3 to 10, finds one in 14 %% of the studies where there is "

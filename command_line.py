@@ -11,7 +11,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -49,7 +51,7 @@ def guarded(
     program: str,
     argv: list[str],
     job: Callable[[], int],
-    memory_advice: str = OUT_OF_MEMORY,
+    memory_advice: str | Callable[[], str] = OUT_OF_MEMORY,
     may_say: Callable[[str], bool] = lambda text: True,
     rank: int | None = None,
 ) -> int:
@@ -59,6 +61,7 @@ def guarded(
     --debug in argv the exception is raised on, with its traceback. Of several processes (`rank`: which this is) each
     sentence is printed by the one that `may_say` lets, and what nobody expected with its traceback and rank.
     """
+    _listen_to_interrupts()
     try:
         return job()
     except BrokenPipeError:
@@ -78,6 +81,31 @@ def guarded(
         return 2 if isinstance(error, UsageError) else 1
 
 
+def _leave_at_once(number: int, frame: object) -> None:
+    os._exit(130)
+
+
+def _be_quiet_while_importing() -> None:
+    """Until a program of this project has imported what it needs, Ctrl-C ends it at once and without a traceback.
+
+    Where these modules are imported by another program, its own way stays.
+    """
+    program = getattr(sys.modules.get("__main__"), "__file__", None)
+    ours = program is not None and Path(program).resolve().parent == PROJECT
+    main_thread = threading.current_thread() is threading.main_thread()
+    if ours and main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_at_once)
+
+
+def _listen_to_interrupts() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_be_quiet_while_importing()
+
+
 def is_expected(error: Exception) -> bool:
     """Whether the error's own sentence says all there is to say."""
     return isinstance(error, (UsageError, Failure, OSError))
@@ -91,7 +119,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
-def error_text(error: Exception, memory_advice: str) -> str:
+def error_text(error: Exception, memory_advice: str | Callable[[], str]) -> str:
     """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
@@ -99,7 +127,10 @@ def error_text(error: Exception, memory_advice: str) -> str:
     if is_expected(error):
         return text
     if is_out_of_memory(error):
-        return memory_advice
+        try:
+            return memory_advice if isinstance(memory_advice, str) else memory_advice()
+        except Exception:  # whatever stands in the way of better advice
+            return OUT_OF_MEMORY
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 

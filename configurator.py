@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import textwrap
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +44,8 @@ from training.train_config import (
 )
 from training_logger import SCHEMA_VERSION
 
-SWITCHES = ("help", "print_config", "check", "debug")  # what the command line has besides keys
-reserve("the command line", (*SWITCHES, *ALIASES, "base"))  # which is a name in config files
+SWITCHES = ("help", "help_all", "print_config", "check", "debug")  # what the command line has besides keys
+reserve("the command line", (*SWITCHES, *ALIASES, "config", "base"))  # which is a name in config files
 
 
 class ConfigError(UsageError):
@@ -62,7 +63,7 @@ def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, str | boo
 
 
 def switches_in(argv: list[str]) -> set[str]:
-    """Which of --help, --print_config, --check and --debug are given, whatever else may be wrong."""
+    """Which of --help, --help_all, --print_config, --check and --debug are given, whatever else may be wrong."""
     return _split(argv)[2]
 
 
@@ -74,6 +75,10 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]
         word = words.pop(0)
         if word == "-h":
             word = "--help"
+        if word == "--config" and words and not words[0].startswith("--"):  # as others' scripts take it
+            word = words.pop(0)
+        elif word.startswith("--config="):
+            word = word.removeprefix("--config=")
         if not word.startswith("--"):
             if config_file is None:
                 config_file = word
@@ -85,12 +90,14 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str | bool], set[str]
             continue
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
-        if key in SWITCHES:
+        if key == "config":
+            problems.append("--config needs a file: --config config/quickstart.py.")
+        elif key in SWITCHES:
             switches.add(key)
             if equals:
                 problems.append(f"--{key} takes no value.")
         elif key not in KEYS and key not in ALIASES:
-            problems.append(f"--{key} is not a key{did_you_mean(key, [*KEYS, *ALIASES])}. --help lists them all.")
+            problems.append(f"--{key} is not a key{did_you_mean(key, [*KEYS, *ALIASES])}. --help_all lists them all.")
             if not equals and words and not words[0].startswith("--"):
                 words.pop(0)
         elif equals:
@@ -410,7 +417,29 @@ def print_config(configuration: Configuration, vocabulary: int | None = None) ->
         print()
 
 
+# The keys that most runs set, for --help; --help_all has the others.
+MOST_USED = (
+    *("out_dir", "dataset", "init_from", "resume"),
+    *("arch_preset", "n_layer", "n_head", "n_embd", "block_size", "dropout"),
+    *("batch_size", "gradient_accumulation_steps", "max_iters", "learning_rate", "warmup_iters", "optimizer"),
+    *("eval_interval", "device", "dtype", "compile"),
+)
+HELP_WIDTH = 80
+
+
 def print_help(usage: str) -> None:
+    """Print usage and the keys that are used most, in HELP_WIDTH columns."""
+    print(usage.strip())
+    print("\nthe keys used most (--help_all: all of them, and other programs' names of them):")
+    for key in MOST_USED:
+        default = KEYS[key].default
+        said = "" if default is None else f"  [{default}]"
+        about = textwrap.shorten(KEYS[key].metadata["help"], 2 * (HELP_WIDTH - 12), placeholder=" …")
+        print(f"  --{key}{said}\n" + textwrap.fill(about, HELP_WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8))
+    print("\n" + textwrap.fill(f"presets (--arch_preset): {', '.join(PRESETS)}", HELP_WIDTH))
+
+
+def print_help_all(usage: str) -> None:
     """Print usage and every key: group, name, type, default, meaning."""
     print(usage.strip())
     for group in GROUPS:
@@ -427,4 +456,22 @@ def print_help(usage: str) -> None:
     print(
         "A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins,"
         "\n--check whether the run can start here and what it will cost; --debug shows the traceback of an error."
+    )
+
+
+def print_introduction() -> None:
+    """Print what train.py does and how to begin, for who gives it nothing to do."""
+    print("train.py trains a language model that a config file describes; any key can be\ngiven as --key=value.\n")
+    print("begin with  python train.py config/quickstart.py   (minutes on a CPU)")
+    print("also        python train.py --help                 (the keys used most)\n\nconfigs:")
+    files = sorted(path for path in (PROJECT / "config").glob("*.py"))
+    for path in files:
+        if not path.name.startswith("arch_"):
+            about = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+            print(f"  config/{path.name:<27}" + textwrap.shorten(about, HELP_WIDTH - 36, placeholder=" …"))
+    shapes = ", ".join(path.stem.removeprefix("arch_") for path in files if path.name.startswith("arch_"))
+    print(
+        textwrap.fill(
+            f"config/arch_*.py: one shape with the parts of {shapes}", HELP_WIDTH, initial_indent="  ", subsequent_indent="    "
+        )
     )

@@ -1,6 +1,6 @@
-"""Train a language model: set-up in order, then one loop, readable from top to bottom.
+"""Train a language model: set-up in order, then one loop.
 
-python train.py [config/x.py | run_….json] [--key=value | --key value | --flag …]
+python train.py [config/x.py | run_….json] [--key=value | --key value | --k]
 python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
 python train.py config/quickstart.py --resume
 python train.py --help | config/x.py --print_config
@@ -15,10 +15,21 @@ import os
 import sys
 from contextlib import ExitStack
 
+from command_line import Failure, choose_device, guarded  # first: from here on Ctrl-C is quiet, also while torch is imported
+
+# isort: split
 import torch
 
-from command_line import Failure, choose_device, guarded
-from configurator import ConfigError, Configuration, configure, print_config, print_help, switches_in
+from configurator import (
+    ConfigError,
+    Configuration,
+    configure,
+    print_config,
+    print_help,
+    print_help_all,
+    print_introduction,
+    switches_in,
+)
 from data.files import remove_empty
 from data.mixture import dataset_names, open_dataset, portable_spec
 from data.preparation import ensure_prepared
@@ -41,7 +52,7 @@ from training.parallelism import parallelize
 from training.precision import LossScale, SkipCounter, dropout_seed
 from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
 from training.progress import Diverged, Progress, check_outcome, stop_if_diverged
-from training.report import Display, Report, closing_lines, open_report
+from training.report import Display, Report, closing_lines, open_report, out_of_memory
 from training.saving import BackgroundSaver, Checkpoints, Saver, describe, restore, restored_names
 from training.schedules import learning_rate, run_length
 from training.signals import StopRequest
@@ -226,6 +237,8 @@ def train(
     """Train until the run's length, a request to stop or the end of patience; returns the outcome."""
     config, progress, world, meter = start.config, start.progress, machine.world, report.meter
     model, objective, optimizer, loss_scale = learner.model, learner.objective, learner.optimizer, learner.loss_scale
+    if progress.step == 0 < data.length and config.eval_interval:
+        report.evaluation(progress, evaluate(0))  # of a model that knows nothing: about ln(vocab_size)
     model.train()
     meter.restart()
     while (
@@ -350,8 +363,11 @@ def main(argv: list[str]) -> int:
 
     def job() -> int:
         switches = switches_in(argv)
-        if "help" in switches:
-            print_help(__doc__)
+        if not argv:
+            print_introduction()
+            return 2
+        if switches & {"help", "help_all"}:
+            (print_help_all if "help_all" in switches else print_help)(__doc__)
             return 0
         configuration, vocabulary = configure(argv), None
         if "print_config" in switches:
@@ -364,7 +380,8 @@ def main(argv: list[str]) -> int:
             return check(configuration)
         return run(configuration, resume_command(argv))
 
-    return guarded("train.py", argv, job, may_say=first_to_say, rank=rank() if launched() else None)
+    advice = lambda: out_of_memory(configure(argv).train)  # noqa: E731  asked only where it is needed
+    return guarded("train.py", argv, job, advice, may_say=first_to_say, rank=rank() if launched() else None)
 
 
 if __name__ == "__main__":

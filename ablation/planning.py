@@ -28,6 +28,7 @@ NOT_VARIED = {
     "init_from": "every run starts from its seed's own weights, and goes on where it stopped",
     "resume": "every run goes on where it stopped",
 }
+USUAL_SEEDS = 3
 DONE = {"vary": "varied", "cross": "crossed"}  # options, as they are said of a key
 Seeds = tuple[int, int]  # (seed, data_seed)
 PILOT_SEEDS = 3  # of --seeds=auto
@@ -88,10 +89,16 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
     """
     config_file, given, switches = parse_command_line(list(rest))
     problems = [f"--{name} is train.py's; --dry_run shows what this command would do." for name in switches - {"debug"}]
+    options = argparse.Namespace(**{**vars(options), "seeds": USUAL_SEEDS}) if (alone := options.seeds is None) else options
     problems += option_problems(options)
     problems += [f"--{key} cannot be given: {NOT_VARIED[key]}." for key in ("init_from", "resume", "eval_only") if key in given]
     asked = read_varied("vary", options.vary, problems)
     crossed = read_varied("cross", options.cross, problems)
+    if alone and not options.vary and not options.cross:
+        problems.append(
+            "What is to be compared? Name a key and its values: --vary normalization=layernorm,rmsnorm (or --seeds=3 alone, to "
+            "repeat the configuration as it stands)."
+        )
     problems += [f"{key} is both varied and crossed; choose one." for key in crossed if key in asked]
     problems += [
         f"--cross {key}: only keys of the optimizer and its schedule can be crossed; --vary compares {key}."
@@ -106,6 +113,11 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
         f"{config_file} sets {key}={getattr(base.train, key)!r}: {NOT_VARIED[key]}. Leave it out."
         for key, usual in (("init_from", "scratch"), ("resume", "no"), ("eval_only", False))
         if key not in given and getattr(base.train, key) != usual
+    ]
+    problems += [
+        f"--{key}={given[key]} is none of the values that --vary {key} compares: add it to them if it is one, else leave it out."
+        for key, values in asked.items()
+        if key in given and base.values[key] not in values.values()
     ]
     base = replace(
         base,

@@ -100,13 +100,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ]
     for key, least, most in (("tokens", 1, 1e18), ("grid_search", *BUDGETS)):
         if getattr(options, key) is not None:
+            given = getattr(options, key)
             try:
-                given = getattr(options, key)
-                setattr(options, key, number := positive(given))
+                number = positive(given)
                 if not least <= number <= most:
                     raise ValueError(f"is not between {least:g} and {most:g}, beyond which there is nothing to plan.")
+                setattr(options, key, number)
             except ValueError as error:
-                problems.append(f"--{key}={getattr(options, key)} {error}")
+                problems.append(f"--{key}={given} {error}")
     problems += [
         f"--{key}={getattr(options, key)} must be at most {most:,}."
         for key, most in (("batch_size", 10**6), ("context", 10**8), ("gpus", 10**7))

@@ -483,30 +483,49 @@ def measure_cpu_peak(dtype: str | torch.dtype, again: bool = False) -> Peak:
 
 
 def _measure_cpu_peak(dtype: torch.dtype, threads: int, seconds: float = 0.4) -> Peak:
+    """The better of two lower bounds: by the clock, and by the processor time that the threads had.
+
+    The second one takes the threads for equally busy, so it counts only up to `threads` times what one alone reaches.
+    """
     import torch
 
-    end = time.perf_counter() + seconds
-    best, size, shortest, elapsed, had = 0.0, 256, 0.0, 0.0, 1.0
-    with torch.no_grad():
-        while best == 0.0 or time.perf_counter() + elapsed < end:
-            if shortest < 0.005 and size < 8192:  # grow until one product takes long enough to time and to fill the cores
-                size *= 2
-                a, b = (torch.ones(size, size, dtype=dtype, device="cpu") for _ in range(2))
-            times = []
-            for left, right in ((a, b.t()), (a, b), (a.t(), b)):  # x·Wᵀ, g·W, gᵀ·x
-                begin, used = time.perf_counter(), time.process_time()
-                left @ right
-                clock, processor = time.perf_counter() - begin, (time.process_time() - used) / threads
-                times.append((min(clock, processor) if processor > 0.3 * clock else clock, clock))
-            shortest, elapsed = min(times)[0], sum(clock for _, clock in times)
-            if (rate := 2 * size**3 / shortest) > best:
-                best, had = rate, shortest / min(times)[1]
-    other = "" if had > SHARED else f", of whose time other work had {1 - had:.0%}"
+    clock, processor, size = _best_product(dtype, seconds if threads == 1 else 0.75 * seconds)
+    best = max(clock, processor)
+    if threads > 1:
+        try:
+            torch.set_num_threads(1)
+            best = max(clock, min(processor * threads, threads * max(_best_product(dtype, 0.25 * seconds, size)[:2])))
+        finally:
+            torch.set_num_threads(threads)
+    other = "" if clock > SHARED * best else f", of whose time other work had {1 - clock / best:.0%}"
     name = str(dtype).removeprefix("torch.")
     return Peak(best, f"measured: {name} matrix product, {threads} thread{'s' if threads > 1 else ''}{other}", measured=True)
 
 
-SHARED = 0.75  # of its processors: with less than this, a measured peak says that other work was there
+def _best_product(dtype: torch.dtype, seconds: float, size: int = 256) -> tuple[float, float, int]:
+    """FLOP/s of the fastest matrix product by the clock, and by the processor time of all threads together; its size."""
+    import torch
+
+    end = time.perf_counter() + seconds
+    by_clock, by_processor, elapsed, shortest = 0.0, 0.0, 0.0, 0.0
+    a = b = None
+    with torch.no_grad():
+        while a is None or time.perf_counter() + elapsed < end:
+            if a is None or (shortest < 0.005 and size < 8192):  # until one takes long enough to time and to fill the cores
+                size *= 1 if a is None and size > 256 else 2
+                a, b = (torch.ones(size, size, dtype=dtype, device="cpu") for _ in range(2))
+            clocks = []
+            for left, right in ((a, b.t()), (a, b), (a.t(), b)):  # x·Wᵀ, g·W, gᵀ·x
+                begin, used = time.perf_counter(), time.process_time()
+                left @ right
+                clocks.append(time.perf_counter() - begin)
+                by_processor = max(by_processor, 2 * size**3 / max(time.process_time() - used, 1e-9))
+            shortest, elapsed = min(clocks), sum(clocks)
+            by_clock = max(by_clock, 2 * size**3 / shortest)
+    return by_clock, by_processor, size
+
+
+SHARED = 0.75  # where the clock gives less than this of a measured peak, it says that other work was there
 
 
 def device_peak(device: str | torch.device, dtype: str | torch.dtype, tflops: float | None = None) -> Peak | None:

@@ -12,6 +12,7 @@ law; they do not predict the loss on another corpus.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -138,7 +139,7 @@ LAWS: dict[str, ScalingLaw] = {
             1.8e13,
             0.076,
             0.103,
-            source="Kaplan et al. 2020, Scaling Laws for Neural Language Models, eq. 1.5, table 2",
+            source="Kaplan et al. 2020, Scaling Laws for Neural Language Models, eq. 1.5, table 2 (not verified)",
         ),
     )
 }
@@ -423,7 +424,9 @@ def _law(asked: object, problems: list[str]) -> ScalingLaw | None:
     try:
         if form == "kaplan":
             return kaplan(name, *(asked[key] for key in keys), source=source)
-        return ScalingLaw(name, **{key: asked[key] for key in keys}, source=source)
+        law = ScalingLaw(name, **{key: asked[key] for key in keys}, source=source)
+        known = [one for one in LAWS.values() if all(getattr(one, key) == getattr(law, key) for key in (*keys, "gamma"))]
+        return dataclasses.replace(law, caution=known[0].caution) if known else law
     except ValueError as error:
         problems.append(str(error))
         return None

@@ -289,7 +289,7 @@ def test_a_config_that_starts_from_other_weights_is_refused(tmp_path, tiny_datas
 def test_an_out_dir_that_cannot_be_made_is_said(tmp_path, tiny_dataset, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert ablate.main([*SHAPE, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--seeds=1"]) == 1
+        assert ablate.main([*SHAPE, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--seeds=1", "--vary=dropout=0.0,0.1"]) == 1
         assert f"ablate.py: out_dir='{out}' cannot be written: " in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from configurator import ConfigError, configure, print_config, print_help, read_config_file
+from configurator import ConfigError, configure, print_config, print_help_all, read_config_file
 from training.aliases import ALIASES, SPELLINGS
 from training.schedules import learning_rate, lowest_rate
 from training.train_config import KEYS
@@ -36,6 +36,13 @@ MEANT = [
     ("batch_size", "auto", "micro_batch", "auto"),
     ("init_from", "resume", "resume", "yes"),
     ("init_from", "auto", "resume", "auto"),
+    *(
+        ("init_from", name, "init_from", f"hf:openai-community/{name}")
+        for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    ),
+    ("always_save_checkpoint", "False", "keep_last", 1),
+    ("decay_lr", "True", "lr_schedule", "cosine"),
+    ("decay_lr", "False", "lr_schedule", "constant"),
 ]
 
 
@@ -147,6 +154,6 @@ def test_min_lr_ratio_is_a_share_of_whatever_peak_there_is():
 
 
 def test_the_help_lists_the_table(capsys):
-    print_help("usage")
+    print_help_all("usage")
     printed = capsys.readouterr().out
     assert all(f"--{name}: " in printed for name in ALIASES) and "--dataset=wikitext-103: dataset=wikitext103" in printed

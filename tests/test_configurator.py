@@ -23,7 +23,7 @@ from configurator import (
     describe_type,
     parse_command_line,
     print_config,
-    print_help,
+    print_help_all,
     read_config_file,
 )
 from model_config import components
@@ -966,7 +966,7 @@ def test_what_print_config_prints_is_a_config_file_that_resolves_to_the_same(cap
 
 
 def test_help_lists_every_key_with_group_type_default_and_meaning(capsys):
-    print_help("usage")
+    print_help_all("usage")
     text = capsys.readouterr().out
     sections = dict(zip(GROUPS, re.split("|".join(rf"\n{group}:\n" for group in GROUPS), text)[1:]))
     assert len(sections) == len(GROUPS)
@@ -997,7 +997,8 @@ def test_reading_a_file_gives_values_and_origins(write):
 @pytest.mark.parametrize(
     "arguments, code, says",
     [
-        (["--help"], 0, ["--n_layer", "execution:"]),
+        (["--help"], 0, ["--n_layer", "--help_all"]),
+        (["--help_all"], 0, ["--n_layer", "execution:"]),
         (["config/quickstart.py", "--print_config"], 0, ["arch_preset = 'llama'", "# config/quickstart.py:"]),
         (["--n_heads=4", "--n_layr=2"], 2, ["--n_heads", "--n_layr"]),
         (["--n_head=18", "--n_embd=2432", "--dropout=2"], 2, ["n_head=18", "dropout=2.0"]),

@@ -116,7 +116,7 @@ def test_one_broken_score_does_not_stop_a_comparison(tmp_path, capsys):
     assert compare_architectures.main([str(run), str(other)]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["max_iters", "max_tokens", "batch_size", "eval_iters", "collective_timeout", "learning_rate"])
+@pytest.mark.parametrize("key", ["max_iters", "max_tokens", "batch_size", "eval_iters", "collective_timeout", "epochs"])
 def test_a_number_that_no_run_has_is_a_usage_error(key, capsys):
     """Issue 14.11: numbers have upper limits."""
     assert train.main([f"--{key}=1e22", "--print_config"]) == 2
@@ -261,6 +261,20 @@ def test_an_import_that_fails_leaves_no_folder(trained, tmp_path, monkeypatch, c
     )
     assert convert.main([str(tmp_path / "theirs"), str(tmp_path / "deep" / "ours")]) == 1
     assert everything(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------- 10: a peak that is given
+
+
+def test_mfu_is_of_the_peak_that_is_given(tiny_dataset, tmp_path, capsys):
+    """Issue 14.10: peak_tflops, for a device that no table lists."""
+    words = [*TINY_RUN, f"--dataset={tiny_dataset}", "--max_iters=2", f"--out_dir={tmp_path / 'run'}", "--peak_tflops=0.5"]
+    assert train.main(words) == 0
+    (log,) = (tmp_path / "run").glob("run_*.json")
+    document = json.loads(log.read_text())
+    assert document["peak"] == {"flops": 0.5e12, "source": "as peak_tflops says", "measured": False}
+    step, a_token = document["last_step"], document["model"]["flops_per_token"]["full"]
+    assert step["mfu"] == pytest.approx(step["tokens_per_s"] * a_token / 0.5e12)
 
 
 # ------------------------------------------------------------------------------------------- 16: what will run

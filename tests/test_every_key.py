@@ -196,6 +196,7 @@ EXECUTION_VALUES = dict(
     hsdp_shard_size=[2, 4],
     async_checkpoint=[False, True],
     collective_timeout=[5, 600],
+    peak_tflops=[1.5, 989.0],
 )
 
 

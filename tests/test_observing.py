@@ -17,7 +17,7 @@ from data.preparation import prepare
 from model_builder import build_model
 from model_config import resolve
 from tests.conftest import TINY_RUN
-from training.observing import FEW, Spikes, StepNorms
+from training.observing import FEW, LayerStatistics, Spikes
 
 NOISE = "".join(chr(code) for code in range(33, 127))
 
@@ -93,7 +93,7 @@ def test_a_planted_spike_is_found_and_its_documents_are_printed(tmp_path, capsys
 def test_the_statistics_are_those_of_the_step_computed_by_hand():
     model = build_model(resolve("gpt2", n_layer=2, n_head=2, n_embd=16, vocab_size=31, block_size=8, pad_vocab_multiple=16))
     batches = [torch.randint(0, 31, (2, 8)), torch.randint(0, 31, (1, 8))]
-    found = StepNorms(model, lambda sums: sums, lambda most: most)
+    found = LayerStatistics(model, lambda sums: sums, lambda most: most)
     with found.watching():
         for batch in batches:
             model(batch).square().sum().backward()

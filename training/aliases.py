@@ -94,6 +94,7 @@ def answer(sentence: str) -> Alias:
     return Alias(sentence=sentence)
 
 
+_GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # nanoGPT's names of OpenAI's weights
 _PRESETS = {"tiny": "lm_tiny", "small": "lm_small", "medium": "lm_medium"}
 
 ALIASES: dict[str, Alias] = {
@@ -115,6 +116,10 @@ ALIASES: dict[str, Alias] = {
     "fp16": flag("dtype", on="float16"),
     "bf16": flag("dtype", on="bfloat16"),
     "gradient_checkpointing": flag("activation_checkpointing", on="full", off="none"),
+    # nanoGPT's train.py, where its keys are not ours by the same name
+    "always_save_checkpoint": flag("keep_last", off=1),  # the best is kept besides, which is what False wants
+    "decay_lr": flag("lr_schedule", on="cosine", off="constant"),
+    "backend": answer("the backend follows from the device (nccl on GPUs, gloo on CPUs); leave it out."),
 }
 
 # Other names of single values: (key, value) → (the key that is meant, its value).
@@ -122,6 +127,7 @@ SPELLINGS: dict[tuple[str, str], tuple[str, str]] = {
     ("init_from", "resume"): ("resume", "yes"),  # nanoGPT's
     ("init_from", "auto"): ("resume", "auto"),
     ("batch_size", "auto"): ("micro_batch", "auto"),  # the global batch stays what it is without it
+    **{("init_from", name): ("init_from", f"hf:openai-community/{name}") for name in _GPT2},
     ("dataset", "wikitext"): ("dataset", "wikitext2"),
     ("dataset", "wikitext-2"): ("dataset", "wikitext2"),
     ("dataset", "wikitext-103"): ("dataset", "wikitext103"),

@@ -59,7 +59,7 @@ class Spikes:
         return False, middle
 
 
-class StepNorms:
+class LayerStatistics:
     """Norms of one step: of each block's output and gradient, and the largest logit, over the global batch."""
 
     def __init__(self, model: nn.Module, world_sum: Callable[[Tensor], Tensor], world_most: Callable[[Tensor], Tensor]):
@@ -126,7 +126,7 @@ class Observer:
         self.config, self.machine, self.learner, self.report = start.config, machine, learner, report
         self.data, self.spikes = data, Spikes()
         self.losses: list[tuple[int, Tensor]] = []
-        self.statistics: StepNorms | None = None
+        self.statistics: LayerStatistics | None = None
         self.prompt: list[int] | None = None
         self.tokenizer = None
         if self.config.sample_interval:
@@ -142,7 +142,7 @@ class Observer:
             yield
             return
         world = self.machine.world
-        self.statistics = StepNorms(self.learner.model, world.sum, world.largest)
+        self.statistics = LayerStatistics(self.learner.model, world.sum, world.largest)
         with self.statistics.watching():
             yield
 
