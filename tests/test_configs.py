@@ -16,7 +16,8 @@ from training.train_config import KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
-SMALL = {"shakespeare_char_cpu.py", "quickstart.py", "ablation_small.py"}  # whose vocabulary is their dataset's
+LEVELS = {name for name in FILES if name.startswith("cpu_level")}
+SMALL = {"shakespeare_char_cpu.py", "quickstart.py", "ablation_small.py"} | LEVELS  # whose vocabulary is their dataset's
 
 KNOWN_N = {
     "full_gpt2_124m.py": 124_439_808,
@@ -36,6 +37,8 @@ TOKENS_PER_ITERATION = {
     "quickstart.py": 16 * 128,
     "shakespeare_char_cpu.py": 12 * 64,
     "ablation_small.py": 16 * 128,
+    **dict.fromkeys(LEVELS, 4 * 32),
+    "cpu_level6_tinystories.py": 32 * 256,
 }
 
 
