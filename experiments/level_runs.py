@@ -133,7 +133,9 @@ def _variant(level: int, given: Mapping[str, str | bool]) -> Variant:
     """The configuration of a level. Its 20 evaluations are spread over the run, however long that is."""
     base = make_variant(config_of(level), dict(given))
     every = max(1, base.length // 20)
-    made = make_variant(config_of(level), {**given, "eval_interval": str(every)})
+    made = base
+    if base.train.eval_interval != every:
+        made = make_variant(config_of(level), {**given, "eval_interval": str(every)})
     return dataclasses.replace(made, name=f"level {level} ({LEVELS[level].replace('_', ' ')})")
 
 

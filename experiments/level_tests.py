@@ -1,7 +1,7 @@
 """What the saved models of the five levels can do: how well they predict a new text, and what they write.
 
-Quality is the share of the generated sentences that the corpus's own grammar parses (`data.story_grammar.parse_sentence`). It is taken
-over continuations of prompts from stories that no model has seen: the first sentence of a story and two words of the
+Quality is the share of the generated sentences that the corpus's own grammar parses (`story_grammar.parse_sentence`). It is
+taken over continuations of prompts from stories that no model has seen: the first sentence of a story and two words of the
 second. Sentences that the model itself began and those that it only finished count; the prompt's first sentence does not,
 nor does a last one that was cut off, unless it is longer than any sentence of the grammar. Of the grammatical ones, those
 that do not stand in the text that the model has learnt from count as new.

@@ -41,10 +41,11 @@ def stories(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_tests():
-    """Few prompts and short texts."""
+    """Few prompts, short texts, a small picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(level_tests, "NEW_STORIES", 6)
         patch.setattr(level_tests, "NEW_TOKENS", 25)
+        patch.setattr(level_plots, "DPI", 20)
         yield
 
 
@@ -131,6 +132,7 @@ def test_the_results_of_the_tests(finished, capsys):
     assert by_level[1]["seeds"] == [0, 1] and by_level[2]["seeds"] == [0]
     for one in document["models"]:
         model, tokenizer = cpu_levels.load_model(finished / "models" / one["name"])
+        model.requires_grad_(False)
         ids = torch.tensor(list(itertools.chain.from_iterable([*tokenizer.encode(text), tokenizer.eos_id] for text in new)))
         nll = 0.0
         for start in range(0, len(ids) - 1, 32):
@@ -447,10 +449,10 @@ def test_the_notebook_runs(stories, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
     more = [f"--dataset={stories}", "--max_iters=4"]
     found = run_notebook(
-        ROOT / "docs" / "overfitting.ipynb", f"OUT_DIR, LEVELS, SEEDS, MORE = {str(tmp_path / 'book')!r}, '1,2', 1, {more!r}"
+        ROOT / "docs" / "overfitting.ipynb", f"OUT_DIR, LEVELS, SEEDS, MORE = {str(tmp_path / 'book')!r}, '2', 1, {more!r}"
     )
     out = capsys.readouterr().out
-    assert [one["level"] for one in found["index"]] == [1, 2] and "tokens a parameter: train" in out
+    assert [one["level"] for one in found["index"]] == [2] and "tokens a parameter: train" in out
     assert "Lily lost his doll in the park.     None" in out and "{h} lost {h.their} {thing} in the {place}." in out
     assert (tmp_path / "book" / "outputs" / "training_curves.png").is_file() and "Tom and Lily" in out
 
