@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from command_line import Failure, Parser, choose_device, duration, guarded, short, text_table
+from command_line import Failure, Parser, choose_device, duration, guarded, printable, short, text_table
 
 if TYPE_CHECKING:
     from ablation.execution import Study
@@ -55,7 +55,6 @@ def make_parser() -> Parser:
     what.add_argument(
         "--seeds",
         type=number_of_seeds,
-        default=3,
         metavar="N|auto",
         help="runs of each variant: the configuration's seed and data_seed and the N - 1 after them [3]. The number has to be "
         "fixed beforehand: adding seeds until a difference shows, from 3 to 10, finds one in 14 %% of the studies where there is "
@@ -274,7 +273,7 @@ def run(argv: Sequence[str]) -> int:
 
     study = Study(plan := make_plan(options, rest))
     train = plan.base.train
-    print(plan_in_words(study), flush=True)
+    print(printable(plan_in_words(study)), flush=True)
     if options.jobs > 1 and train.threads is None and not visible_gpus(train):
         print(
             f"warning: {options.jobs} runs at a time, each with PyTorch's own number of threads, get in each other's "
@@ -282,7 +281,7 @@ def run(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
     if options.dry_run:
-        print("\n".join([cost_in_words(study), "", *commands(study)]))
+        print(printable("\n".join([cost_in_words(study), "", *commands(study)])))
         return 0
     if options.speed:
         from ablation.speed import compare_speed
@@ -295,7 +294,7 @@ def run(argv: Sequence[str]) -> int:
         if not trained(study, options.jobs, argv):
             return 0
         study = Study(after_pilot(study))
-        print(plan_in_words(study), flush=True)
+        print(printable(plan_in_words(study)), flush=True)
     return conclude(study, argv) if trained(study, options.jobs, argv) else 0
 
 
@@ -316,8 +315,8 @@ def conclude(study: Study, argv: Sequence[str]) -> int:
     if failed and not study.finished:
         raise failed
     comparison = compare_runs(study)
-    print(f"\n{table(comparison)}\n")
-    print("\n".join(write_reports(study, comparison, argv)), file=sys.stderr)
+    print(printable(f"\n{table(comparison)}\n"))
+    print(printable("\n".join(write_reports(study, comparison, argv))), file=sys.stderr)
     if failed:
         raise failed
     return 0

@@ -6,11 +6,14 @@ Imports nothing of the project, so every module may import it.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -48,7 +51,7 @@ def guarded(
     program: str,
     argv: list[str],
     job: Callable[[], int],
-    memory_advice: str = OUT_OF_MEMORY,
+    memory_advice: str | Callable[[], str] = OUT_OF_MEMORY,
     may_say: Callable[[str], bool] = lambda text: True,
     rank: int | None = None,
 ) -> int:
@@ -58,6 +61,7 @@ def guarded(
     --debug in argv the exception is raised on, with its traceback. Of several processes (`rank`: which this is) each
     sentence is printed by the one that `may_say` lets, and what nobody expected with its traceback and rank.
     """
+    _listen_to_interrupts()
     try:
         return job()
     except BrokenPipeError:
@@ -77,33 +81,104 @@ def guarded(
         return 2 if isinstance(error, UsageError) else 1
 
 
+def _leave_at_once(number: int, frame: object) -> None:
+    os._exit(130)
+
+
+def _be_quiet_while_importing() -> None:
+    """Until a program of this project has imported what it needs, Ctrl-C ends it at once and without a traceback.
+
+    Where these modules are imported by another program, its own way stays.
+    """
+    program = getattr(sys.modules.get("__main__"), "__file__", None)
+    ours = program is not None and Path(program).resolve().parent == PROJECT
+    main_thread = threading.current_thread() is threading.main_thread()
+    if ours and main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_at_once)
+
+
+def _listen_to_interrupts() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_be_quiet_while_importing()
+
+
 def is_expected(error: Exception) -> bool:
     """Whether the error's own sentence says all there is to say."""
     return isinstance(error, (UsageError, Failure, OSError))
 
 
-def error_text(error: Exception, memory_advice: str) -> str:
-    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory left, on a GPU or here."""
     import torch
 
+    said = ("can't allocate memory", "std::bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
+def error_text(error: Exception, memory_advice: str | Callable[[], str]) -> str:
+    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
+        return system_error(error)
     if is_expected(error):
         return text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return memory_advice
+    if is_out_of_memory(error):
+        try:
+            return memory_advice if isinstance(memory_advice, str) else memory_advice()
+        except Exception:  # whatever stands in the way of better advice
+            return OUT_OF_MEMORY
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+_REMEDIES = {
+    "Free some space, or choose another place": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "Choose a place that you may write to, or ask for the right to it": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "Check the path": (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+    "Name a file, not a folder": (errno.EISDIR,),
+    "Close other programs, or raise the limit (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "The disk, or the network to it, fails; try again or choose another place": (errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+}
+
+
+def system_error(error: OSError) -> str:
+    """What the system refused, as a sentence: the path, its reason, and what to do."""
+    names = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    advice = next((advice for advice, numbers in _REMEDIES.items() if error.errno in numbers), "")
+    return (f"{names}: " if names else "") + f"{error.strerror or error}." + (f" {advice}." if advice else "")
+
+
+def check_target(option: str, path: str | os.PathLike) -> Path:
+    """Raise UsageError unless a file can be written there, which is asked before the work that it is to hold. The path."""
+    target = Path(path).expanduser()
+    folder = target.absolute().parent
+    if target.is_dir():
+        raise UsageError(f"{option}={path} is a folder; name a file in it.")
+    if not folder.is_dir():
+        raise UsageError(f"{option}={path} cannot be written: there is no folder {folder}. Make it, or choose another place.")
+    if not os.access(target if target.exists() else folder, os.W_OK):
+        raise UsageError(f"{option}={path} cannot be written: permission denied. Choose another place.")
+    return target
 
 
 # ------------------------------------------------------------------------------------------- what others wrote
 
 LARGEST_NUMBER = 1e30  # in a document: beyond it squares and products overflow, and no run has such a figure
+LARGEST_COUNT = 10**15  # of tokens, bytes, steps: products of two still fit into what arrays hold as far as anybody forms them
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """json.loads, whose ValueError also answers what is nested deeper than Python follows."""
+    """json.loads, whose ValueError also answers what is nested deeper than Python follows, and NaN, which is no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise json.JSONDecodeError(f"{constant} is no JSON number", "", 0)
+
     try:
-        return json.loads(text, **options)
+        return json.loads(text, **{"parse_constant": refuse, **options})
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
@@ -123,27 +198,30 @@ class Mandatory:
 def check_shape(value: Any, shape: Any, where: str = "it") -> None:
     """Hold what a JSON document says against its declared shape. Raises ValueError naming the place, or nothing is wrong.
 
-    shape: int (a whole number from 0 on), float (any finite number), str, bool, object (anything that is no list or object),
-    dict (any object), [shape], {key: shape} where "*" stands for all other keys, Mandatory(shape). Null and keys that are
-    missing are fine elsewhere, and so are keys that a shape does not name. Numbers are at most LARGEST_NUMBER in size.
+    shape: int (a whole number from 0 to LARGEST_COUNT), float (any finite number up to LARGEST_NUMBER in size), str, bool,
+    object (anything that is no list or object), dict (any object), [shape], {key: shape} where "*" stands for all other
+    keys, Mandatory(shape). Null and keys that are missing are fine elsewhere, and so are keys that a shape does not name.
     """
     needed = isinstance(shape, Mandatory)
     shape = shape.shape if needed else shape
     if value is None and not needed:
         return
+    if value is None:
+        raise ValueError(f"it lacks {where}" if where != "it" else "it is null")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(shape, dict):
         fits, said = isinstance(value, dict), "an object"
     elif isinstance(shape, list):
         fits, said = isinstance(value, list), "a list"
     elif shape is int:
-        fits, said = number and isinstance(value, int) and 0 <= value <= LARGEST_NUMBER, "a whole number from 0 on"
+        fits, said = number and isinstance(value, int) and 0 <= value <= LARGEST_COUNT, "a whole number from 0 to 10^15"
     elif shape is float:
         fits, said = number and math.isfinite(value) and abs(value) <= LARGEST_NUMBER, "a finite number of usual size"
     elif shape is object:
-        fits, said = not isinstance(value, (dict, list)), "a single value"
+        fits, said = not isinstance(value, (dict, list)) and _is_finite(value), "a single finite value"
     else:
-        fits, said = isinstance(value, shape), {str: "text", bool: "true or false", dict: "an object"}[shape]
+        fits = isinstance(value, shape) and (shape is not dict or _is_finite(value))
+        said = {str: "text", bool: "true or false", dict: "an object whose numbers are finite"}[shape]
     if not fits:
         given = repr(value)
         raise ValueError(f"{where} is {given[:40]}{' …' * (len(given) > 40)}, not {said}")
@@ -158,7 +236,25 @@ def check_shape(value: Any, shape: Any, where: str = "it") -> None:
             check_shape(value[key], shape["*"], f"{where}.{key}" if where != "it" else key)
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a JSON value is infinite (as 1e999 is read) or not a number."""
+    if isinstance(value, (dict, list)):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 # ------------------------------------------------------------------------------------------- the device
+
+
+def whole_number(text: str) -> int:
+    """The type of an argparse option that takes a whole number from 1 on; 1e9 is one."""
+    try:
+        number = float(text)
+        if number != int(number) or number < 1:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on") from None
+    return int(number)
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:

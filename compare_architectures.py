@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from command_line import Failure, Parser, UsageError, guarded, printable
+from command_line import Failure, Parser, UsageError, check_target, guarded, printable
 from comparison.groups import METRICS, Comparison, Group, NotComparable, compare, group_runs
 from comparison.pictures import write_html, write_plot
 from comparison.report import SORT_KEYS, table, write_csv, write_json, write_markdown
@@ -95,6 +95,9 @@ def run(options: argparse.Namespace) -> None:
         latest = 0
     if latest is not None and latest < 1:
         raise UsageError(f"--latest={options.latest} is not a whole number from 1 on.")
+    for name in WRITERS:
+        if path := getattr(options, name):
+            check_target(f"--{name}", path)
     paths = options.paths + ([options.out_dir] if options.out_dir else [])
     runs = load_runs(paths or ["out"], latest, warn=lambda message: print(f"warning: {printable(message)}", file=sys.stderr))
     groups = group_runs(runs, [key for key in options.group_by.split(",") if key])
@@ -105,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
     for name, (write, _) in WRITERS.items():
         if path := getattr(options, name):
             write(comparison, path)
-            print(f"{name}: {path}", file=sys.stderr)
+            print(printable(f"{name}: {path}"), file=sys.stderr)
 
 
 def main(argv: list[str]) -> int:

@@ -53,6 +53,7 @@ def make_parser() -> Parser:
 def import_model(source: str, out_dir: Path) -> Path:
     """A Hugging Face folder or Hub name → a checkpoint of step 0 below out_dir; returns its folder."""
     from configurator import Configuration
+    from data.files import remove_empty
     from training.checkpoint import CheckpointStore
     from training.huggingface_files import find_folder, read_config, read_tensors, source_of
     from training.train_config import KEYS, TrainConfig
@@ -63,6 +64,7 @@ def import_model(source: str, out_dir: Path) -> Path:
     store = CheckpointStore(out_dir)
     if store.all():
         raise UsageError(f"{out_dir} holds the checkpoints of another run; choose a new folder.")
+    made = [path for path in (store.folder, *store.folder.absolute().parents) if not path.exists()]
     tensors = ((f"model.{name}", tensor.float()) for name, tensor in _with_progress(read_tensors(folder, config), "reading"))
     values, _ = Configuration(TrainConfig(), dict.fromkeys(KEYS, "default")).resolved(config)
     values.update(config.to_dict(), arch_preset="custom")
@@ -75,7 +77,11 @@ def import_model(source: str, out_dir: Path) -> Path:
         model=dict(name=config.name, fingerprint=config.fingerprint, config=config.to_dict()),
         source=source_of(folder, source),
     )
-    return store.save(0, tensors, state, keep_last=1, tokenizer_folder=folder)
+    try:
+        return store.save(0, tensors, state, keep_last=1, tokenizer_folder=folder)
+    except BaseException:
+        remove_empty(made)
+        raise
 
 
 # ------------------------------------------------------------------------------------------- to Hugging Face
@@ -87,20 +93,25 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
     The folder has sharded safetensors, config.json, generation_config.json and the tokenizer. `dtype`: of all tensors;
     None keeps the dtype in which each was imported, float32 where it was not.
     """
+    from data.files import staged
+
+    with staged(target, last="config.json") as folder:
+        return _export(source, folder, dtype)
+
+
+def _export(source: str, target: Path, dtype: str | None) -> Path:
+    """Write what `export_model` exports into an empty folder."""
     import torch
 
     from data.tokenization import load_tokenizer
     from model_builder import build_model
-    from model_config import ModelConfig
-    from training.checkpoint import find_checkpoint, load_tensors, read_state, tokenizer_files
+    from training.checkpoint import find_checkpoint, load_tensors, model_of, read_state, tokenizer_files
     from training.huggingface import config_to_hf, tensor_rules
     from training.huggingface_parts import ConversionError
 
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"{target} is not empty; choose a new folder.")
     checkpoint = find_checkpoint(source)
     state = read_state(checkpoint)
-    config = ModelConfig.from_dict(state["model"]["config"])
+    config = model_of(checkpoint, state)
     origin = state.get("source") or {}
     hf = config_to_hf(config, origin.get("config"))
     usual, others = (dtype, {}) if dtype else (origin.get("dtype", "float32"), origin.get("dtypes", {}))
@@ -119,7 +130,6 @@ def export_model(source: str, target: Path, dtype: str | None) -> Path:
                 raise ConversionError(f"{rule.theirs} has numbers beyond the range of {rounded.dtype}; use --dtype=bfloat16.")
             yield rule.theirs, rounded
 
-    target.mkdir(parents=True, exist_ok=True)
     write_sharded(target, tensors())
     tokenizer = load_tokenizer(checkpoint)
     ids, generation = special_tokens(state, tokenizer)

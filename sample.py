@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import Failure, Parser, UsageError, choose_device, guarded
+from command_line import Failure, Parser, UsageError, choose_device, guarded, printable
 from model_config import did_you_mean
 
 if TYPE_CHECKING:
@@ -170,6 +170,8 @@ def read_prompt(options: argparse.Namespace) -> str | None:
                 return stdin.read().removesuffix("\n")
         text.encode()  # raises UnicodeError where the command line is not UTF-8: such bytes arrive as lone surrogates
         return text
+    except UsageError:
+        raise
     except UnicodeError:
         where = {"file": f"file {text!r}", "stdin": "text on stdin"}.get(source, "text on the command line")
         raise UsageError(f"The prompt cannot be read: the {where} is not UTF-8; convert it first.") from None
@@ -206,7 +208,7 @@ def run(options: argparse.Namespace) -> None:
     made = 0
     if options.prompts:
         for number, (text, new) in enumerate(sampler.batch()):
-            print(SEPARATOR + "\n" + text if number else text)
+            show((SEPARATOR + "\n" + text if number else text) + "\n")
             made += new
     else:
         for number in range(options.num_samples):
@@ -291,7 +293,9 @@ class Sampler:
             write(decoder.push(token))
             made += 1
         write(decoder.flush())
-        print("".join(pieces), flush=True)
+        if pieces:
+            show("".join(pieces))
+        print(flush=True)
         return made
 
     def batch(self) -> list[tuple[str, int]]:
@@ -331,8 +335,8 @@ def side_by_side(names: list[str], texts: tuple[str, str]) -> str:
 
 
 def show(text: str) -> None:
-    """Print text as it comes."""
-    print(text, end="", flush=True)
+    """Print text as it comes; on a terminal without control characters, which a model may well have learnt."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 class IdWriter:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import Failure, Parser, UsageError, choose_device, guarded, labelled
+from command_line import Failure, Parser, UsageError, check_target, choose_device, guarded, labelled, printable, whole_number
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
@@ -40,11 +40,11 @@ def make_parser() -> Parser:
     what.add_argument("--text_key", default="text", metavar="KEY", help="the field or column with the text [text]")
     what.add_argument("--dataset", metavar="NAME", help="a prepared dataset")
     what.add_argument("--split", choices=("train", "val"), default="val", help="its split [val]")
-    what.add_argument("--max_tokens", type=_count, metavar="N", help="only the first N tokens")
+    what.add_argument("--max_tokens", type=whole_number, metavar="N", help="only the first N tokens")
     how = parser.add_argument_group("how")
-    how.add_argument("--context", type=_count, metavar="N", help="tokens that a window holds [the model's block_size]")
-    how.add_argument("--stride", type=_count, metavar="N", help="by how much a window moves, at most the context")
-    how.add_argument("--batch_size", type=_count, default=8, metavar="N", help="windows at a time [8]")
+    how.add_argument("--context", type=whole_number, metavar="N", help="tokens that a window holds [the model's block_size]")
+    how.add_argument("--stride", type=whole_number, metavar="N", help="by how much a window moves, at most the context")
+    how.add_argument("--batch_size", type=whole_number, default=8, metavar="N", help="windows at a time [8]")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N [auto]")
     how.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the computation [float32]"
@@ -52,16 +52,6 @@ def make_parser() -> Parser:
     how.add_argument("--json", metavar="FILE", help="where the score is written [beside the run; nowhere for other models]")
     how.add_argument("--debug", action="store_true", help="errors with their traceback")
     return parser
-
-
-def _count(text: str) -> int:
-    try:
-        number = float(text)
-        if number != int(number) or number < 1:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on") from None
-    return int(number)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     if options.text is not None and options.dataset is not None:
         raise UsageError("Give either --text or --dataset.")
     if options.json is not None:
-        check_target(Path(options.json).expanduser())
+        check_target("--json", options.json)
     device, place = choose_device(options.device), Path(options.model).expanduser()
     state: dict[str, Any] = {}
     if place.exists() and not is_folder(place):
@@ -115,19 +105,9 @@ def run(options: argparse.Namespace) -> None:
         "how": {"context": context, "stride": options.stride, "dtype": options.dtype, "device": str(device)},
         "score": found.to_dict(),
     }
-    print(score_text(document))
+    print(printable(score_text(document)))
     if target := write_score(document, options.json, place if state else None):
         print(f"written to  {target}")
-
-
-def check_target(path: Path) -> None:
-    """Raises UsageError unless a file can be written there: scoring takes long, so this is asked first."""
-    import os
-
-    if path.is_dir():
-        raise UsageError(f"--json={path} is a folder; name a file in it.")
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise UsageError(f"--json={path} cannot be written: {path.absolute().parent} is no folder that can be written to.")
 
 
 class _First:
@@ -237,11 +217,13 @@ def write_score(document: dict[str, Any], asked: str | None, checkpoint: Path | 
     """Write a score to the file asked for, or beside the run of a checkpoint; returns where, None for nowhere."""
     import hashlib
     import json
+    import math
     import os
 
     if asked is None and checkpoint is None:
         return None
-    text = json.dumps(document, indent=2) + "\n"
+    score = {key: None if value in (math.inf, -math.inf) or value != value else value for key, value in document["score"].items()}
+    text = json.dumps({**document, "score": score}, indent=2, allow_nan=False) + "\n"  # JSON has no infinity
     if asked is not None:
         target = Path(asked).expanduser()
     else:

@@ -1,8 +1,9 @@
 """One run, one log: `run_<date>_<time>.jsonl`, an event a line as it happens, and `.json`, the same run as one document.
 
 The `.jsonl` is the truth: append-only, one strict-JSON object a line with "event" and "time", what `tail -f` follows.
-Events: run_start, step, eval, checkpoint, warning, run_end. The `.json` document is what `compare_architectures.py`
-reads; `rebuild` makes the same document from the `.jsonl` of a run that was killed, through the same `RunDocument`.
+Events: run_start, step, eval, checkpoint, warning, stats, sample, run_end. The `.json` document is what
+`compare_architectures.py` reads; `rebuild` makes the same document from the `.jsonl` of a run that was killed,
+through the same `RunDocument`.
 
 JSON has no NaN: a non-finite number under `key` is written as `"key": null, "key_repr": "nan"` ("inf", "-inf"), so that a
 diverged loss differs from one that was not measured. Inside a list it becomes null.
@@ -161,12 +162,12 @@ _FACTS = {
     "length": int,
     "tokens_per_iteration": int,
     "resumed_from": {"run": str, "checkpoint": str, "step": int},
-    "config": {"dataset": str, "out_dir": str, "seed": object, "data_seed": object},
+    "config": {"dataset": str, "out_dir": str, "*": object},
     "origins": dict,
     "model": {
         "name": str,
         "fingerprint": str,
-        "config": dict,
+        "config": {"*": object},
         "parameters": float,
         "flops_per_token": {"full": float, "causal": float, "hardware": float},
     },
@@ -176,12 +177,12 @@ _FACTS = {
 _EVAL = {"step": Mandatory(int), "tokens": Mandatory(int), "val_loss": float, "bits_per_byte": float, "val_tokens": int}
 _TIME = {"event": Mandatory(str), "time": Mandatory(str)}
 EVENTS = {
-    "run_start": {**_TIME, **_FACTS},
-    "step": {**_TIME, "step": Mandatory(int), "tokens": Mandatory(int), "loss": float, "step_ms": {"total": float}},
-    "eval": {**_TIME, **_EVAL},
-    "checkpoint": {**_TIME, "step": Mandatory(int)},
-    "warning": {**_TIME, "message": str},
-    "run_end": {**_TIME, "outcome": Mandatory(str)},
+    "run_start": _FACTS,
+    "step": {"step": Mandatory(int), "tokens": Mandatory(int), "loss": float, "step_ms": {"total": float}},
+    "eval": _EVAL,
+    "checkpoint": {"step": Mandatory(int)},
+    "warning": {"message": str},
+    "run_end": {"outcome": Mandatory(str)},
 }
 DOCUMENT = {
     **_FACTS,
@@ -238,7 +239,7 @@ def _reduced(path: Path, skim: bool) -> dict[str, Any]:
                 continue
             try:
                 event = parse_json(line)
-                check_shape(event, Mandatory({"event": Mandatory(str), "time": Mandatory(str)}), "the line")
+                check_shape(event, Mandatory(_TIME), "the line")
                 check_shape(event, EVENTS.get(event["event"], {}))
                 if event["event"] == "run_start":
                     _check_schema(event, path)
@@ -347,6 +348,14 @@ class TrainingLogger:
         self._write_document()
         self._may_fail = True
 
+    def discard(self) -> None:
+        """Take away the log of a run whose start failed before anything was written to it."""
+        if self._file is not None and os.fstat(self._file).st_size == 0:
+            os.close(self._file)
+            self._file = None
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
     def step(
         self,
         step: int,
@@ -383,6 +392,14 @@ class TrainingLogger:
         """eval: losses and what follows from them; the document is replaced."""
         self._record("eval", step=step, tokens=tokens, **results)
         self._write_document()
+
+    def statistics(self, step: int, **found) -> None:
+        """stats: norms of each block's output and gradient, and the largest logit, at one step."""
+        self._record("stats", step=step, **found)
+
+    def sample(self, step: int, text: str) -> None:
+        """sample: a text that the model wrote after so many steps."""
+        self._record("sample", step=step, text=text)
 
     def checkpoint(self, step: int, path: str | os.PathLike, seconds: float, best: bool = False, **facts) -> None:
         """checkpoint: one was saved at `path`, which took `seconds`."""

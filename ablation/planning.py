@@ -17,7 +17,8 @@ from ablation.variants import Variant, folder_name, make_variant, readable
 from command_line import UsageError
 from configurator import convert, describe_type, parse_command_line
 from model_config import COMPONENT_KINDS, component, did_you_mean
-from training.train_config import ALIASES, KEYS
+from training.aliases import ALIASES
+from training.train_config import KEYS
 
 NOT_VARIED = {
     "seed": "--seeds repeats every variant over seeds",
@@ -27,6 +28,7 @@ NOT_VARIED = {
     "init_from": "every run starts from its seed's own weights, and goes on where it stopped",
     "resume": "every run goes on where it stopped",
 }
+USUAL_SEEDS = 3
 DONE = {"vary": "varied", "cross": "crossed"}  # options, as they are said of a key
 Seeds = tuple[int, int]  # (seed, data_seed)
 PILOT_SEEDS = 3  # of --seeds=auto
@@ -87,10 +89,16 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
     """
     config_file, given, switches = parse_command_line(list(rest))
     problems = [f"--{name} is train.py's; --dry_run shows what this command would do." for name in switches - {"debug"}]
+    options = argparse.Namespace(**{**vars(options), "seeds": USUAL_SEEDS}) if (alone := options.seeds is None) else options
     problems += option_problems(options)
     problems += [f"--{key} cannot be given: {NOT_VARIED[key]}." for key in ("init_from", "resume", "eval_only") if key in given]
     asked = read_varied("vary", options.vary, problems)
     crossed = read_varied("cross", options.cross, problems)
+    if alone and not options.vary and not options.cross:
+        problems.append(
+            "What is to be compared? Name a key and its values: --vary normalization=layernorm,rmsnorm (or --seeds=3 alone, to "
+            "repeat the configuration as it stands)."
+        )
     problems += [f"{key} is both varied and crossed; choose one." for key in crossed if key in asked]
     problems += [
         f"--cross {key}: only keys of the optimizer and its schedule can be crossed; --vary compares {key}."
@@ -105,6 +113,11 @@ def make_plan(options: argparse.Namespace, rest: Sequence[str]) -> StudyPlan:
         f"{config_file} sets {key}={getattr(base.train, key)!r}: {NOT_VARIED[key]}. Leave it out."
         for key, usual in (("init_from", "scratch"), ("resume", "no"), ("eval_only", False))
         if key not in given and getattr(base.train, key) != usual
+    ]
+    problems += [
+        f"--{key}={given[key]} is none of the values that --vary {key} compares: add it to them if it is one, else leave it out."
+        for key, values in asked.items()
+        if key in given and base.values[key] not in values.values()
     ]
     base = replace(
         base,
@@ -183,14 +196,14 @@ def crossed_settings(
 def read_varied(option: str, texts: Sequence[str], problems: list[str]) -> dict[str, dict[str, Any]]:
     """The arguments of --vary or --cross → {key: {text of a value: the value}}. Adds what cannot be used to the problems.
 
-    Values are separated by commas, or by semicolons where one holds commas itself.
+    Values are separated by commas, or by semicolons where one holds commas itself, as mixtures of datasets do.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
         key, _, listed = text.partition("=")
         key = key.strip().replace("-", "_")
         if key in ALIASES:
-            problems.append(f"--{option} {text}: {option} {ALIASES[key][0]} itself.")
+            problems.append(f"--{option} {text}: {option} {ALIASES[key].key or 'the key that is meant'} itself.")
         elif key not in KEYS:
             problems.append(f"--{option} {text}: {key!r} is not a key{did_you_mean(key, KEYS)}. train.py --help lists all.")
         elif key in NOT_VARIED:
@@ -201,7 +214,7 @@ def read_varied(option: str, texts: Sequence[str], problems: list[str]) -> dict[
             problems.append(f"--{option} {text} names no values ({describe_type(key)}); write --{option} {key}=a,b.")
         else:
             found[key] = {}
-            for word in map(str.strip, listed.split(";" if ";" in listed else ",")):
+            for word in listed_values(key, listed):
                 try:
                     value = convert(key, word)
                     if key in COMPONENT_KINDS:
@@ -213,6 +226,12 @@ def read_varied(option: str, texts: Sequence[str], problems: list[str]) -> dict[
                     problems.append(f"--{option} {text}: {word} is given twice.")
                 found[key][word] = value
     return found
+
+
+def listed_values(key: str, listed: str) -> list[str]:
+    """The values of a key in a list. Commas between `name:share` are those of one mixture of datasets."""
+    mixture = key == "dataset" and ":" in listed
+    return [word.strip() for word in listed.split(";" if ";" in listed or mixture else ",")]
 
 
 def make_variants(

@@ -22,13 +22,13 @@ from command_line import UsageError, choose_device, text_table
 from comparison.inference import adjust, compare_means
 from comparison.report import p_text
 from flops_parameter_counting.hardware import best_dtype
-from model_builder import COMPUTE_DTYPES, build_model, initialize
+from model_builder import COMPUTE_DTYPES, initialize
 from model_components import auxiliary_losses
-from training.activation_checkpointing import apply_activation_checkpointing
+from training.assembly import assemble, compile_blocks
 from training.data_loader import DataLoader
 from training.objectives import OBJECTIVES, Tally
 from training.optimizers import Optimizer, clip_and_check
-from training.precision import LossScale, set_compute_dtype
+from training.precision import LossScale
 
 ROUNDS = 30
 WARM_UP = 3  # rounds that are not counted: memory is found, kernels are chosen, blocks compiled
@@ -44,18 +44,12 @@ class Stepper:
         self.device, self.train = device, train
         dtype = COMPUTE_DTYPES[best_dtype(device) if train.dtype == "auto" else train.dtype]
         self.objective = OBJECTIVES[train.objective](train, variant.model)
-        self.model = build_model(variant.model, device="meta")
-        if self.objective.heads is not None:
-            self.model.add_module("objective", self.objective.heads.to("meta"))
-        set_compute_dtype(self.model, dtype)
-        apply_activation_checkpointing(self.model, train.activation_checkpointing)
+        self.model = assemble(variant.model, self.objective, train, dtype)
         self.model.to_empty(device=device)
         initialize(self.model, train.seed)
         if self.objective.frozen is not None:
             self.objective.frozen.to(device).eval().requires_grad_(False)
-        if train.compile is True or (train.compile == "auto" and device.type == "cuda"):
-            for block in self.model.blocks:
-                block.forward = torch.compile(block.forward)
+        compile_blocks(self.model, train, device)
         self.model.train()
         self.optimizer, self.loss_scale = Optimizer(self.model, train), LossScale(dtype, device)
         self.sequences, self.read = train.sequences_per_iteration(variant.model.block_size), 0
@@ -70,7 +64,7 @@ class Stepper:
         self._wait()
         before = time.perf_counter()
         tally, scale = Tally(self.tokens, self.device), self.loss_scale.scale / self.tokens
-        for micro_batch in batch.split(self.train.batch_size):
+        for micro_batch in batch.split(self.train.micro_batch_size):
             with auxiliary_losses(scale):
                 losses, count, figures = self.objective(self.model, micro_batch.to(self.device))
             (losses * scale).backward()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from configurator import configure
 from model_config import ModelConfig
-from training.train_config import ALIASES, EXCLUSIVE, FIELDS, TrainConfig
+from training.aliases import ALIASES
+from training.train_config import EXCLUSIVE, FIELDS, TrainConfig
 
 if TYPE_CHECKING:
     from data.mixture import MixedDataset
@@ -107,7 +108,7 @@ def overridden(given: Mapping[str, str | bool], changed: Mapping[str, str]) -> d
     merged = dict(given)
     for key, text in changed.items():
         others = {other for group in EXCLUSIVE if key in group for other in group}
-        others |= {alias for alias, (meant, _) in ALIASES.items() if meant == key}
+        others |= {name for name, alias in ALIASES.items() if alias.key == key}
         merged = {other: value for other, value in merged.items() if other not in others} | {key: text}
     return merged
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import printable
 from comparison.groups import METRICS, Comparison, Group
 from comparison.inference import estimate
 from comparison.report import FOOTNOTES, cells, run_rows, said, verdicts
@@ -58,7 +59,9 @@ def write_plot(comparison: Comparison, path: str | os.PathLike) -> None:
                 if len(lines) > 2:  # of two the interval would fill the picture
                     plot.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0, zorder=1)
             if axis == "tokens":
-                plot.plot([], [], style, color=color, linewidth=2, label=_label(comparison, group))
+                plot.plot(
+                    [], [], style, color=color, linewidth=2, label=_label(comparison, group).replace("$", r"\$")
+                )  # no formula
         plot.set_xlabel(f"{label} ({unit})" if axis == "seconds" else label)
         if axis != "seconds":
             plot.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -118,11 +121,12 @@ def _loss_range(comparison: Comparison, metric: str) -> tuple[float, float]:
 def _label(comparison: Comparison, group: Group) -> str:
     count = len(group.runs)
     flag = comparison.flagged.get(group.name)
-    return (
+    label = (
         comparison.labels[group.name]
         + (f" ({count} seeds)" if count > 1 else "")
         + (f" [not comparable: {flag}]" if flag else "")
     )
+    return printable(label)
 
 
 # ------------------------------------------------------------------------------------------- the page

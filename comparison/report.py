@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command_line import UsageError, duration, short, text_table
+from command_line import UsageError, duration, printable, short, text_table
 from comparison.groups import METRICS, Comparison, Difference, Group
 
 
@@ -206,10 +207,11 @@ def write_markdown(comparison: Comparison, path: str | os.PathLike) -> None:
     """The table, the differences, what differs in model and configuration, and the runs, as Markdown."""
     header, rows, best = cells(comparison)
     rows = [[f"**{text}**" if (r, c) in best else text for c, text in enumerate(row)] for r, row in enumerate(rows)]
+    clean = _for_markdown
     parts = [
         "# Comparison",
         _markdown_table(header, rows),
-        "\n".join(f"- {line}" for line in verdicts(comparison)),
+        "\n".join(f"- {clean(line)}" for line in verdicts(comparison)),
         " ".join(("Bold: the best of its column.", *FOOTNOTES)),
     ]
     names = [comparison.labels[group.name] for group in comparison.groups]
@@ -224,8 +226,8 @@ def write_markdown(comparison: Comparison, path: str | os.PathLike) -> None:
         parts += [
             "## Notes",
             "\n".join(
-                [f"- {note}" for note in comparison.notes]
-                + [f"- Not comparable: {problem.sentence}" for problem in comparison.problems]
+                [f"- {clean(note)}" for note in comparison.notes]
+                + [f"- Not comparable: {clean(problem.sentence)}" for problem in comparison.problems]
             ),
         ]
     Path(path).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -260,7 +262,7 @@ def said(value: Any) -> str:
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     def line(row: list[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in row) + " |"
+        return "| " + " | ".join(_for_markdown(text).replace("|", "\\|").replace("\n", " ") for text in row) + " |"
 
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
@@ -313,7 +315,20 @@ def write_csv(comparison: Comparison, path: str | os.PathLike) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=rows[0])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _for_sheet(value) for key, value in row.items()} for row in rows)
+
+
+def _for_sheet(value: Any) -> Any:
+    """A cell that a spreadsheet shows as it stands: a text that it would take for a formula gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
+
+
+def _for_markdown(text: str) -> str:
+    """Text that Markdown shows as it stands: no tag, no link, no control character."""
+    return printable(html.escape(text, quote=False)).replace("](", "]\\(")
 
 
 def write_json(comparison: Comparison, path: str | os.PathLike) -> None:

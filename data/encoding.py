@@ -43,16 +43,21 @@ class Encoded:
     keys: list[bytes]
 
 
+def text_digest(data: bytes) -> bytes:
+    """What two texts have in common, given as UTF-8, if they are the same."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
 def key_digest(text: str) -> bytes:
     """The digest of a text's beginning: the same whether a document is read whole or in pieces."""
-    return hashlib.blake2b(text[:KEY_CHARACTERS].encode(), digest_size=DIGEST_BYTES).digest()
+    return text_digest(text[:KEY_CHARACTERS].encode())
 
 
 def encode(coder: Tokenizer, texts: list[str], threads: bool = False) -> Encoded:
     """Encode texts in this process: on one core, or (`threads`) on those that the tokenizer's library uses by itself."""
     arrays = coder.encode_arrays(texts) if threads else [coder.encode_array(text) for text in texts]
     raw = [text.encode() for text in texts]
-    digests = [hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest() for data in raw]
+    digests = [text_digest(data) for data in raw]
     keys = [digest if len(text) <= KEY_CHARACTERS else key_digest(text) for text, digest in zip(texts, digests)]
     return Encoded(arrays, [len(data) for data in raw], digests, keys)
 
@@ -93,7 +98,8 @@ class Encoder:
                 yield batch, future.result()
         except BrokenProcessPool:
             raise DatasetError(
-                "A process that encodes texts was killed or could not be started, perhaps for want of memory; try again with a smaller --num_proc."
+                "A process that encodes texts was killed or could not be started, perhaps for want of memory; try again with a "
+                "smaller --num_proc."
             ) from None
 
     def _submit(self, batch: TextBatch) -> Future:

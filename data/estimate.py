@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from command_line import duration, labelled
 from data import tokenization
+from data.encoding import text_digest
 from data.hub import Articles, HubRows
 from data.plan import BPE_TRAINING_CHARACTERS, Options
 from data.sources import Reader, Source, Splits, TextFiles
@@ -106,6 +107,7 @@ class Forecast:
     sampled_bytes: int
     tokens_per_byte: float
     bytes_per_second: float  # that one process encodes
+    duplicates: float | None  # share of the sample's text that came before in it, where duplicates are dropped
 
     def report(self) -> str:
         """A few lines for people."""
@@ -118,8 +120,14 @@ class Forecast:
                 ("disk", _size(self.disk_bytes)),
                 ("time", "unknown" if self.seconds is None else f"about {duration(self.seconds)}"),
                 ("measured", f"on {_size(self.sampled_bytes)}: {measured}"),
+                *([] if self.duplicates is None else [("duplicates", self._said_of_duplicates())]),
             ]
         )
+
+    def _said_of_duplicates(self) -> str:
+        dropped = f"{100 * self.duplicates:.3g} % of the text looked at, which is left out above"
+        whole = self.text_bytes is not None and self.sampled_bytes >= self.text_bytes
+        return dropped if whole else f"{dropped}; the whole may have more, so the figures are the most that it takes"
 
 
 def _size(value: float | None) -> str:
@@ -135,6 +143,7 @@ def _size(value: float | None) -> str:
 def forecast(source: Source, options: Options, num_proc: int | None) -> Forecast:
     """What preparing `source` with these options on so many processes will take."""
     samples = take_sample(source)
+    duplicates = _drop_duplicates(samples) if options.deduplicate else None
     several = sum(place.documents for sample in samples for place in sample.places) > 1
     coder, training = _tokenizer(samples, options, several)
     delimiters = ((coder.eos_id is not None) + (coder.bos_id is not None)) * several
@@ -183,21 +192,42 @@ def forecast(source: Source, options: Options, num_proc: int | None) -> Forecast
         sampled_bytes=sum(sample.bytes for sample in samples),
         tokens_per_byte=per_byte,
         bytes_per_second=encoded_bytes / max(encoding, 1e-9),
+        duplicates=duplicates,
     )
+
+
+def _drop_duplicates(samples: list[Sample]) -> float:
+    """Drop texts that came before in the samples, as --deduplicate does; returns the share of the bytes that they were."""
+    seen: set[bytes] = set()
+    read = kept = 0
+    for sample in samples:
+        before = sample.bytes
+        for place in sample.places:
+            digests = [text_digest(text.encode()) for text in place.texts]
+            new = [text for text, digest in zip(place.texts, digests) if digest not in seen and not seen.add(digest)]
+            place.documents -= len(place.texts) - len(new)
+            place.texts, place.bytes = new, sum(len(text.encode()) for text in new)
+        share = sample.bytes / max(1, before)
+        sample.total = None if sample.total is None else sample.total * share
+        sample.documents = None if sample.documents is None else sample.documents * share
+        read, kept = read + before, kept + sample.bytes
+    return 1 - kept / max(1, read)
 
 
 def _tokenizer(samples: list[Sample], options: Options, several: bool) -> tuple[tokenization.Tokenizer, float]:
     """The tokenizer asked for, made of half of the sample where it is made of texts; and the seconds that making it will take."""
-    texts = [text for sample in samples for place in sample.places for text in place.texts]
-    if options.tokenizer == "byte":
-        return tokenization.ByteTokenizer(eos=several), 0.0
-    if options.tokenizer == "char":
-        return tokenization.CharTokenizer.from_texts(texts, eos=several), 0.0
-    if options.tokenizer != "bpe":
-        return tokenization.given_tokenizer(options.tokenizer), 0.0
-    half = [text for sample in samples for place in sample.places for text in (place.texts[::2] or place.texts)]
+    places = [place.texts for sample in samples for place in sample.places]
+    half = [text for texts in places for text in (texts[::2] or texts)]
     started = time.perf_counter()
-    coder = tokenization.HuggingFaceTokenizer.train(half, options.bpe_vocab_size)
+    coder = tokenization.make_tokenizer(
+        options.tokenizer,
+        texts=lambda: (text for texts in places for text in texts),
+        training_texts=lambda: half,
+        bpe_vocab_size=options.bpe_vocab_size,
+        eos=several,
+    )
+    if options.tokenizer != "bpe":
+        return coder, 0.0
     seconds = (time.perf_counter() - started) / max(1, sum(map(len, half)))
     total = samples[0].total if samples[0].total is not None else BPE_TRAINING_CHARACTERS
     return coder, seconds * min(total, BPE_TRAINING_CHARACTERS)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from command_line import Failure
+from command_line import Failure, UsageError
 
 READ_BYTES = 2**20  # read at a time
 SAMPLES = 64  # chunks that stand for a file which would take too long to read whole
@@ -50,3 +52,36 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def staged(target: Path, last: str) -> Iterator[Path]:
+    """A folder to write in whose files become `target`'s at the end, `last` as the last one; on an error target is as before.
+
+    target is new or empty (UsageError otherwise; what a killed process staged there is removed). Whoever reads target
+    finds nothing, or, once `last` is there, everything.
+    """
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; choose a new folder.")
+    staging = target / ".writing"
+    if target.exists() and any(path != staging for path in target.iterdir()):
+        raise UsageError(f"{target} is not empty; choose a new folder.")
+    made = [path for path in (target, *target.absolute().parents) if not path.exists()]
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        for path in sorted(staging.iterdir(), key=lambda path: (path.name == last, path.name)):
+            path.rename(target / path.name)
+        staging.rmdir()
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        remove_empty(made)
+        raise
+
+
+def remove_empty(folders: Iterable[str | Path]) -> None:
+    """Remove folders that have nothing in them, the innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            os.rmdir(folder)

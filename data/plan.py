@@ -137,14 +137,13 @@ class Plan:
 
     def make_tokenizer(self) -> tokenization.Tokenizer:
         """The tokenizer asked for. A BPE sees the training split only; characters are those of both splits."""
-        spec = self.options.tokenizer
-        if spec == "bpe":
-            return tokenization.HuggingFaceTokenizer.train(self.training_texts(), self.options.bpe_vocab_size)
-        if spec == "char":
-            return tokenization.CharTokenizer.from_texts((text for _, text in self.labelled_texts()), eos=self.several)
-        if spec == "byte":
-            return tokenization.ByteTokenizer(eos=self.several)
-        return tokenization.given_tokenizer(spec)
+        return tokenization.make_tokenizer(
+            self.options.tokenizer,
+            texts=lambda: (text for _, text in self.labelled_texts()),
+            training_texts=self.training_texts,
+            bpe_vocab_size=self.options.bpe_vocab_size,
+            eos=self.several,
+        )
 
     def training_texts(self) -> Iterator[str]:
         """The training split, as far as a BPE is trained on it."""

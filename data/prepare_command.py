@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from command_line import Parser, UsageError, whole_number
 from data import tokenization
 from data.dataset_writer import unfinished
 from data.estimate import forecast
@@ -52,8 +53,11 @@ def embedded(name: str) -> Recipe:
 def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """The command of a recipe; returns the exit code: 1 after an error, 2 for wrong usage, 130 if interrupted."""
     parser = recipe_parser(recipe)
-    given = parser.parse_args(arguments)
-    options = options_of(parser, recipe, given)
+    try:
+        given = parser.parse_args(arguments)
+        options = options_of(parser, recipe, given)
+    except UsageError as error:
+        return refused(error)
     return report_errors(given, given.out or DATA_DIR / recipe.name, lambda folder: work(recipe, given, options, folder))
 
 
@@ -63,7 +67,7 @@ def work(recipe: Recipe, given: argparse.Namespace, options: Options, folder: Pa
     if given.dry_run:
         print(f"{'source':<11}{source.description}")
         print(forecast(source, options, processes(given, source)).report())
-        if recipe.size:
+        if recipe.size and "fallback" not in more:
             print(f"{'published':<11}{recipe.size}")
         return
     watched = sys.stderr is not None
@@ -134,14 +138,17 @@ def run_textfile(arguments: Sequence[str] | None = None) -> int:
     summary = "your own texts: .txt (a file is one document), .jsonl and .jsonl.zst (a line), .csv and .parquet (a row)"
     recipe = Recipe("textfile", summary, open_files, arguments=more, local=False)
     parser = recipe_parser(recipe)
-    given = parser.parse_args(arguments)
-    options = options_of(parser, recipe, given)
-    if (given.name is None) == (given.out is None):
-        parser.error("give either --name=NAME (written to data/NAME) or --out=DIR")
-    name = given.name
-    plain = name is None or (Path(name).name == name.strip() and name not in ("", ".", ".."))
-    if not plain or (name is not None and (DATA_DIR / name / "prepare.py").exists()):
-        parser.error(f"--name={name} is taken or not a plain name; choose another one, or give --out=DIR")
+    try:
+        given = parser.parse_args(arguments)
+        options = options_of(parser, recipe, given)
+        if (given.name is None) == (given.out is None):
+            parser.error("give either --name=NAME (written to data/NAME) or --out=DIR")
+        name = given.name
+        plain = name is None or (Path(name).name == name.strip() and name not in ("", ".", ".."))
+        if not plain or (name is not None and (DATA_DIR / name / "prepare.py").exists()):
+            parser.error(f"--name={name} is taken or not a plain name; choose another one, or give --out=DIR")
+    except UsageError as error:
+        return refused(error)
     return report_errors(given, given.out or DATA_DIR / name, lambda folder: work(recipe, given, options, folder))
 
 
@@ -159,12 +166,10 @@ def open_files(given: argparse.Namespace) -> Source:
 # ------------------------------------------------------------------------------------------- options
 
 
-def recipe_parser(recipe: Recipe) -> argparse.ArgumentParser:
+def recipe_parser(recipe: Recipe) -> Parser:
     """The options that all have, and those of this recipe."""
     default = recipe.options
-    parser = argparse.ArgumentParser(
-        prog=f"python data/{recipe.name}/prepare.py", description=f"Prepare {recipe.summary}.", allow_abbrev=False
-    )
+    parser = Parser(prog=f"python data/{recipe.name}/prepare.py", description=f"Prepare {recipe.summary}.", allow_abbrev=False)
     recipe.arguments(parser)
     parser.add_argument(
         "--tokenizer",
@@ -184,7 +189,7 @@ def recipe_parser(recipe: Recipe) -> argparse.ArgumentParser:
         help=f"share of the documents (of a single one: of its text) kept for validation, where the source has no validation "
         f"split [{default.val_fraction:g}]",
     )
-    number = dict(type=_count, metavar="N")
+    number = dict(type=whole_number, metavar="N")
     parser.add_argument(
         "--max_tokens",
         **number,
@@ -226,19 +231,8 @@ def _folder(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _count(text: str) -> int:
-    """A whole number from 1 on; 1e9 is one."""
-    try:
-        number = float(text)
-        if number != int(number) or number < 1:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on") from None
-    return int(number)
-
-
 def options_of(parser: argparse.ArgumentParser, recipe: Recipe, given: argparse.Namespace) -> Options:
-    """What decides the content of the dataset; usage errors that argparse does not see end the program with exit code 2."""
+    """What decides the content of the dataset. Raises UsageError for what argparse does not see."""
     if given.vocab_size is not None and given.tokenizer != "bpe":
         parser.error(f"--vocab_size is for --tokenizer=bpe; the vocabulary of --tokenizer={given.tokenizer} is given")
     if not 0 < given.val_fraction < 1:
@@ -277,6 +271,12 @@ def processes(given: argparse.Namespace, source: Source) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------- failing
+
+
+def refused(error: UsageError) -> int:
+    """Say what is wrong with a command line; returns the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def report_errors(given: argparse.Namespace, folder: Path, job: Callable[[Path], None]) -> int:

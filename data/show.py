@@ -9,13 +9,18 @@ python data/show.py --run=out/quickstart --step=100      # the texts of the 100t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from any working directory
 
-from command_line import Failure, Parser, UsageError, guarded
+from command_line import Failure, Mandatory, Parser, UsageError, check_shape, guarded, parse_json, printable
+
+NEEDED_OF_A_RUN = {
+    "config": Mandatory({"block_size": Mandatory(int), "data_seed": Mandatory(int), "dataset": Mandatory(str)}),
+    "dataset": Mandatory({"fingerprint": Mandatory(str), "order": int}),
+    "tokens_per_iteration": Mandatory(int),
+}
 
 # ------------------------------------------------------------------------------------------- command line
 
@@ -60,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
 
     whole = open_dataset(options.dataset)
     for dataset in whole.parts:
-        print(dataset.describe())
+        print(printable(dataset.describe()))
         if options.verify:
             dataset.verify()
             checked = "every file is as meta.json says" if dataset.meta else "sizes and ids only: there is no meta.json"
@@ -71,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         for start in places(split, options.samples, options.length, options.seed):
             ids = split.read(start, min(len(split), start + options.length))
             print(f"\n--- {split.name}, tokens {start:,} to {start + len(ids):,}")
-            print(decoded(dataset, ids))
+            print(printable(decoded(dataset, ids)))
 
 
 # ------------------------------------------------------------------------------------------- what a step has read
@@ -99,7 +104,7 @@ def show_step(where: Path, step: int, rows: int) -> None:
         block_size,
         config["data_seed"],
         order_version=described.get("order", 1),
-        phases=[(-(-tokens // block_size), shares) for tokens, shares in dataset.phases],
+        phases=dataset.phases,
         prefetch=False,
     )
     parts, starts = loader.order.places(first, count)
@@ -107,8 +112,8 @@ def show_step(where: Path, step: int, rows: int) -> None:
     print(f"step {step}: sequences {first:,} to {first + count:,} of {block_size:,} tokens")
     for number in range(count if rows == 0 else min(rows, count)):
         part = dataset.parts[parts[number]]
-        print(f"\n--- sequence {first + number:,}: {part.folder.name}, from token {starts[number]:,} on")
-        print(decoded(part, inputs[number]))
+        print(f"\n--- sequence {first + number:,}: {printable(part.folder.name)}, from token {starts[number]:,} on")
+        print(printable(decoded(part, inputs[number])))
     if rows and rows < count:
         print(f"\n(and {count - rows:,} more: --rows=0 shows them all)")
 
@@ -117,14 +122,18 @@ def step_of(where: Path, step: int) -> tuple[dict, int, int]:
     """(run_start, first sequence, number of sequences) of a step, from the last log that has it."""
     if where.suffix == ".json" and (beside := where.with_suffix(".jsonl")).is_file():
         where = beside
+    from training_logger import EVENTS
+
     logs = [where] if where.is_file() else sorted(where.glob("run_*.jsonl"))
     if not logs:
         raise Failure(f"{where} has no run log (run_….jsonl); give the out_dir of a run.")
     for log in reversed(logs):
         started, steps = None, []
-        for line in log.read_text(encoding="utf-8").splitlines():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                event = json.loads(line)
+                event = parse_json(line)
+                check_shape(event, Mandatory({"event": Mandatory(str)}))
+                check_shape(event, EVENTS.get(event["event"], {}))
             except ValueError:
                 continue  # the last line of a killed run
             if event.get("event") == "run_start":
@@ -137,9 +146,16 @@ def step_of(where: Path, step: int) -> tuple[dict, int, int]:
         steps = [(number, tokens) for number, tokens in steps if number >= step > before]
         if steps:
             number, tokens = steps[0]
-            block_size = started["config"]["block_size"]
-            count = started["tokens_per_iteration"] // block_size
-            return started, tokens // block_size - (number - step + 1) * count, count
+            try:
+                check_shape(started, NEEDED_OF_A_RUN)
+                block_size = started["config"]["block_size"]
+                count = started["tokens_per_iteration"] // block_size
+                first = tokens // block_size - (number - step + 1) * count
+                if count < 1 or first < 0:
+                    raise ValueError(f"{tokens} tokens after step {number}")
+            except (ValueError, ZeroDivisionError) as error:
+                raise Failure(f"{log} does not say what its steps have read ({error}): it is damaged.") from None
+            return started, first, count
     raise Failure(f"No log of {where} has come to step {step} (steps are counted from 1).")
 
 

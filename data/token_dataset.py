@@ -30,6 +30,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from command_line import Mandatory, check_shape, parse_json, printable
 from data.files import READ_BYTES, DatasetError, chunks, sha256
 from data.nanogpt import Vocabulary, looks_like_uint32, read_vocabulary
 
@@ -39,6 +40,19 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 UINT16_VOCAB = 2**16  # the largest vocabulary whose ids fit in uint16
 FULL_CHECK_BYTES = 256 * 2**20  # splits below this are checked whole when opened (~0.2 s), of larger ones a sample
 
+# What meta.json says, as far as anybody relies on it, and what it says of each split.
+SPLIT = {
+    **{key: Mandatory(int) for key in ("tokens", "bytes", "documents")},
+    "files": Mandatory([Mandatory({"name": Mandatory(str), "size": Mandatory(int), "sha256": Mandatory(str)})]),
+}
+META = {
+    "vocab_size": Mandatory(int),
+    "dtype": Mandatory(str),
+    "special_ids": Mandatory({"*": int}),
+    "tokenizer": Mandatory({"name": Mandatory(str), "fingerprint": Mandatory(str), "kind": str}),
+    "splits": Mandatory({"*": Mandatory(SPLIT)}),
+    "source": str,
+}
 DECODED_TOKENS = 256  # to see that a tokenizer works
 OPEN_FILES = 100  # of a split at a time: a corpus of 10¹² tokens has more shards than a process may have files open
 
@@ -424,14 +438,15 @@ def _how_to_prepare(folder: Path) -> str:
             return "Prepare your own text with: python data/textfile/prepare.py FILE --name=NAME, then use --dataset=NAME"
         return f"Prepare it with: python data/{folder.name}/prepare.py{again}"
     target = f"--name={folder.name}" if inside else f"--out={folder}"
-    return f"Prepare it from your own text with: python data/textfile/prepare.py FILE {target}{again}"
+    copied = "Copy it again if it was copied from elsewhere; else prepare" if again else "Prepare"
+    return f"{copied} it from your own text with: python data/textfile/prepare.py FILE {target}{again}"
 
 
 def read_meta(folder: Path) -> dict:
     """meta.json, checked for form: everything the readers rely on is there and of the right type."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(meta, dict):
             raise ValueError("it is not an object")
     except (ValueError, OSError) as error:
@@ -442,30 +457,21 @@ def read_meta(folder: Path) -> dict:
             f"update the program, or prepare the dataset again. {_how_to_prepare(folder)}"
         )
 
-    def need(values: dict, key: str, kind: type | tuple, where: str = ""):
-        value = values.get(key) if isinstance(values, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            problem = "lacks" if value is None else "has a wrong value for"
-            raise DatasetError(f"{path} {problem} {where}{key}. {_how_to_prepare(folder)}")
-        return value
-
-    need(meta, "vocab_size", int)
-    need(meta, "special_ids", dict)
-    need(need(meta, "tokenizer", dict), "fingerprint", str, "tokenizer.")
-    need(meta["tokenizer"], "name", str, "tokenizer.")
-    if need(meta, "dtype", str) not in DTYPES:
+    try:
+        check_shape(meta, META)
+        for name in dict.fromkeys([*SPLITS, *meta["splits"]]):
+            check_shape(meta["splits"].get(name), Mandatory(SPLIT), f"splits.{name}")
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error}. {_how_to_prepare(folder)}") from None
+    if meta["dtype"] not in DTYPES:
         raise DatasetError(
             f"{path} has the dtype {meta['dtype']!r}, which is not one of {', '.join(DTYPES)}. {_how_to_prepare(folder)}"
         )
-    meta.setdefault("source", "")
-    splits = need(meta, "splits", dict)
-    for name in dict.fromkeys([*SPLITS, *splits]):
-        split = need(splits, name, dict, "splits.")
-        for key, kind in (("tokens", int), ("bytes", int), ("documents", int), ("files", list)):
-            need(split, key, kind, f"splits.{name}.")
-        for file in split["files"] or [{}]:
-            for key, kind in (("name", str), ("size", int), ("sha256", str)):
-                need(file, key, kind, f"splits.{name}.files.")
+    meta["source"] = meta.get("source") or ""
+    for split in meta["splits"].values():
+        if not split["files"]:
+            raise DatasetError(f"{path} lists no files of a split. {_how_to_prepare(folder)}")
+        for file in split["files"]:
             if Path(file["name"]).name != file["name"]:
                 raise DatasetError(
                     f"{path} names the file {file['name']!r}, which is not in its folder. {_how_to_prepare(folder)}"
@@ -510,12 +516,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         dataset = TokenDataset.open(options.dataset)
-        print(dataset.describe())
+        print(printable(dataset.describe()))
         if options.command == "verify":
             dataset.verify()
             print(f"verified     {'every file is as meta.json says' if dataset.meta else 'sizes only: no meta.json'}")
     except (DatasetError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 

@@ -22,12 +22,13 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from command_line import Failure, Mandatory, check_shape, parse_json
 from data.sources import find_cut
 
 END_OF_TEXT = "<|endoftext|>"
@@ -50,7 +51,11 @@ TIKTOKEN_PATTERNS = {
 BUILT_IN = ("bpe", "char", "byte", *TIKTOKEN_PATTERNS)
 
 
-class TokenizerUnavailable(ValueError):
+class TokenizerError(Failure, ValueError):
+    """A tokenizer's files are damaged, or are not a tokenizer's; the message says which and what to do."""
+
+
+class TokenizerUnavailable(TokenizerError):
     """A tokenizer that is in order cannot be used on this machine: a library or the files that it needs are not here."""
 
 
@@ -231,7 +236,7 @@ class TiktokenTokenizer(Tokenizer):
                 raise ValueError
             pattern = TIKTOKEN_PATTERNS[name]
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"{path} is not as it was written; prepare the dataset again.") from None
+            raise TokenizerError(f"{path} is not as it was written; prepare the dataset again.") from None
         return cls(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
 
@@ -322,22 +327,25 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> HuggingFaceTokenizer:
-        """Read a local tokenizer.json, or a folder that has one. Nothing is fetched; see `make_tokenizer`."""
+        """Read a local tokenizer.json, or a folder that has one. Nothing is fetched; see `given_tokenizer`."""
         tokenizers = _import("tokenizers", "a Hugging Face tokenizer")
         path = Path(path).expanduser()
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(
+            raise TokenizerError(
                 f"There is no tokenizer {file}; --tokenizer takes {', '.join(BUILT_IN)}, a folder with a Hugging Face "
                 "tokenizer.json, or the Hub's owner/name of one."
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(
+            backend.encode("a")  # what is wrong with it may show only here
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and where it panics something below that
+            raise TokenizerError(
                 f"{file} is not a Hugging Face tokenizer ({error}); export one with tokenizer.save_pretrained(folder)."
             ) from None
-        config = _read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
+        config = _read_tokenizer_config(file.parent / CONFIG_FILE)
         eos = _token_in(config, "eos_token")
         eos_ids = [i for i in map(backend.token_to_id, [eos] if eos else EOS_NAMES) if i is not None]
         return cls(
@@ -408,7 +416,18 @@ class HuggingFaceTokenizer(Tokenizer):
 def _token_in(config: dict, key: str) -> str | None:
     """A special token that tokenizer_config.json names, as a string or as an object."""
     token = config.get(key)
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _read_tokenizer_config(path: Path) -> dict:
+    """tokenizer_config.json, empty where there is none. Raises TokenizerError."""
+    config = _read_json(path) if path.is_file() else {}
+    try:
+        check_shape(config, {"kitbash_kind": str, "kitbash_name": str, "kitbash_sha256": str})
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}; restore the file, or prepare the dataset again.") from None
+    return config
 
 
 def _bos_id(backend, config: dict) -> int | None:
@@ -424,6 +443,12 @@ def _bos_id(backend, config: dict) -> int | None:
     return whole[0] if plain and whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain else None
 
 
+def _check_characters(characters: object) -> None:
+    """Raise ValueError unless this is a text, or a list of characters."""
+    if not isinstance(characters, str):
+        check_shape(characters, Mandatory([Mandatory(str)]), "characters")
+
+
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     """The tokenizer saved in a folder, or None where there is none."""
     path = Path(folder) / TOKENIZER_FILE
@@ -432,23 +457,47 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     definition = _read_json(path)
     kind = definition.get("kind", "hf")
     try:
+        if kind in ("char", "byte"):
+            check_shape(definition, {"eos": Mandatory(bool)})
+            _check_characters(definition.get("characters", []))
         if kind == "char":
             return CharTokenizer(definition["characters"], definition["eos"])
         if kind == "byte":
             return ByteTokenizer(definition["eos"])
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} is incomplete; prepare the dataset again.") from None
+    except (KeyError, ValueError):
+        raise TokenizerError(f"{path} is incomplete; prepare the dataset again.") from None
     if kind == "gpt2":  # as earlier versions saved it: its name alone
         return TiktokenTokenizer("gpt2")
     if kind == "hf":
-        config_path = path.with_name(CONFIG_FILE)
-        config = _read_json(config_path) if config_path.is_file() else {}
+        config = _read_tokenizer_config(path.with_name(CONFIG_FILE))
         if config.get("kitbash_kind") in ("gpt2", "tiktoken"):
             return TiktokenTokenizer.from_saved(path, definition, config)
         return HuggingFaceTokenizer.from_pretrained(path)
-    raise ValueError(
+    raise TokenizerError(
         f"{path} is of the unknown kind {kind!r} (known: char, byte, gpt2, or Hugging Face's form); update the program."
     )
+
+
+def make_tokenizer(
+    spec: str,
+    *,
+    texts: Callable[[], Iterable[str]],
+    training_texts: Callable[[], Iterable[str]],
+    bpe_vocab_size: int | None,
+    eos: bool,
+) -> Tokenizer:
+    """The tokenizer called `spec`: bpe, char, byte, or one that is given.
+
+    texts, training_texts: read what characters are collected from, and what a BPE is trained on; called only where they are
+    needed. bpe_vocab_size: that of a BPE. eos: whether characters and bytes get an id for the end of a document.
+    """
+    if spec == "bpe":
+        return HuggingFaceTokenizer.train(training_texts(), bpe_vocab_size)
+    if spec == "char":
+        return CharTokenizer.from_texts(texts(), eos=eos)
+    if spec == "byte":
+        return ByteTokenizer(eos=eos)
+    return given_tokenizer(spec)
 
 
 def given_tokenizer(spec: str) -> Tokenizer:
@@ -517,12 +566,14 @@ def _byte_spelling() -> dict[str, int]:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it is not an object")
         return content
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); restore the file, or prepare the dataset again.") from None
+        raise TokenizerError(
+            f"{path} cannot be read as JSON ({error}); restore the file, or prepare the dataset again."
+        ) from None
 
 
 def _import(library: str, purpose: str):

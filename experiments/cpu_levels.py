@@ -168,7 +168,7 @@ def show_tests(options: argparse.Namespace, levels: Sequence[int] | None) -> Non
     print(f"that do not stand in the training text. All figures and samples: {out_dir / 'outputs' / RESULTS}")
 
 
-def draw(options: argparse.Namespace, levels: Sequence[int] | None) -> None:
+def draw_curves(options: argparse.Namespace, levels: Sequence[int] | None) -> None:
     """Write the picture."""
     from experiments.level_plots import write_curves
 
@@ -208,7 +208,7 @@ def do(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.what in ("test", "all"):
         show_tests(options, options.levels)
     if options.what in ("plot", "all"):
-        draw(options, options.levels)
+        draw_curves(options, options.levels)
     return 0
 
 

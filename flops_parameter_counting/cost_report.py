@@ -244,9 +244,17 @@ def show_validation(answer: dict) -> str:
 # ------------------------------------------------------------------------------------------- plotting
 
 
-def plot(path: str, law: ScalingLaw, compute: float, unique: float = math.inf, point: tuple[float, float] | None = None) -> None:
+def plot(
+    path: str,
+    law: ScalingLaw,
+    compute: float,
+    unique: float = math.inf,
+    max_epochs: float = math.inf,
+    point: tuple[float, float] | None = None,
+) -> None:
     """Loss against compute for every law, and isoFLOP curves of one law around `compute`.
 
+    `unique`, `max_epochs`: the tokens there are, and how often they may be seen; both hold for every curve of the law.
     `point`: N and predicted loss of a model that is asked about. Raises Failure where there is no matplotlib.
     """
     try:
@@ -257,6 +265,7 @@ def plot(path: str, law: ScalingLaw, compute: float, unique: float = math.inf, p
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
+    limits = f"{short(unique)} unique tokens" + (f" at most {max_epochs:g} times" if max_epochs < math.inf else "")
     budgets = [compute * 10 ** (step / 10) for step in range(-30, 31)]
     for one in {**LAWS, law.name: law}.values():
         left.plot(
@@ -268,11 +277,11 @@ def plot(path: str, law: ScalingLaw, compute: float, unique: float = math.inf, p
     if unique < math.inf:
         left.plot(
             budgets,
-            [best_allocation(law, budget, unique).loss for budget in budgets],
+            [best_allocation(law, budget, unique, max_epochs).loss for budget in budgets],
             "--",
             color="black",
             linewidth=1.2,
-            label=f"{law.name}, {short(unique)} unique tokens",
+            label=f"{law.name}, {limits}",
         )
     left.axvline(compute, color="grey", linewidth=0.8, linestyle=":")
     left.set(
@@ -284,10 +293,10 @@ def plot(path: str, law: ScalingLaw, compute: float, unique: float = math.inf, p
     left.legend(frameon=False)
     optima = []
     for i, factor in enumerate((0.01, 0.1, 1.0, 10.0)):
-        curve = isoflop(law, compute * factor, unique=unique)
+        curve = isoflop(law, compute * factor, unique=unique, max_epochs=max_epochs)
         colour = pyplot.get_cmap("viridis")(0.85 - 0.25 * i)
         right.plot([n for n, _, _ in curve], [loss for _, _, loss in curve], color=colour, label=f"{compute * factor:.2g} FLOPs")
-        plan = best_allocation(law, compute * factor, unique)
+        plan = best_allocation(law, compute * factor, unique, max_epochs)
         optima.append((plan.parameters, plan.loss))
     right.plot(*zip(*optima), "o--", color="black", markersize=5, linewidth=0.8, label="best N")
     if point:
@@ -296,7 +305,7 @@ def plot(path: str, law: ScalingLaw, compute: float, unique: float = math.inf, p
         xscale="log",
         xlabel="parameters N",
         ylabel="predicted loss, nats a token",
-        title=f"isoFLOP curves, {law.name}" + (f", {short(unique)} unique tokens" if unique < math.inf else ""),
+        title=f"isoFLOP curves, {law.name}" + (f", {limits}" if unique < math.inf else ""),
     )
     low, high = right.get_ylim()
     right.set_ylim(low, high + 0.2 * (high - low))  # room for the legend

@@ -23,7 +23,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script, this folder comes first on the path, and flops.py would hide the package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from command_line import PROJECT, Parser, UsageError, guarded, parse_json
+from command_line import PROJECT, Parser, UsageError, check_target, guarded, parse_json
 from flops_parameter_counting.cost_report import plot, show_backward, show_cost, show_grid, show_validation
 from flops_parameter_counting.flops import breakdown, elementwise, flops_per_token
 from flops_parameter_counting.hardware import GPUS, find_gpu
@@ -43,6 +43,7 @@ from model_config import PRESETS, ModelConfig, did_you_mean, resolve
 from training.optimizers import OPTIMIZERS
 from training.parallelism import STRATEGIES
 
+BUDGETS = (1e14, 1e30)  # FLOPs: from a minute of a laptop to a thousand times what anybody has spent
 CONFIGS = Path(__file__).resolve().parent / "configs"
 # What is compared where no --gpu is given.
 COMPARED = ("B200", "H200 SXM", "H100 SXM", "A100 SXM 80GB", "H20", "L40S", "RTX 4090", "MI300X")
@@ -81,7 +82,7 @@ def make_parser() -> Parser:
     gear.add_argument("--fit", metavar="GPU|GB", help="largest micro-batch on this card, and on every usual size")
     gear.add_argument("--parallelism", choices=("none", *STRATEGIES), help="how GPUs share the work, for --fit [none]")
     shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--law", choices=tuple(LAWS), default="hoffmann", help="scaling law of predictions [hoffmann]")
+    shown.add_argument("--law", choices=tuple(LAWS), default="besiroglu", help="scaling law of predictions [besiroglu]")
     shown.add_argument("--preset", choices=tuple(PRESETS), default="llama", help="kind of model of --grid_search [llama]")
     shown.add_argument("--plot", metavar="FILE.png", help="loss against compute, and isoFLOP curves")
     shown.add_argument("--json", action="store_true", help="the figures as JSON instead of tables")
@@ -97,12 +98,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for key in ("batch_size", "context", "gpus")
         if getattr(options, key) is not None and getattr(options, key) < 1
     ]
-    for key in ("tokens", "grid_search"):
+    for key, least, most in (("tokens", 1, 1e18), ("grid_search", *BUDGETS)):
         if getattr(options, key) is not None:
+            given = getattr(options, key)
             try:
-                setattr(options, key, positive(getattr(options, key)))
+                number = positive(given)
+                if not least <= number <= most:
+                    raise ValueError(f"is not between {least:g} and {most:g}, beyond which there is nothing to plan.")
+                setattr(options, key, number)
             except ValueError as error:
-                problems.append(f"--{key}={getattr(options, key)} {error}")
+                problems.append(f"--{key}={given} {error}")
+    problems += [
+        f"--{key}={getattr(options, key)} must be at most {most:,}."
+        for key, most in (("batch_size", 10**6), ("context", 10**8), ("gpus", 10**7))
+        if (getattr(options, key) or 0) > most
+    ]
     if not 0 < options.mfu <= 1:
         problems.append(f"--mfu={options.mfu} must be above 0 and at most 1; 0.4 is usual.")
     if options.hours is not None and not (0 < options.hours < math.inf):
@@ -122,6 +132,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     problems += [f"{word!r} is not KEY=VALUE." for word in options.overrides if not word.partition("=")[2]]
     if options.plot and not options.plot.endswith((".png", ".pdf", ".svg")):
         problems.append(f"--plot={options.plot} must end in .png, .pdf or .svg.")
+    elif options.plot:
+        try:
+            check_target("--plot", options.plot)
+        except UsageError as error:
+            problems.append(str(error))
     if problems:
         raise UsageError("\n".join(problems))
     return options
@@ -131,7 +146,9 @@ def _card(name: str) -> tuple[str, float]:
     """'24', '24GB' or a GPU → (what to call it, its GB)."""
     text = name.strip().lower().removesuffix("gb").strip()
     if text.replace(".", "", 1).isdigit() and not any(gpu.name.lower().endswith(f" {text}") for gpu in GPUS):
-        return f"{text} GB", positive(text)
+        from flops_parameter_counting.memory import card_gb
+
+        return f"{text} GB", card_gb(positive(text))
     gpu, _ = find_gpu(name)
     return gpu.name, gpu.memory_gb
 
@@ -321,7 +338,7 @@ def memory(config: ModelConfig, run: dict, sequences: int | None, options: argpa
 
     `sequences`: of the global batch, where the recipe says so; more than fit in a micro-batch are accumulated.
     """
-    from flops_parameter_counting.memory import CARD_SIZES_GB, estimate_memory, largest_micro_batch
+    from flops_parameter_counting.memory import CARD_SIZES_GB, card_gb, estimate_memory, largest_micro_batch
 
     run = dict(run, optimizer=OPTIMIZERS[run["optimizer"]].rule)
     automatic = [name for name, strategy in STRATEGIES.items() if strategy.automatic]
@@ -341,7 +358,7 @@ def memory(config: ModelConfig, run: dict, sequences: int | None, options: argpa
         ]
         answer = dict(memory=dict(parts=one.parts, total=one.total, by_gpus=by_gpus))
         if options.card:
-            sizes = {**{f"{size} GB": float(size) for size in CARD_SIZES_GB}, options.card[0]: options.card[1]}
+            sizes = {**{f"{size} GB": card_gb(size) for size in CARD_SIZES_GB}, options.card[0]: options.card[1]}
             alone = {key: value for key, value in run.items() if key != "batch_size"}
             strategy = options.parallelism or ("none" if options.gpus == 1 else automatic[-1])
             gpus = 1 if strategy == "none" else options.gpus
@@ -376,9 +393,15 @@ def find_question(name: str) -> Question:
         ]
         raise UsageError(f"--backward_config={name} is no file{did_you_mean(name, known)}. There is: {', '.join(known)}.")
     try:
-        return read_question(path)
+        question = read_question(path)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if not BUDGETS[0] <= question.compute <= BUDGETS[1]:
+        raise UsageError(
+            f"{path}: the gear and its hours are {question.compute:.3g} FLOPs, which is not between {BUDGETS[0]:g} and "
+            f"{BUDGETS[1]:g}; beyond that there is nothing to plan."
+        )
+    return question
 
 
 def backward(question: Question) -> dict:
@@ -498,18 +521,22 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError("--plot of a model needs the length of its run: give --tokens.")
         if options.plot:
             law, said = LAWS[options.law], answer["predicted"]
-            drawn = (law, said["compute"], math.inf, (answer["model"]["parameters"], said["loss"]))
+            drawn = dict(law=law, compute=said["compute"], point=(answer["model"]["parameters"], said["loss"]))
     elif options.backward_config:
         question = find_question(options.backward_config)
         answer = backward(question)
-        shown, drawn = show_backward(answer), (question.law, question.compute, question.unique)
+        limits = dict(unique=question.unique, max_epochs=question.max_epochs)
+        shown, drawn = show_backward(answer), dict(law=question.law, compute=question.compute, **limits)
     else:
         answer = grid_search(options)
-        shown, drawn = show_grid(answer), (LAWS[options.law], options.grid_search)
+        shown, drawn = show_grid(answer), dict(law=LAWS[options.law], compute=options.grid_search)
     if options.plot and drawn:
-        plot(options.plot, *drawn)
+        plot(options.plot, **drawn)
         shown += f"\n\nplot: {options.plot}"
     print(json.dumps(_finite(answer), indent=1) if options.json else shown)
+    law = question.law if options.backward_config else LAWS[options.law]
+    if law.caution and not options.validate and (not options.model_config or "predicted" in answer):
+        print(f"warning: {law.name}: {law.caution}", file=sys.stderr)
     return code
 
 

@@ -64,10 +64,16 @@ _H100_DATASHEET = "NVIDIA H100 Tensor Core GPU datasheet"
 _H200_DATASHEET = "NVIDIA H200 Tensor Core GPU datasheet"
 _V100_DATASHEET = "NVIDIA V100 Tensor Core GPU datasheet"
 _BLACKWELL_DATASHEET = "NVIDIA Blackwell datasheet, individual GPU specifications"
+_ULTRA_DATASHEET = "NVIDIA Blackwell Ultra datasheet"
+_RTX_BLACKWELL_WHITEPAPER = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
+_WORKSTATION_DATASHEET = "NVIDIA {} datasheet"
+_COMPUTED = "not verified: multiprocessors × boost clock × what the chip's tensor cores do a clock, as for its listed siblings"
 
 # The whole name must match, so that a Laptop, Ti or "D" variant, a vGPU or a MIG slice is unknown rather than wrong.
 # "NVIDIA", "Tesla" or "AMD" may precede every name: older drivers leave the brand out.
 _DEVICES = (
+    _Device(r"GB300", _ULTRA_DATASHEET, bf16=2500, fp16=2500, tf32=1250, fp32=80, fp8=5000),
+    _Device(r"B300( SXM6 AC)?", _ULTRA_DATASHEET, bf16=2250, fp16=2250, tf32=1100, fp32=75, fp8=4500),
     _Device(r"GB200", _BLACKWELL_DATASHEET, bf16=2500, fp16=2500, tf32=1250, fp32=80, fp8=5000),
     _Device(r"B200", _BLACKWELL_DATASHEET, bf16=2250, fp16=2250, tf32=1100, fp32=75, fp8=4500),
     _Device(
@@ -91,6 +97,17 @@ _DEVICES = (
         fp8=1670,
         compared="bf16 as quoted elsewhere; the other columns, of the H100 NVL with the same chip: not verified",
     ),
+    _Device(r"H800", "NVIDIA H800 GPU datasheet (SXM)", bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
+    _Device(
+        r"H800 PCIe",
+        "NVIDIA H800 GPU datasheet (PCIe)",
+        bf16=756,
+        fp16=756,
+        tf32=378,
+        fp32=51,
+        fp8=1513,
+        compared="not verified: the figures of the H100 PCIe, which it is but for NVLink and fp64",
+    ),
     _Device(r"H100 80GB HBM3", _H100_DATASHEET + " (SXM)", bf16=989, fp16=989, tf32=494, fp32=67, fp8=1979),
     _Device(r"H100 NVL", _H100_DATASHEET + " (NVL)", bf16=835, fp16=835, tf32=417, fp32=60, fp8=1670),
     _Device(r"H100 PCIe", _H100_DATASHEET + " (PCIe)", bf16=756, fp16=756, tf32=378, fp32=51, fp8=1513),
@@ -103,9 +120,121 @@ _DEVICES = (
         tf32=156,
         fp32=19.5,
     ),
+    _Device(
+        r"A800-SXM4-(40|80)GB|A800 80GB PCIe|A800 40GB (PCIe|Active)",
+        "NVIDIA A800 GPU datasheet",
+        bf16=312,
+        fp16=312,
+        tf32=156,
+        fp32=19.5,
+    ),
+    _Device(
+        r"A30",
+        "NVIDIA A30 Tensor Core GPU datasheet",
+        bf16=165,
+        fp16=165,
+        tf32=82,
+        fp32=10.3,
+        compared="not verified but by multiprocessors × boost clock × FLOP a clock",
+    ),
+    _Device(
+        r"A10G",
+        "NVIDIA A10G datasheet",
+        bf16=70,
+        fp16=70,
+        tf32=35,
+        fp32=35,
+        compared="not verified: as quoted for the card that AWS sells, whose tensor cores run at half the A10's rate",
+    ),
     _Device(r"A40", "NVIDIA A40 datasheet", bf16=149.7, fp16=149.7, tf32=74.8, fp32=37.4),
     _Device(r"A10", "NVIDIA A10 Tensor Core GPU datasheet", bf16=125, fp16=125, tf32=62.5, fp32=31.2),
     _Device(r"RTX A6000", _GA102_WHITEPAPER + ", table 3", bf16=154.8, fp16=154.8, tf32=77.4, fp32=38.7),
+    _Device(
+        r"RTX A5000",
+        _WORKSTATION_DATASHEET.format("RTX A5000"),
+        bf16=111.1,
+        fp16=111.1,
+        tf32=55.5,
+        fp32=27.8,
+        compared=_COMPUTED,
+    ),
+    _Device(
+        r"RTX A4000",
+        _WORKSTATION_DATASHEET.format("RTX A4000"),
+        bf16=76.7,
+        fp16=76.7,
+        tf32=38.3,
+        fp32=19.2,
+        compared=_COMPUTED,
+    ),
+    _Device(
+        r"RTX 6000 Ada Generation",
+        _WORKSTATION_DATASHEET.format("RTX 6000 Ada Generation"),
+        bf16=364.2,
+        fp16=364.2,
+        tf32=182.1,
+        fp32=91.1,
+        fp8=728.5,
+        compared=_COMPUTED,
+    ),
+    _Device(
+        r"RTX PRO 6000 Blackwell Workstation Edition",
+        _WORKSTATION_DATASHEET.format("RTX PRO 6000 Blackwell Workstation Edition"),
+        bf16=503.8,
+        fp16=503.8,
+        tf32=251.9,
+        fp32=126,
+        fp8=1007.6,
+    ),
+    _Device(
+        r"RTX PRO 6000 Blackwell Max-Q Workstation Edition",
+        _WORKSTATION_DATASHEET.format("RTX PRO 6000 Blackwell Max-Q Workstation Edition"),
+        bf16=440.5,
+        fp16=440.5,
+        tf32=220.2,
+        fp32=110.1,
+        fp8=881,
+        compared=_COMPUTED,
+    ),
+    _Device(
+        r"GeForce RTX 5090",
+        _RTX_BLACKWELL_WHITEPAPER,
+        bf16=209.5,
+        fp16=209.5,
+        tf32=104.8,
+        fp32=104.8,
+        fp8=419,
+        compared=_COMPUTED,
+    ),
+    _Device(
+        r"GeForce RTX 4080",
+        _ADA_WHITEPAPER,
+        bf16=97.5,
+        fp16=97.5,
+        tf32=48.7,
+        fp32=48.7,
+        fp8=194.9,
+        compared=_COMPUTED,
+    ),
+    _Device(
+        r"GeForce RTX 4070",
+        _ADA_WHITEPAPER,
+        bf16=58.3,
+        fp16=58.3,
+        tf32=29.1,
+        fp32=29.1,
+        fp8=116.6,
+        compared=_COMPUTED,
+    ),
+    _Device(
+        r"GeForce RTX 3060",
+        _GA102_WHITEPAPER + ", whose rates per multiprocessor hold for its GA106",
+        bf16=25.5,
+        fp16=25.5,
+        tf32=12.7,
+        fp32=12.7,
+        compared=_COMPUTED,
+    ),
     _Device(r"GeForce RTX 3090", _GA102_WHITEPAPER + ", appendix A", bf16=71, fp16=71, tf32=35.6, fp32=35.6),
     _Device(r"GeForce RTX 4090", _ADA_WHITEPAPER, bf16=165.2, fp16=165.2, tf32=82.6, fp32=82.6, fp8=330.3),
     _Device(r"L40S", "NVIDIA L40S datasheet", bf16=362.05, fp16=362.05, tf32=183, fp32=91.6, fp8=733),
@@ -113,6 +242,27 @@ _DEVICES = (
     _Device(r"L4", "NVIDIA L4 Tensor Core GPU datasheet", bf16=121, fp16=121, tf32=60, fp32=30.3, fp8=242.5),
     _Device(r"T4", "NVIDIA T4 Tensor Core GPU datasheet", fp16=65, fp32=8.1),
     _Device(r"V100-SXM2-(16|32)GB", _V100_DATASHEET + " (NVLink)", fp16=125, fp32=15.7),
+    _Device(
+        r"V100-SXM3-32GB",
+        "NVIDIA DGX-2 datasheet: 2 petaFLOPS of 16 GPUs",
+        fp16=125,
+        fp32=15.7,
+        compared="not verified",
+    ),
+    _Device(
+        r"V100-DGXS-(16|32)GB",
+        "NVIDIA DGX Station datasheet: 500 teraFLOPS of 4 GPUs",
+        fp16=125,
+        fp32=15.7,
+        compared="not verified",
+    ),
+    _Device(
+        r"V100-FHHL-16GB",
+        _V100_DATASHEET + " (the half-height card's clock)",
+        fp16=105.7,
+        fp32=13.2,
+        compared=_COMPUTED,
+    ),
     _Device(r"V100-PCIE-(16|32)GB", _V100_DATASHEET + " (PCIe)", fp16=112, fp32=14),
     _Device(r"V100S-PCIE-32GB", _V100_DATASHEET + " (V100S)", fp16=130, fp32=16.4),
     _Device(
@@ -123,6 +273,25 @@ _DEVICES = (
         tf32=653.7,
         fp32=163.4,
         fp8=2614.9,
+    ),
+)
+
+_CDNA3 = dict(bf16=1307.4, fp16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9)
+_DEVICES += (
+    _Device(
+        r"Instinct MI325X( VF| OAM)?",
+        "AMD Instinct MI325X data sheet",
+        **_CDNA3,
+        compared="not verified: the figures of the MI300X, whose compute dies and clock it has",
+    ),
+    _Device(
+        r"Instinct MI355X( VF| OAM)?",
+        "AMD Instinct MI355X data sheet",
+        bf16=2516.6,
+        fp16=2516.6,
+        fp32=157.3,
+        fp8=5033.2,
+        compared="not verified but by 256 compute units × 2.4 GHz × 4096 FLOP a clock; it has no TF32",
     ),
 )
 
@@ -160,11 +329,16 @@ def peak_flops(device_name: str, dtype_name: str) -> Peak | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU one can buy: the name people use, the name CUDA or ROCm reports, and its memory in GB as sold."""
+    """A GPU one can buy: the name people use, the name CUDA or ROCm reports, and its memory in MiB as the driver reports it."""
 
     name: str
     reported: str
-    memory_gb: int
+    memory_mib: int
+
+    @property
+    def memory_gb(self) -> float:
+        """Its memory in GB (10^9 bytes)."""
+        return self.memory_mib * 2**20 / 1e9
 
     def peak(self, dtype_name: str) -> Peak | None:
         """Its dense peak in a dtype, None where none is published."""
@@ -172,40 +346,79 @@ class Gpu:
 
 
 # Where a short name fits several, the first one is meant; they are ordered by how common they are in data centres.
+# Memory: the total that nvidia-smi (rocm-smi) shows, ECC as it is by default, as quoted for these cards.
 GPUS = tuple(
     Gpu(*row)
     for row in (
-        ("H100 SXM", "NVIDIA H100 80GB HBM3", 80),
-        ("H100 PCIe", "NVIDIA H100 PCIe", 80),
-        ("H100 NVL", "NVIDIA H100 NVL", 94),
-        ("H200 SXM", "NVIDIA H200", 141),
-        ("H200 NVL", "NVIDIA H200 NVL", 141),
-        ("B200", "NVIDIA B200", 180),
-        ("GB200", "NVIDIA GB200", 186),
-        ("GH200", "NVIDIA GH200 480GB", 96),
-        ("H20", "NVIDIA H20", 96),
-        ("H20-3e", "NVIDIA H20-3e", 141),
-        ("A100 SXM 80GB", "NVIDIA A100-SXM4-80GB", 80),
-        ("A100 SXM 40GB", "NVIDIA A100-SXM4-40GB", 40),
-        ("A100 PCIe 80GB", "NVIDIA A100 80GB PCIe", 80),
-        ("A100 PCIe 40GB", "NVIDIA A100-PCIE-40GB", 40),
-        ("A40", "NVIDIA A40", 48),
-        ("A10", "NVIDIA A10", 24),
-        ("RTX A6000", "NVIDIA RTX A6000", 48),
-        ("L40S", "NVIDIA L40S", 48),
-        ("L40", "NVIDIA L40", 48),
-        ("L4", "NVIDIA L4", 24),
-        ("T4", "Tesla T4", 16),
-        ("RTX 4090", "NVIDIA GeForce RTX 4090", 24),
-        ("RTX 3090", "NVIDIA GeForce RTX 3090", 24),
-        ("V100 SXM2 32GB", "Tesla V100-SXM2-32GB", 32),
-        ("V100 SXM2 16GB", "Tesla V100-SXM2-16GB", 16),
-        ("V100 PCIe 32GB", "Tesla V100-PCIE-32GB", 32),
-        ("V100 PCIe 16GB", "Tesla V100-PCIE-16GB", 16),
-        ("V100S PCIe 32GB", "Tesla V100S-PCIE-32GB", 32),
-        ("MI300X", "AMD Instinct MI300X", 192),
+        ("H100 SXM", "NVIDIA H100 80GB HBM3", 81_559),
+        ("H100 PCIe", "NVIDIA H100 PCIe", 81_559),
+        ("H100 NVL", "NVIDIA H100 NVL", 95_830),
+        ("H200 SXM", "NVIDIA H200", 143_771),
+        ("H200 NVL", "NVIDIA H200 NVL", 143_771),
+        ("B200", "NVIDIA B200", 183_359),
+        ("GB200", "NVIDIA GB200", 189_471),
+        ("B300", "NVIDIA B300 SXM6 AC", 275_040),
+        ("GB300", "NVIDIA GB300", 284_208),
+        ("GH200", "NVIDIA GH200 480GB", 97_871),
+        ("H20", "NVIDIA H20", 97_871),
+        ("H20-3e", "NVIDIA H20-3e", 143_771),
+        ("H800 SXM", "NVIDIA H800", 81_559),
+        ("H800 PCIe", "NVIDIA H800 PCIe", 81_559),
+        ("A100 SXM 80GB", "NVIDIA A100-SXM4-80GB", 81_920),
+        ("A100 SXM 40GB", "NVIDIA A100-SXM4-40GB", 40_960),
+        ("A100 PCIe 80GB", "NVIDIA A100 80GB PCIe", 81_920),
+        ("A100 PCIe 40GB", "NVIDIA A100-PCIE-40GB", 40_960),
+        ("A800 SXM 80GB", "NVIDIA A800-SXM4-80GB", 81_920),
+        ("A800 PCIe 80GB", "NVIDIA A800 80GB PCIe", 81_920),
+        ("A40", "NVIDIA A40", 46_068),
+        ("A30", "NVIDIA A30", 24_576),
+        ("A10", "NVIDIA A10", 23_028),
+        ("A10G", "NVIDIA A10G", 23_028),
+        ("RTX A6000", "NVIDIA RTX A6000", 49_140),
+        ("RTX A5000", "NVIDIA RTX A5000", 24_564),
+        ("RTX A4000", "NVIDIA RTX A4000", 16_376),
+        ("RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation", 49_140),
+        ("RTX PRO 6000", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97_887),
+        ("RTX PRO 6000 Max-Q", "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97_887),
+        ("L40S", "NVIDIA L40S", 46_068),
+        ("L40", "NVIDIA L40", 46_068),
+        ("L4", "NVIDIA L4", 23_034),
+        ("T4", "Tesla T4", 15_360),
+        ("RTX 5090", "NVIDIA GeForce RTX 5090", 32_607),
+        ("RTX 4090", "NVIDIA GeForce RTX 4090", 24_564),
+        ("RTX 4080", "NVIDIA GeForce RTX 4080", 16_376),
+        ("RTX 4070", "NVIDIA GeForce RTX 4070", 12_282),
+        ("RTX 3090", "NVIDIA GeForce RTX 3090", 24_576),
+        ("RTX 3060", "NVIDIA GeForce RTX 3060", 12_288),
+        ("V100 SXM2 32GB", "Tesla V100-SXM2-32GB", 32_768),
+        ("V100 SXM2 16GB", "Tesla V100-SXM2-16GB", 16_384),
+        ("V100 SXM3 32GB", "Tesla V100-SXM3-32GB", 32_768),
+        ("V100 PCIe 32GB", "Tesla V100-PCIE-32GB", 32_768),
+        ("V100 PCIe 16GB", "Tesla V100-PCIE-16GB", 16_384),
+        ("V100S PCIe 32GB", "Tesla V100S-PCIE-32GB", 32_768),
+        ("MI300X", "AMD Instinct MI300X", 196_592),
+        ("MI325X", "AMD Instinct MI325X", 262_128),
+        ("MI355X", "AMD Instinct MI355X", 294_896),
     )
 )
+
+# Sizes in which cards are sold, in GB, and the MiB that one of them reports (8: RTX 4060; 12: RTX 4070; 16: T4; 24: RTX 4090;
+# 32: RTX 5090; 40 and 80: A100 and H100; 48: L40S; 96: H20; 141: H200; 192: MI300X). Of cards of one size the least may be
+# 6 % less, as ECC takes some of it (A10: 23,028).
+CARD_MIB = {
+    8: 8_188,
+    12: 12_282,
+    16: 15_360,
+    24: 24_564,
+    32: 32_607,
+    40: 40_960,
+    48: 46_068,
+    80: 81_559,
+    96: 97_871,
+    141: 143_771,
+    192: 196_592,
+}
+
 
 _BRANDS = {"nvidia", "amd", "tesla", "geforce", "instinct", "gpu"}
 _VARIANT = re.compile(r"(\d+gb|sxm|pcie|nvl|rtx)$")  # words that name no GPU by themselves
@@ -254,10 +467,11 @@ def measure_cpu_peak(dtype: str | torch.dtype, again: bool = False) -> Peak:
     """This CPU's matrix-product FLOP/s in `dtype` with the current number of threads: the best of several, in about 0.4 s.
 
     The products are the three of a linear layer (its output and its two gradients): where a CPU has no instructions for a
-    dtype, PyTorch's own loops differ by a factor of 20 between them.
-    Measured once per dtype and number of threads, unless `again` asks for another try (the better one stays). On a busy
-    machine the figure is too low and MFU correspondingly high. Draws no random numbers, so that it cannot disturb a run's
-    reproducibility.
+    dtype, PyTorch's own loops differ by a factor of 20 between them. A product's time is the clock's, or the processor time
+    that its threads had if that is less: what other work takes of the processor is not counted. `source` says where it was
+    much.
+    Measured once per dtype and number of threads, unless `again` asks for another try (the better one stays). Draws no
+    random numbers, so that it cannot disturb a run's reproducibility.
     """
     import torch
 
@@ -269,34 +483,63 @@ def measure_cpu_peak(dtype: str | torch.dtype, again: bool = False) -> Peak:
 
 
 def _measure_cpu_peak(dtype: torch.dtype, threads: int, seconds: float = 0.4) -> Peak:
+    """The better of two lower bounds: by the clock, and by the processor time that the threads had.
+
+    The second one takes the threads for equally busy, so it counts only up to `threads` times what one alone reaches.
+    """
+    import torch
+
+    clock, processor, size = _best_product(dtype, seconds if threads == 1 else 0.75 * seconds)
+    best = max(clock, processor)
+    if threads > 1:
+        try:
+            torch.set_num_threads(1)
+            best = max(clock, min(processor * threads, threads * max(_best_product(dtype, 0.25 * seconds, size)[:2])))
+        finally:
+            torch.set_num_threads(threads)
+    other = "" if clock > SHARED * best else f", of whose time other work had {1 - clock / best:.0%}"
+    name = str(dtype).removeprefix("torch.")
+    return Peak(best, f"measured: {name} matrix product, {threads} thread{'s' if threads > 1 else ''}{other}", measured=True)
+
+
+def _best_product(dtype: torch.dtype, seconds: float, size: int = 256) -> tuple[float, float, int]:
+    """FLOP/s of the fastest matrix product by the clock, and by the processor time of all threads together; its size."""
     import torch
 
     end = time.perf_counter() + seconds
-    best, size, shortest, elapsed = 0.0, 256, 0.0, 0.0
+    by_clock, by_processor, elapsed, shortest = 0.0, 0.0, 0.0, 0.0
+    a = b = None
     with torch.no_grad():
-        while best == 0.0 or time.perf_counter() + elapsed < end:
-            if shortest < 0.005 and size < 8192:  # grow until one product takes long enough to time and to fill the cores
-                size *= 2
+        while a is None or time.perf_counter() + elapsed < end:
+            if a is None or (shortest < 0.005 and size < 8192):  # until one takes long enough to time and to fill the cores
+                size *= 1 if a is None and size > 256 else 2
                 a, b = (torch.ones(size, size, dtype=dtype, device="cpu") for _ in range(2))
-            times = []
+            clocks = []
             for left, right in ((a, b.t()), (a, b), (a.t(), b)):  # x·Wᵀ, g·W, gᵀ·x
-                begin = time.perf_counter()
+                begin, used = time.perf_counter(), time.process_time()
                 left @ right
-                times.append(time.perf_counter() - begin)
-            shortest, elapsed = min(times), sum(times)
-            best = max(best, 2 * size**3 / shortest)
-    name = str(dtype).removeprefix("torch.")
-    return Peak(best, f"measured: {name} matrix product, {threads} thread{'s' if threads > 1 else ''}", measured=True)
+                clocks.append(time.perf_counter() - begin)
+                by_processor = max(by_processor, 2 * size**3 / max(time.process_time() - used, 1e-9))
+            shortest, elapsed = min(clocks), sum(clocks)
+            by_clock = max(by_clock, 2 * size**3 / shortest)
+    return by_clock, by_processor, size
 
 
-def device_peak(device: str | torch.device, dtype: str | torch.dtype) -> Peak | None:
+SHARED = 0.75  # where the clock gives less than this of a measured peak, it says that other work was there
+
+
+def device_peak(device: str | torch.device, dtype: str | torch.dtype, tflops: float | None = None) -> Peak | None:
     """The peak that a run on `device` in `dtype` is compared with: measured for a CPU, published for a GPU, else None.
+
+    tflops: what the user says it is, in TFLOP/s, which goes before both.
 
     float32 on a GPU that may use TF32 for matrix products is compared with the TF32 peak.
     """
     import torch
 
     device, dtype = torch.device(device), _torch_dtype(dtype)
+    if tflops is not None:
+        return Peak(tflops * 1e12, "as peak_tflops says")
     if device.type == "cpu":
         return measure_cpu_peak(dtype)
     if device.type != "cuda":

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flops_parameter_counting.hardware import CARD_MIB
 from flops_parameter_counting.memory_pieces import Piece, measured_pieces
 from flops_parameter_counting.memory_rules import TWO_MOMENTS, OptimizerRule, ShardingRule
 from model_builder import COMPUTE_DTYPES
@@ -25,7 +26,7 @@ from model_config import ModelConfig
 from model_parts.losses import CHUNK_BYTES
 from model_parts.recomputation import CHECKPOINTING
 
-CARD_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 96, 141, 192)
+CARD_SIZES_GB = tuple(CARD_MIB)  # as they are sold
 HEADROOM_GB, HEADROOM_SHARE = 0.7, 0.05  # of a card: CUDA context and libraries; rounding, fragmentation, workspaces
 
 
@@ -98,13 +99,14 @@ def estimate_memory(
     _check(
         config, batch_size, context, dtype, checkpointing, sharding, world_size, shard_size, device, gradient_accumulation_steps
     )
-    chain, tables = measured_pieces(config, batch_size, context, dtype, checkpointing, device, sharding is not None)
+    accumulates = gradient_accumulation_steps > 1
+    chain, tables = measured_pieces(config, batch_size, context, dtype, checkpointing, device, sharding is not None, accumulates)
     course = _Course(
         sharding,
         sharding.shards(world_size, shard_size) if sharding else 1,
         4 if dtype == "float32" else 2,
         optimizer,
-        gradient_accumulation_steps > 1,
+        accumulates,
         chain,
         config.padded_vocab_size * config.n_embd if config.weight_tying else 0,
     )
@@ -112,6 +114,11 @@ def estimate_memory(
     held = dict(held + course.always() + Counter({"position tables": tables, "token ids": 16 * batch_size * context}))
     groups = {group: sum(held.get(name, 0) for name in names) for group, names in _GROUPS.items()}
     return MemoryEstimate(**groups, activations=sum(held.values()) - sum(groups.values()), parts=held, moment=moment)
+
+
+def card_gb(sold: float) -> float:
+    """The memory in GB (10^9 bytes) that a card sold as so many GB reports; for a size that is not sold, the size itself."""
+    return CARD_MIB[sold] * 2**20 / 1e9 if sold in CARD_MIB else sold
 
 
 def largest_micro_batch(config: ModelConfig, card_gb: float, **options) -> int:

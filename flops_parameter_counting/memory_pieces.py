@@ -2,8 +2,8 @@
 
 This is not written down here a second time. A model with one block of each kind is made, and its front, its blocks, and its
 tail with the loss are run forward and backward on tensors that have a shape and no numbers. Every storage they make is
-entered in a ledger: so whatever is registered in `model_components.py` is accounted for, as it is. That takes a few tenths
-of a second and no memory. `memory.py` puts the pieces together.
+entered in a ledger: so whatever is registered in `model_components.py` is accounted for, as it is. That takes a tenth of a
+second or two and no memory. `memory.py` puts the pieces together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -42,14 +42,14 @@ class Piece:
 
     `saved`: from its forward to its backward. `forward`, `backward`: at its fullest in either; `saved`, the gradient
     that comes in and those of its own parameters included. `again`: as backward where gradients exist already, which
-    are not included. `parameters`, `matrices`: numbers in all of its parameters, in the 2-D ones. `largest`: shape of
-    the largest 2-D one.
+    are not included; None where it was not asked for. `parameters`, `matrices`: numbers in all of its parameters, in the
+    2-D ones. `largest`: shape of the largest 2-D one.
     """
 
     saved: Counter
     forward: Counter
     backward: Counter
-    again: Counter
+    again: Counter | None
     parameters: int
     matrices: int
     largest: tuple[int, int]
@@ -60,28 +60,45 @@ class Piece:
 
 @lru_cache(maxsize=512)
 def measured_pieces(
-    config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str, cast: bool
+    config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str, cast: bool, again: bool
 ) -> tuple[list[Piece], int]:
     """The model's front, every block, and its tail with the loss, each measured; and the bytes of what the blocks share.
 
     `cast`: parameters are in the compute dtype already, as a sharding strategy gathers them; but for the embedding's, and
-    the head's if it is tied to it, which are gathered as they are stored. Raises ValueError for a component that cannot be
-    run without numbers.
+    the head's if it is tied to it, which are gathered as they are stored. `again`: also where gradients exist already.
+    Raises ValueError for a component that cannot be run without numbers.
     """
     try:
-        return _measured_pieces(config, batch_size, context, dtype, checkpointing, device, cast)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        return _measured_pieces(config, batch_size, context, dtype, checkpointing, device, cast, again)
+    except RuntimeError as error:
+        fake = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+        if not fake and not isinstance(error, NotImplementedError) and "meta tensors" not in str(error):
+            raise
         raise ValueError(
-            f"the memory of {config.name} cannot be predicted: a component makes tensors whose shapes depend on the numbers in "
-            f"others ({error.func}), and prediction runs it without numbers."
+            f"the memory of {config.name} cannot be predicted: a component does what depends on the numbers in tensors "
+            f"({error.func if fake else str(error).splitlines()[0]}), and prediction runs it without numbers."
         ) from error
 
 
+def _without_numbers(device: str) -> AbstractContextManager:
+    """Where tensors are made that have a shape and no numbers, and run as on a type of device.
+
+    On a CPU PyTorch itself chooses kernels, as fake tensors make it believe that there are numbers. What a GPU does otherwise
+    is said below, so plain tensors of the meta device will do, and they take a third of the time.
+    """
+    stack = ExitStack()
+    if device == "cpu":
+        stack.enter_context(FakeTensorMode())
+    stack.enter_context(torch.device("cpu" if device == "cpu" else "meta"))
+    stack.enter_context(torch.enable_grad())  # whatever the caller has set
+    return stack
+
+
 def _measured_pieces(
-    config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str, cast: bool
+    config: ModelConfig, batch_size: int, context: int, dtype: str, checkpointing: str, device: str, cast: bool, again: bool
 ) -> tuple[list[Piece], int]:
     on_device = _GpuKernels if device == "cuda" else nullcontext
-    with FakeTensorMode(), torch.device("cpu"), torch.enable_grad():  # whatever the caller has set
+    with _without_numbers(device):
         model = Transformer(one_of_each_block(config))
         model.compute_dtype = COMPUTE_DTYPES[dtype]
         if config.attention_backend == "flex" and device == "cuda":
@@ -100,18 +117,18 @@ def _measured_pieces(
             with on_device():
                 return summed_cross_entropy(model.tail(x).flatten(0, 1), targets, device, CHUNKS)
 
-        measured = {"front": _measure(model, Transformer.FRONT, front, ids, "embedding")}
+        measured = {"front": _measure(model, Transformer.FRONT, front, ids, "embedding", again)}
         for name, block in zip(model.config.layer_pattern, model.blocks):
             if cast:
                 _cast(block, model.compute_dtype)
             block.forward = recomputed(partial(_within, on_device, block.forward), checkpointing)
             run = partial(_run_block, block, shared)
-            measured[name] = _measure(block, None, run, x, "residual stream")
+            measured[name] = _measure(block, None, run, x, "residual stream", again)
         if cast and not config.weight_tying:
             _cast(model.norm, model.compute_dtype)
             _cast(model.head, model.compute_dtype)
         measured["tail"] = _measure(
-            model, Transformer.TAIL, tail, x, "residual stream", (config.vocab_size, config.padded_vocab_size)
+            model, Transformer.TAIL, tail, x, "residual stream", again, (config.vocab_size, config.padded_vocab_size)
         )
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
@@ -207,13 +224,13 @@ class _Incoming(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        ctx.like = x.shape, x.dtype
+        ctx.like = x.shape, x.dtype, x.device
         return x.new_empty(())
 
     @staticmethod
     def backward(ctx, _: Tensor) -> Tensor:
-        shape, dtype = ctx.like
-        return torch.empty(shape, dtype=dtype)
+        shape, dtype, device = ctx.like
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _measure(
@@ -222,9 +239,10 @@ def _measure(
     run: Callable[[Tensor], Tensor],
     source: Tensor,
     label: str,
+    again: bool,
     vocabulary: tuple[int, ...] = (),
 ) -> Piece:
-    """Run `source` through, forward and backward, twice, and see what was in memory. Under FakeTensorMode.
+    """Run `source` through, forward and backward, and see what was in memory; `again`: once more with gradients there.
 
     `children`: those of the module that take part [all]. `label`: of what is made outside of all labelled ones.
     `vocabulary`: widths of logits.
@@ -258,7 +276,7 @@ def _measure(
         return saved, forward, ledger.fullest - existing
 
     saved, forward, backward = micro_batch()
-    again = micro_batch()[-1]
+    later = micro_batch()[-1] if again else None
     for handle in handles:
         handle.remove()
     for parameter in parameters:
@@ -268,7 +286,7 @@ def _measure(
         saved,
         forward,
         backward,
-        again,
+        later,
         sum(p.numel() for p in parameters),
         sum(a * b for a, b in matrices),
         max(matrices, key=math.prod, default=(0, 0)),
@@ -364,7 +382,7 @@ def _gpu_rms_norm(x: Tensor, shape, weight: Tensor | None = None, eps: float | N
 class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod

@@ -12,6 +12,7 @@ law; they do not predict the loss on another corpus.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -27,7 +28,8 @@ from model_config import ModelConfig, did_you_mean, resolve
 class ScalingLaw:
     """L(N, D) = E + (A·N^-α + B·D^-β)^γ, and where its constants come from.
 
-    `embeddings`: whether its N counts the embedding tables (Kaplan's does not). Raises ValueError for constants with
+    `embeddings`: whether its N counts the embedding tables (Kaplan's does not). `caution`: what whoever uses it has to know.
+    Raises ValueError for constants with
     which a larger model or more data would not help.
     """
 
@@ -40,6 +42,7 @@ class ScalingLaw:
     gamma: float = 1.0
     embeddings: bool = True
     source: str = ""
+    caution: str = ""
 
     def __post_init__(self):
         for key in ("A", "B", "alpha", "beta", "gamma"):
@@ -68,9 +71,11 @@ class ScalingLaw:
         """Predicted loss of n parameters after d tokens of a dataset of `unique`: `loss` of their effective values.
 
         Muennighoff et al. 2023, eq. 5 and 6: what is repeated, and parameters beyond those that the dataset calls for,
-        lose their worth exponentially. (They take those for min(d, unique); with the dataset's size, a run that repeats
-        nothing is `loss` itself.) Their constants are for C4 and up to 9B parameters.
+        lose their worth exponentially. Where nothing is repeated it is `loss` itself. Their constants are for C4 and up to
+        9B parameters.
         """
+        if d <= unique:
+            return self.loss(n, d)
         u_n = min(self.matching_parameters(unique), n)
         return self.loss(effective(n, u_n, PARAMETER_DECAY), effective(d, min(unique, d), DATA_DECAY))
 
@@ -116,6 +121,8 @@ LAWS: dict[str, ScalingLaw] = {
             alpha=0.34,
             beta=0.28,
             source="Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, approach 3",
+            caution="its constants are published rounded, and so call for 93 tokens a parameter at Chinchilla's own budget of "
+            "5.76e23 FLOPs, where the paper says 20; besiroglu is fitted to the same data.",
         ),
         ScalingLaw(
             "besiroglu",
@@ -126,8 +133,13 @@ LAWS: dict[str, ScalingLaw] = {
             beta=0.3658,
             source="Besiroglu et al. 2024, Chinchilla Scaling: A replication attempt",
         ),
-        kaplan(
-            "kaplan", 8.8e13, 5.4e13, 0.076, 0.095, source="Kaplan et al. 2020, Scaling Laws for Neural Language Models, eq. 1.5"
+        kaplan(  # their fit of N and D together; 8.8e13 and 5.4e13 are of the two laws with one limit each (eq. 1.1, 1.2)
+            "kaplan",
+            6.4e13,
+            1.8e13,
+            0.076,
+            0.103,
+            source="Kaplan et al. 2020, Scaling Laws for Neural Language Models, eq. 1.5, table 2 (not verified)",
         ),
     )
 }
@@ -190,12 +202,21 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
 
 
 def isoflop(
-    law: ScalingLaw, compute: float, span: float = 30.0, points: int = 61, unique: float = math.inf
+    law: ScalingLaw,
+    compute: float,
+    span: float = 30.0,
+    points: int = 61,
+    unique: float = math.inf,
+    max_epochs: float = math.inf,
 ) -> list[tuple[float, float, float]]:
-    """(N, D, loss) on the curve 6·N·D = compute; N goes from 1/span to span times the optimum in equal ratios."""
+    """(N, D, loss) on the curve 6·N·D = compute; N goes from 1/span to span times the optimum in equal ratios.
+
+    Where `unique` tokens seen `max_epochs` times are fewer than the budget pays for, D is those.
+    """
     best, _ = law.optimum(compute)
     sizes = [best * span ** (2 * i / (points - 1) - 1) for i in range(points)]
-    return [(n, compute / (6 * n), law.loss_with_repeats(n, compute / (6 * n), unique)) for n in sizes]
+    tokens = [min(compute / (6 * n), unique * max_epochs) for n in sizes]
+    return [(n, d, law.loss_with_repeats(n, d, unique)) for n, d in zip(sizes, tokens)]
 
 
 # ------------------------------------------------------------------------------------------- models one can build
@@ -403,7 +424,9 @@ def _law(asked: object, problems: list[str]) -> ScalingLaw | None:
     try:
         if form == "kaplan":
             return kaplan(name, *(asked[key] for key in keys), source=source)
-        return ScalingLaw(name, **{key: asked[key] for key in keys}, source=source)
+        law = ScalingLaw(name, **{key: asked[key] for key in keys}, source=source)
+        known = [one for one in LAWS.values() if all(getattr(one, key) == getattr(law, key) for key in (*keys, "gamma"))]
+        return dataclasses.replace(law, caution=known[0].caution) if known else law
     except ValueError as error:
         problems.append(str(error))
         return None

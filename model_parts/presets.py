@@ -47,7 +47,8 @@ _LLAMA = dict(
     weight_tying=False,
 )
 
-# name → (one line about it, values). Keys not named here are derived in `resolve` or off. All have GPT-2 124M's shape.
+# name → (one line about it, values). Keys not named here are derived in `resolve` or off. All but lm_tiny and
+# lm_small have GPT-2 124M's shape.
 # queries_per_kv_head is no key: n_kv_head follows from it and from n_head, which may be overridden.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
@@ -159,6 +160,18 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         _BIAS_FREE,
     ),
     "team": ("the starting documents' model_v1: the parts of LLaMA", _LLAMA),
+    "lm_tiny": (
+        "a GPT-2 of 16 M parameters for WikiText-2: 4 layers of width 256, dropout 0.1",
+        dict(_GPT2, n_layer=4, n_head=4, n_embd=256, block_size=256, dropout=0.1),
+    ),
+    "lm_small": (
+        "a GPT-2 of 45 M parameters for WikiText-103: 6 layers of width 512, dropout 0.1",
+        dict(_GPT2, n_layer=6, n_head=8, n_embd=512, block_size=512, dropout=0.1),
+    ),
+    "lm_medium": (
+        "GPT-2 124M with dropout 0.1, for WikiText-103",
+        dict(_GPT2, dropout=0.1),
+    ),
     "custom": (
         "a plain bias-free pre-norm base to mix your own from: LayerNorm, GELU, RoPE, untied",
         dict(_BIAS_FREE, weight_tying=False),

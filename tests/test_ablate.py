@@ -21,7 +21,7 @@ from conftest import ROOT, pytorchs_flops
 import ablate
 from ablation.effects import grid_effects
 from ablation.execution import being_trained, gpu_of_slot
-from ablation.planning import make_plan
+from ablation.planning import listed_values, make_plan
 from command_line import UsageError
 from comparison.inference import adjust
 from configurator import configure
@@ -108,6 +108,12 @@ def test_values_with_commas_are_separated_by_semicolons(tiny_dataset):
         ("mlp", "transformer"),
     }
     assert all("/" not in variant.folder and len(variant.folder) < 130 for variant in plan.variants)
+
+
+def test_commas_between_the_parts_of_a_mixture_separate_no_values():
+    assert listed_values("dataset", "a:0.7,b:0.3") == ["a:0.7,b:0.3"]
+    assert listed_values("dataset", "a ; a:0.5,b:0.5") == ["a", "a:0.5,b:0.5"]
+    assert listed_values("dataset", "a,b") == ["a", "b"] and listed_values("bias", "True, False") == ["True", "False"]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,7 @@ def test_a_config_that_starts_from_other_weights_is_refused(tmp_path, tiny_datas
 def test_an_out_dir_that_cannot_be_made_is_said(tmp_path, tiny_dataset, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert ablate.main([*SHAPE, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--seeds=1"]) == 1
+        assert ablate.main([*SHAPE, f"--dataset={tiny_dataset}", f"--out_dir={out}", "--seeds=1", "--vary=dropout=0.0,0.1"]) == 1
         assert f"ablate.py: out_dir='{out}' cannot be written: " in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ import sample
 import train
 from data.files import sha256
 from tests.conftest import TINY_RUN
-from training import checkpoint_commands
+from training import checkpoint_commands, manifest
 from training.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -29,7 +29,7 @@ from training.checkpoint import (
     load_tensors,
     verify,
 )
-from training.manifest import listed_files
+from training.manifest import Removed, listed_files, read_state
 
 TENSORS = {
     "model.weight": torch.arange(12.0).view(3, 4),
@@ -146,6 +146,26 @@ def test_a_link_to_tensors_elsewhere_and_an_unlisted_tokenizer_are_errors_and_a_
     change_manifest(latest, lambda files: files.pop("tokenizer.json"))
     with pytest.raises(UnlistedFile, match="tokenizer.json"):
         load_model(copy)
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_called_damaged(copy, monkeypatch):
+    """A reader lists the checkpoints, then the run saves another one and removes the one that was to be read."""
+    store = CheckpointStore(copy)
+    latest = store.pointed("latest")
+    newer, real, calls = latest.with_name("step_99999999"), manifest.listed_files, []
+
+    def removed_before_it_is_read(checkpoint):
+        calls.append(checkpoint.name)
+        if len(calls) == 1:
+            checkpoint.rename(newer)
+        return real(checkpoint)
+
+    monkeypatch.setattr(manifest, "listed_files", removed_before_it_is_read)
+    said = []
+    assert store.newest_intact(said.append) == newer and calls == [latest.name, newer.name]
+    assert not store.damaged and not any("damaged" in line for line in said)
+    with pytest.raises(Removed, match="was removed while it was read.*out_dir"):
+        read_state(latest)
 
 
 OUTSIDE = ("../stolen.safetensors", "{absolute}", "deep/stolen.safetensors", "link.safetensors", "..", "", "a\0b")

@@ -247,7 +247,7 @@ def test_consolidate_needs_an_intact_model_and_a_new_folder(out_dirs, tmp_path, 
     spoil(next(source / name for name, entry in files.items() if entry.get("holds") == ["optimizer"]))
     assert main(["consolidate", str(source), str(tmp_path / "one")]) == 0  # does not need the optimizer
     assert main(["consolidate", str(source), str(tmp_path / "one")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     spoil(next(source / name for name, entry in files.items() if entry.get("holds") == ["model"]))
     assert main(["consolidate", str(source), str(tmp_path / "two")]) == 1
     assert "checksum" in capsys.readouterr().err and not (tmp_path / "two").exists()

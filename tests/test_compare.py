@@ -757,7 +757,7 @@ def test_wrong_use_exits_2_and_failures_exit_1(three, capsys):
         (["--metric=mfu"], 2, "'mfu'"),
         (["--baseline=zzz"], 2, "none of the groups"),
         ([three / "nowhere"], 1, "does not exist"),
-        ([f"--csv={three}/no/such/folder.csv"], 1, "No such file"),
+        ([f"--csv={three}/no/such/folder.csv"], 2, "there is no folder"),
     ):
         assert command(three, *arguments, capsys=capsys)[0] == code, arguments
         capsys.readouterr()

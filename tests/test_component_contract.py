@@ -50,7 +50,18 @@ def test_names_and_fingerprints_are_those_of_commit_91493a6():
     for kind in COMPONENT_KINDS:
         for name in () if kind == "block" or kind in EXECUTION_KINDS else components(kind):
             assert (kind, name) in values
-    later = {"qwen2", "olmo3", "gemma", "phi3", "arcee", "starcoder2", "opt"}  # than that commit
+    later = {
+        "qwen2",
+        "olmo3",
+        "gemma",
+        "phi3",
+        "arcee",
+        "starcoder2",
+        "opt",
+        "lm_tiny",
+        "lm_small",
+        "lm_medium",
+    }  # than that commit
     assert {preset for preset, *_ in FROZEN} == set(PRESETS) - later
 
 

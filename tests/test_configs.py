@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 LEVELS = {name for name in FILES if name.startswith("cpu_level")}
 SMALL = {"shakespeare_char_cpu.py", "quickstart.py", "ablation_small.py"} | LEVELS  # whose vocabulary is their dataset's
+LANGUAGE_MODELS = ("lm_tiny", "lm_small", "lm_medium")  # presets of their own shape, each with a recipe
 
 KNOWN_N = {
     "full_gpt2_124m.py": 124_439_808,
@@ -39,6 +40,9 @@ TOKENS_PER_ITERATION = {
     "ablation_small.py": 16 * 128,
     **dict.fromkeys(LEVELS, 4 * 32),
     "cpu_level6_tinystories.py": 32 * 256,
+    "lm_tiny.py": 32 * 256,
+    "lm_small.py": 32 * 512,
+    "lm_medium.py": 32 * 1024,
 }
 
 
@@ -67,7 +71,8 @@ def test_the_promised_files_are_there():
         "shakespeare_char_cpu.py",
         "full_llama3_8b.py",
         "full_qwen3_1.7b.py",
-        *(f"arch_{preset}.py" for preset in PRESETS),
+        *(f"arch_{preset}.py" for preset in PRESETS if preset not in LANGUAGE_MODELS),
+        *(f"{preset}.py" for preset in LANGUAGE_MODELS),
     } <= set(FILES)
 
 
@@ -108,7 +113,7 @@ def test_an_arch_config_is_the_real_shape_for_a_short_comparison(name):
 
 def test_the_arch_configs_differ_in_nothing_but_the_architecture():
     configs = [config(name) for name in FILES if name.startswith("arch_")]
-    assert {train.arch_preset for train in configs} == set(PRESETS)
+    assert {train.arch_preset for train in configs} == set(PRESETS) - set(LANGUAGE_MODELS)
     for key, field in KEYS.items():
         if field.metadata["group"] != "architecture" and key not in ("out_dir", "notice"):
             assert len({getattr(train, key) for train in configs}) == 1, key
@@ -181,6 +186,20 @@ def test_the_shakespeare_recipe_is_nanogpts_cpu_example():
     assert (train.arch_preset, train.batch_size, train.gradient_accumulation_steps, train.max_iters) == ("gpt2", 12, 1, 2000)
     assert (train.learning_rate, train.min_lr, train.beta2, train.warmup_iters) == (1e-3, 1e-4, 0.99, 100)
     assert train.eval_iters == 0  # the whole validation set
+
+
+@pytest.mark.parametrize(
+    "preset, shape, n", [("lm_tiny", (4, 4, 256, 1024, 256), 16_090_880), ("lm_small", (6, 8, 512, 2048, 512), 44_909_056),
+                         ("lm_medium", (12, 12, 768, 3072, 1024), 124_439_808)]
+)  # fmt: skip
+def test_a_language_model_recipe_is_the_guides(preset, shape, n):
+    train = config(f"{preset}.py")
+    model = train.model_config(dataset_vocab_size=50257)
+    assert (model.n_layer, model.n_head, model.n_embd, model.d_ff, model.block_size) == shape
+    assert count_parameters(model) == n and f"N = {n:,}" in sources(f"{preset}.py")
+    assert (train.epochs, train.batch_size, train.learning_rate, train.warmup_iters) == (20, 32, 3e-4, 1000)
+    assert (train.min_lr_ratio, train.weight_decay, train.grad_clip, model.dropout) == (0.1, 0.1, 1.0, 0.1)
+    assert train.dataset == ("wikitext2" if preset == "lm_tiny" else "wikitext103") and train.arch_preset == preset
 
 
 @pytest.mark.parametrize("page", ["PARAMETER_FORMULAS.md", "ARCH_GPT2.md", "ARCH_LLAMA.md"])

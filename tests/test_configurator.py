@@ -23,7 +23,7 @@ from configurator import (
     describe_type,
     parse_command_line,
     print_config,
-    print_help,
+    print_help_all,
     read_config_file,
 )
 from model_config import components
@@ -597,6 +597,7 @@ OTHER = dict(
     lr_schedule="linear",
     warmup_iters=5,
     min_lr=1e-7,
+    min_lr_ratio=0.3,
     lr_decay_fraction=0.9,
     rope_scaling="linear",
     rope_factor=2.0,
@@ -708,6 +709,12 @@ def test_the_fixed_keys_are_those_of_the_model_the_data_order_and_the_optimizer(
         "patience",
     }
     assert not free & set(fixed_on_resume())
+
+
+@pytest.mark.parametrize("kind", ["weights:", "hf:"])
+def test_init_from_without_a_path_is_not_the_current_folder(kind):
+    with pytest.raises(ConfigError, match="names nothing after the colon"):
+        configure([f"--init_from={kind}"])
 
 
 def test_what_belongs_to_the_machine_is_never_inherited_and_dtype_comes_back_as_it_was_used():
@@ -959,7 +966,7 @@ def test_what_print_config_prints_is_a_config_file_that_resolves_to_the_same(cap
 
 
 def test_help_lists_every_key_with_group_type_default_and_meaning(capsys):
-    print_help("usage")
+    print_help_all("usage")
     text = capsys.readouterr().out
     sections = dict(zip(GROUPS, re.split("|".join(rf"\n{group}:\n" for group in GROUPS), text)[1:]))
     assert len(sections) == len(GROUPS)
@@ -990,7 +997,8 @@ def test_reading_a_file_gives_values_and_origins(write):
 @pytest.mark.parametrize(
     "arguments, code, says",
     [
-        (["--help"], 0, ["--n_layer", "execution:"]),
+        (["--help"], 0, ["--n_layer", "--help_all"]),
+        (["--help_all"], 0, ["--n_layer", "execution:"]),
         (["config/quickstart.py", "--print_config"], 0, ["arch_preset = 'llama'", "# config/quickstart.py:"]),
         (["--n_heads=4", "--n_layr=2"], 2, ["--n_heads", "--n_layr"]),
         (["--n_head=18", "--n_embd=2432", "--dropout=2"], 2, ["n_head=18", "dropout=2.0"]),

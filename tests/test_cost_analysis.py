@@ -14,8 +14,9 @@ import torch
 from flops_parameter_counting import detailed_cost_analysis as command
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.hardware import peak_flops
-from flops_parameter_counting.memory import CARD_SIZES_GB, estimate_memory, largest_micro_batch
+from flops_parameter_counting.memory import CARD_SIZES_GB, card_gb, estimate_memory, largest_micro_batch
 from flops_parameter_counting.parameters import count_parameters
+from flops_parameter_counting.scaling_laws import LAWS
 from model_config import PRESETS, resolve
 from training.huggingface import config_from_hf
 from training.huggingface_families import FAMILIES
@@ -159,10 +160,10 @@ def test_six_billion_tokens_on_four_h20_in_six_hours_would_need_four_times_all_t
 
 def test_fit_gives_the_largest_micro_batch_of_every_card_and_of_the_one_asked(capsys):
     found = answer(capsys, "--model_config=llama", "--fit=A10", "--gpus=2")["fit"]
-    assert [card["gb"] for card in found["cards"]] == sorted([*CARD_SIZES_GB, 24])
+    assert [card["gb"] for card in found["cards"]] == sorted([*map(card_gb, CARD_SIZES_GB), 23_028 * 2**20 / 1e9])
     assert found["asked"] == "A10" and found["parallelism"] == "fsdp"
     for card in found["cards"]:
-        if card["gb"] in (8, 24):
+        if card["card"] in ("8 GB", "A10"):
             assert card["micro_batch"] == largest_micro_batch(
                 resolve("llama"), card["gb"], sharding=STRATEGIES["fsdp"].rule, world_size=2
             )
@@ -173,16 +174,20 @@ def test_fit_gives_the_largest_micro_batch_of_every_card_and_of_the_one_asked(ca
 @pytest.mark.parametrize(
     "name, card",
     [
-        ("24", ("24 GB", 24)),
-        ("36GB", ("36 GB", 36)),
-        ("12.5 gb", ("12.5 GB", 12.5)),
-        ("4090", ("RTX 4090", 24)),
-        ("H20", ("H20", 96)),
-        ("a100-40gb", ("A100 SXM 40GB", 40)),
+        ("24", ("24 GB", 24_564)),
+        ("80", ("80 GB", 81_559)),
+        ("36GB", ("36 GB", 36e9 / 2**20)),
+        ("12.5 gb", ("12.5 GB", 12.5e9 / 2**20)),
+        ("4090", ("RTX 4090", 24_564)),
+        ("H100", ("H100 SXM", 81_559)),
+        ("A10", ("A10", 23_028)),
+        ("a100-40gb", ("A100 SXM 40GB", 40_960)),
     ],
 )
 def test_a_card_is_a_gpu_or_a_number_of_gb(name, card):
-    assert command._card(name) == card
+    """Issue 14.9: a card has what its driver reports, in MiB, not the GB that stand on its box."""
+    name, gigabytes = command._card(name)
+    assert (name, gigabytes) == (card[0], pytest.approx(card[1] * 2**20 / 1e9))
 
 
 def test_a_recipe_brings_its_run(capsys, tmp_path):
@@ -211,7 +216,7 @@ def test_a_model_is_found_by_its_name_or_path(name, capsys):
 def test_every_preset_can_be_asked_about_and_shown(preset, capsys):
     said = shown(capsys, f"--model_config={preset}", *SMALL, "--tokens=1B", "--price_per_gpu_hour=1")
     assert f"N = {count_parameters(resolve(preset, **TINY)):,}" in said
-    for word in ("head", "attention", "Not counted in any of them", "Peak memory", "fsdp", "price", "hoffmann predicts"):
+    for word in ("head", "attention", "Not counted in any of them", "Peak memory", "fsdp", "price", "besiroglu predicts"):
         assert word in said
 
 
@@ -255,6 +260,64 @@ def test_the_plot_is_a_picture(capsys, tmp_path):
         data = path.read_bytes()
         width, height = struct.unpack(">II", data[16:24])
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and width > 1000 and height > 400 and len(data) > 20_000
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--grid_search=1"],
+        ["--grid_search=1e60"],
+        ["--grid_search=1e14", "vocab_size=128000"],
+        ["--model_config=llama", "--tokens=1e40"],
+        ["--model_config=llama", "--gpus=1000000000"],
+        ["--backward_config={}"],
+    ],
+)
+def test_a_budget_that_is_none_is_a_usage_error(argv, tmp_path, capsys):
+    """Issue 14.9."""
+    file = tmp_path / "asked.jsonc"
+    file.write_text('{"law": "besiroglu", "gear": {"gpu": "T4", "count": 1, "hours": 1e-9, "mfu": 0.1, "dtype": "float16"}}')
+    assert command.main([word.format(file) for word in argv]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Error" not in said, said
+
+
+def test_hoffmanns_rounded_constants_are_warned_of(capsys):
+    """Issue 14.9: 93 tokens a parameter at Chinchilla's own budget, where the paper says 20."""
+    n, d = LAWS["hoffmann"].optimum(5.76e23)
+    assert round(d / n) == 93
+    n, d = LAWS["besiroglu"].optimum(5.76e23)
+    assert 15 < d / n < 25
+    assert command.main(["--grid_search=1e20", "--law=hoffmann"]) == 0
+    assert "warning: hoffmann: its constants are published rounded" in capsys.readouterr().err
+    assert command.main(["--grid_search=1e20"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert command.main(["--backward_config=hoffmann/h100_8_one_week"]) == 0
+    assert "93 tokens a parameter" in capsys.readouterr().err
+
+
+def test_the_plot_keeps_the_limit_of_epochs(monkeypatch, capsys, tmp_path):
+    """Issue 14.9: --plot drew what the budget buys if the data could be seen without end."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn, original = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append((a, k.get("label"))) or original(self, *a, **k))
+    file = tmp_path / "asked.jsonc"
+    file.write_text(
+        '{"law": "besiroglu", "gear": {"gpu": "H20", "count": 64, "hours": 480, "mfu": 0.4},'
+        ' "data": {"unique_tokens": "1B", "max_epochs": 2}}'
+    )
+    assert command.main([f"--backward_config={file}", f"--plot={tmp_path / 'x.png'}"]) == 0
+    law, most = LAWS["besiroglu"], 2e9
+    curves = [(words[0], words[1]) for words, label in drawn if label and "FLOPs" in label]
+    assert len(curves) == 4
+    for factor, (sizes, losses) in zip((0.01, 0.1, 1, 10), curves):
+        compute = 64 * 480 * 3600 * 0.4 * 148e12 * factor
+        for n, loss in zip(sizes, losses):
+            d = min(compute / (6 * n), most)
+            assert loss == pytest.approx(law.loss_with_repeats(n, d, 1e9))
+    assert any(label and "at most 2 times" in label for _, label in drawn)
 
 
 # ------------------------------------------------------------------------------------------- the page about it
@@ -324,7 +387,8 @@ def test_the_script_runs_from_any_folder(run_python, tmp_path):
         (["--model_config=gpt2", "--context=4096"], "context"),
         (["--grid_search=0"], "--grid_search=0 must be positive"),
         (["--grid_search=much"], "is not a number"),
-        (["--grid_search=1e9"], "No shape of preset 'llama' has about"),
+        (["--grid_search=1e9"], "--grid_search=1e9 is not between 1e+14 and 1e+30"),
+        (["--grid_search=2e14", "vocab_size=2000000"], "No shape of preset 'llama' has about"),
         (["--grid_search=1e19", "n_hed=3"], "'n_hed' is not a key of a model"),
         (["--grid_search=1e19", "vocab_size=x"], "vocab_size"),
         (["--backward_config=nothing"], "is no file. There is: besiroglu/h100_8_one_week"),

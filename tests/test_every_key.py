@@ -24,6 +24,7 @@ from training.precision import set_compute_dtype
 from training.train_config import KEYS, TrainConfig, keys_of_the_model
 
 ARCHITECTURE_KEYS = architecture_keys()
+SLOW = (pytest.mark.slow,)
 
 # Values of which every two are different models. Component keys: everything registered.
 VALUES = dict(
@@ -195,6 +196,7 @@ EXECUTION_VALUES = dict(
     hsdp_shard_size=[2, 4],
     async_checkpoint=[False, True],
     collective_timeout=[5, 600],
+    peak_tflops=[1.5, 989.0],
 )
 
 
@@ -253,11 +255,17 @@ def test_attention_backends_give_the_same_loss_and_gradients(backend, preset):
         assert torch.allclose(gradients[name], other_gradients[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("preset", [*map(crossed, PRESETS)])
 @pytest.mark.parametrize(
-    "overrides",
-    [{}, dict(position_encoding="alibi"), dict(sliding_window=3, attention_softcap=0.7)],
-    ids=["plain", "alibi", "window and cap"],
+    "preset, overrides",
+    [
+        pytest.param(*crossed(preset).values, overrides, id=f"{preset}-{name}", marks=crossed(preset).marks if usual else SLOW)
+        for preset in PRESETS
+        for name, overrides, usual in (
+            ("plain", {}, True),
+            ("alibi", dict(position_encoding="alibi"), preset in ("gpt2", "llama")),
+            ("window and cap", dict(sliding_window=3, attention_softcap=0.7), preset in ("gpt2", "llama")),
+        )
+    ],
 )
 def test_flex_attention_gives_the_same_logits_and_refuses_to_train_on_a_cpu(preset, overrides):
     if "position_encoding" in overrides and resolve(preset).rope_scaling is not None:
@@ -330,6 +338,12 @@ def test_blocks_compiled_for_any_length_give_the_same_logits():
 COMPONENT_CASES = [
     crossed(preset, kind, name) for kind in COMPONENT_KINDS for name in components(kind) for preset in PRESETS if name != "flex"
 ]  # no training on a CPU: below
+ODD = dict(n_kv_head=2, head_dim=12, bias=True, qk_norm=True, weight_tying=False, pad_vocab_multiple=16, d_ff=50)
+
+
+def usual_or_slow(case):
+    """The case of a component with a preset; slow unless the preset is GPT-2 or LLaMA."""
+    return case if case.values[-1] in ("gpt2", "llama") else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
 
 
 def with_component(kind: str, name: str, preset: str, **overrides):
@@ -369,14 +383,17 @@ def test_every_component_is_built_trained_and_named(kind, name, preset):
 
 
 @pytest.mark.parametrize("kind, name, preset", COMPONENT_CASES)
-@pytest.mark.parametrize(
-    "overrides",
-    [{}, dict(n_kv_head=2, head_dim=12, bias=True, qk_norm=True, weight_tying=False, pad_vocab_multiple=16, d_ff=50)],
-    ids=["plain", "odd"],
-)
+@pytest.mark.parametrize("overrides", [{}, ODD], ids=["plain", "odd"])
 def test_every_component_is_counted(kind, name, preset, overrides):
     config = with_component(kind, name, preset, **overrides)
     assert count_parameters(config) == sum(p.numel() for p in build_model(config, device="meta").parameters())
+
+
+@pytest.mark.parametrize("kind, name, preset", [usual_or_slow(case) for case in COMPONENT_CASES])
+@pytest.mark.parametrize("overrides", [{}, ODD], ids=["plain", "odd"])
+def test_every_component_costs_what_is_counted(kind, name, preset, overrides):
+    """test_flops.py holds every component of the other presets against PyTorch's count, too."""
+    config = with_component(kind, name, preset, **overrides)
     windows = (
         12
         * config.n_head

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import ConfigError, configure, convert, describe_type, print_help
+from configurator import ConfigError, configure, convert, describe_type, print_help_all
 from flops_parameter_counting.flops import flops_per_token
 from flops_parameter_counting.parameters import count_parameters
 from model_builder import build_model
@@ -71,7 +71,7 @@ def test_a_new_activation_is_listed_and_described(softsquare, capsys):
     row = next(line for line in capsys.readouterr().out.splitlines() if "softsquare" in line)
     assert row.split()[:3] == ["activation", "softsquare", "SoftSq"] and row.endswith("Square of softplus: smooth, never zero.")
     assert "'softsquare'" in describe_type("activation")
-    print_help("usage")
+    print_help_all("usage")
     assert "'softsquare'" in next(line for line in capsys.readouterr().out.splitlines() if "--activation:" in line)
 
 
@@ -133,7 +133,7 @@ sys.exit(train.main(sys.argv[1:]))
 ''')
     root = str(Path(__file__).resolve().parent.parent)
     environment = {"PYTHONPATH": root}
-    helped = run_python(tmp_path / "mine.py", "--help", cwd=tmp_path, env=environment)
+    helped = run_python(tmp_path / "mine.py", "--help_all", cwd=tmp_path, env=environment)
     assert helped.returncode == 0 and "'cubed'" in helped.stdout
     printed = run_python(tmp_path / "mine.py", "--activation=cubed", "--print_config", cwd=tmp_path, env=environment)
     assert printed.returncode == 0 and "activation = 'cubed'" in printed.stdout, printed.stderr

@@ -10,14 +10,23 @@ import copy
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from test_compare import make_run
 
+import ablate
 import compare_architectures
+import convert
+import sample
 import train
+from data import show, token_dataset
+from data.files import sha256
+from data.preparation import prepare
 from flops_parameter_counting import detailed_cost_analysis
+from tests.conftest import TINY_RUN
+from training import checkpoint_commands
 
 NESTED = "nested"  # stands for lists in lists, deeper than Python follows
 VALUES = (
@@ -77,8 +86,8 @@ def state(folder: Path) -> dict:
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
 
 
-def answers(main, argv, folder: Path, capsys, about) -> None:
-    """Run a command in process; check how it ends."""
+def answers(main, argv, folder: Path, capsys, about, may_write: bool = False) -> int:
+    """Run a command in process; check how it ends, and that the folder is as before (`may_write`: if it fails). Exit code."""
     before = state(folder)
     try:
         code = main([str(word) for word in argv])
@@ -90,7 +99,8 @@ def answers(main, argv, folder: Path, capsys, about) -> None:
     assert code == 0 or err.strip(), about
     assert not re.search(r"^\S+: (?:\w*Error|\w*Exception|Failure)\b", err, re.M), f"{about}\n{err[-600:]}"
     assert "\x1b" not in out + err and "\x00" not in out + err, f"{about}: control characters"
-    assert state(folder) == before, f"{about}: the disk changed"
+    assert (may_write and code == 0) or state(folder) == before, f"{about}: the disk changed"
+    return code
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +201,110 @@ def test_an_edited_config_json_of_hugging_face(model, tmp_path, capsys, edits):
         answers(detailed_cost_analysis.main, argv, tmp_path, capsys, (number, path.read_text()[:3000]))
 
 
+# ------------------------------------------------------------------------------------------- checkpoints and datasets
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A tiny run of two steps: its out_dir, and train.py's words but for that."""
+    out, words = tmp_path_factory.mktemp("trained") / "run", [*TINY_RUN, f"--dataset={tiny_dataset}", "--max_iters=2"]
+    assert train.main([*words, f"--out_dir={out}"]) == 0
+    return out, words
+
+
+def copied(trained, tmp_path: Path) -> tuple[Path, Path, list[str]]:
+    """A copy of the run: its out_dir, its checkpoint, and train.py's words."""
+    out = tmp_path / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(trained[0], out)
+    return out, out / "checkpoints" / "step_000000002", [*trained[1], f"--out_dir={out}"]
+
+
+def checkpoint_readers(out: Path, words: list[str], target: Path):
+    """What reads a checkpoint: (main, argv, whether it writes)."""
+    return (
+        (checkpoint_commands.main, ["inspect", out], False),
+        (train.main, [*words, "--resume", "--print_config"], False),
+        (sample.main, [out, "--prompt=a", "--max_new_tokens=1"], False),
+        (train.main, [*words, "--resume"], True),
+        (convert.main, [out, target, "--no_check"], True),
+        (train.main, [*words, f"--init_from=weights:{out}", f"--out_dir={target}"], True),
+        (checkpoint_commands.main, ["consolidate", out, target], True),
+    )
+
+
+@pytest.mark.parametrize("edits", EDITS)
+@pytest.mark.parametrize("document", ["state.json", "manifest.json"])
+def test_an_edited_document_of_a_checkpoint(trained, document, tmp_path, capsys, edits):
+    """Issue 14.11."""
+    draw, sound = random.Random(7), json.loads((trained[0] / "checkpoints/step_000000002" / document).read_text())
+    for number in range(edits):
+        out, checkpoint, words = copied(trained, tmp_path)
+        changed = edited(sound, draw)
+        text = scratched(as_json(sound), draw) if number % 5 == 0 else as_json(changed)
+        (checkpoint / document).write_text(text)
+        if document == "state.json":  # as somebody writes it who also sets the checksum right
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            manifest["files"][document] = {"bytes": len(text.encode()), "sha256": sha256(checkpoint / document)}
+            (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        readers = checkpoint_readers(out, words, tmp_path / "target")
+        main, argv, may_write = readers[number % len(readers)]
+        answers(main, argv, tmp_path, capsys, (number, argv, text[:3000]), may_write)
+        shutil.rmtree(tmp_path / "target", ignore_errors=True)
+
+
+@pytest.mark.parametrize("edits", EDITS)
+@pytest.mark.parametrize("document", ["meta.json", "tokenizer.json"])
+def test_an_edited_document_of_a_dataset(tiny_dataset, document, tmp_path, capsys, edits):
+    """Issue 14.11."""
+    draw, sound = random.Random(8), json.loads((tiny_dataset / document).read_text())
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(tiny_dataset, folder)
+    for number in range(edits):
+        text = scratched(as_json(sound), draw) if number % 5 == 0 else as_json(edited(sound, draw))
+        (folder / document).write_text(text)
+        readers = (
+            (token_dataset.main, ["verify", folder], False),
+            (show.main, [folder, "--samples=1", "--length=4"], False),
+            (train.main, [*TINY_RUN, f"--dataset={folder}", "--eval_only", f"--out_dir={out}"], True),
+        )
+        main, argv, may_write = readers[number % len(readers)]
+        answers(main, argv, tmp_path, capsys, (number, argv, text[:3000]), may_write)
+        shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.mark.parametrize("edits", EDITS)
+@pytest.mark.parametrize("document", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_an_edited_document_of_a_hugging_face_folder(huggingface_folder, document, tmp_path, capsys, edits):
+    """Issue 14.11."""
+    draw, sound = random.Random(9), json.loads((huggingface_folder / document).read_text())
+    folder, target = tmp_path / "model", tmp_path / "target"
+    shutil.copytree(huggingface_folder, folder)
+    for number in range(edits if document == "config.json" else edits // 4):
+        text = scratched(as_json(sound), draw) if number % 5 == 0 else as_json(edited(sound, draw))
+        (folder / document).write_text(text)
+        readers = (
+            (convert.main, [folder, target], True),
+            (sample.main, [folder, "--prompt=a", "--max_new_tokens=1"], False),
+            (train.main, [f"--init_from=hf:{folder}", "--print_config"], False),
+        )
+        main, argv, may_write = readers[number % len(readers)]
+        answers(main, argv, tmp_path, capsys, (number, argv, text[:3000]), may_write)
+        shutil.rmtree(target, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def huggingface_folder(tmp_path_factory) -> Path:
+    """A tiny GPT-2 with a BPE tokenizer, as transformers would save it."""
+    folder = tmp_path_factory.mktemp("theirs")
+    texts = [(f"text {n}", f"the cat {n} sat on the mat and the dog sat on the log {n} " * 9) for n in range(20)]
+    prepare(lambda: iter(texts), folder / "data", tokenizer="bpe", bpe_vocab_size=300, val_fraction=0.2)
+    words = [*TINY_RUN, "--block_size=8", "--batch_size=1", f"--dataset={folder / 'data'}", "--max_iters=1"]
+    assert train.main([*words, f"--out_dir={folder / 'run'}"]) == 0
+    assert convert.main([str(folder / "run"), str(folder / "model"), "--no_check"]) == 0
+    return folder / "model"
+
+
 @pytest.mark.parametrize(
     "word", ["--vocab_size=1e11", "--n_embd=1e9", "--n_layer=1e8", "--n_head=1e8", "--d_ff=1e12", "--block_size=1e12"]
 )
@@ -198,3 +312,45 @@ def test_a_size_beyond_any_model_is_a_usage_error_at_once(word, capsys):
     assert train.main([word, "--print_config"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"train.py: {word.split('=')[0][2:]}=") and "the most that any model here has" in said
+
+
+# ------------------------------------------------------------------------------------------- other command lines
+
+
+def words_of(parser, draw: random.Random, known: tuple[str, ...]) -> list[str]:
+    """A random command line of an argparse parser."""
+    options = [action for action in parser._actions if {"--help", "--debug"}.isdisjoint(action.option_strings or ["--help"])]
+    chosen = draw.sample(options, min(len(options), draw.randint(1, 3)))
+    words = [
+        action.option_strings[-1] + ("" if action.nargs == 0 else f"={draw.choice((*VALUES_OF_WORDS, *known))}")
+        for action in chosen
+    ]
+    return words + [draw.choice((*VALUES_OF_WORDS, *known))] * draw.randint(0, 1)
+
+
+VALUES_OF_WORDS = ("", "0", "-1", "3", "1e9", "1e400", "nan", "x", "x=1", "\x1b[31m", "..", "9" * 40, "/dev/null", "/proc/1/x")
+
+
+@pytest.mark.parametrize("edits", EDITS)
+@pytest.mark.parametrize("program", ["sample", "compare", "cost", "show", "checkpoint", "ablate"])
+def test_a_random_command_line_of_other_programs(trained, program, tmp_path, monkeypatch, capsys, edits):
+    """Issue 14.11."""
+    monkeypatch.chdir(tmp_path)
+    out, _, words = copied(trained, tmp_path)
+    main, parser, always = {
+        "sample": (sample.main, sample.make_parser(), ["--max_new_tokens=2"]),
+        "compare": (compare_architectures.main, compare_architectures.make_parser(), []),
+        "cost": (detailed_cost_analysis.main, detailed_cost_analysis.make_parser(), ["--batch_size=1", "--context=64"]),
+        "show": (show.main, show.make_parser(), ["--samples=1"]),
+        "checkpoint": (checkpoint_commands.main, None, []),
+        "ablate": (ablate.main, ablate.make_parser(), ["--dry_run", *words]),
+    }[program]
+    known, draw = (str(out), "gpt2", "llama_1.36b", "seed=1,2", "1e20"), random.Random(10)
+    for number in range(edits // 2):
+        if parser is None:
+            argv = [draw.choice(("inspect", "consolidate", "x")), *(draw.choice((*VALUES_OF_WORDS, str(out))) for _ in range(2))]
+        else:
+            argv = [*always, *words_of(parser, draw, known)]
+        answers(main, argv, tmp_path, capsys, (number, argv), may_write=True)
+        for written in set(tmp_path.iterdir()) - {out}:
+            shutil.rmtree(written) if written.is_dir() else written.unlink()

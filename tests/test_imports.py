@@ -18,6 +18,7 @@ LAYERS = (
         "train",
         "sample",
         "score",
+        "compress",
         "convert",
         "ablate",
         "compare_architectures",
@@ -39,6 +40,7 @@ LAYERS = (
     ("configurator",),
     ("comparison", "comparison.*"),
     ("ablation", "ablation.*"),
+    ("layer_pruning", "layer_pruning.*"),
     ("experiments", "experiments.*"),
 )
 PROGRAMS = LAYERS[1]

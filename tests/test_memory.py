@@ -244,7 +244,7 @@ def test_a_part_that_a_stranger_adds_is_accounted_for():
         config = resolve("custom", **shape, ffn_type="greedy_for_memory", d_ff=512)
         assert abs(error(config, batch_size=16)) < TOLERANCE
         usual, greedy = (
-            measured_pieces(c, 16, 128, "bfloat16", "none", "cuda", False)[0][1].saved["feed_forward"]
+            measured_pieces(c, 16, 128, "bfloat16", "none", "cuda", False, False)[0][1].saved["feed_forward"]
             for c in (resolve("custom", **shape, d_ff=512), config)
         )
         assert greedy - usual == 7 * 16 * 128 * 512 * 2  # eight sines for one GELU, bf16
@@ -263,19 +263,22 @@ def test_a_mixture_of_experts_is_accounted_for(checkpointing):
         assert found.parts["weights (fp32)"] == 4 * count_parameters(config) > 4 * count_active_parameters(config)
 
 
-def test_a_part_whose_shapes_depend_on_numbers_is_refused_with_a_sentence():
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("how, said", [("rows", "nonzero"), ("number", "item|_local_scalar_dense")])
+def test_a_part_that_depends_on_numbers_is_refused_with_a_sentence(device, how, said):
     class Picky(FeedForward):
         """A feed-forward of the positive rows alone."""
 
         def forward(self, x):
-            rows = (x.sum(dim=-1) > 0).nonzero()
-            return x + rows.numel()
+            if how == "number":
+                return x * 2 if float(x.detach().sum()) > 0 else x
+            return x + (x.sum(dim=-1) > 0).nonzero().numel()
 
     register("ffn_type", "picky_for_memory", short="PickyForMemory")(Picky)
     try:
         config = resolve("custom", n_layer=1, n_head=4, n_embd=64, vocab_size=512, ffn_type="picky_for_memory")
-        with pytest.raises(ValueError, match="shapes depend on the numbers in others .*nonzero"):
-            estimate_memory(config, batch_size=1)
+        with pytest.raises(ValueError, match=f"depends on the numbers in tensors .*({said})"):
+            estimate_memory(config, batch_size=1, device=device)
     finally:
         unregister("ffn_type", "picky_for_memory")
 
@@ -371,7 +374,7 @@ def test_a_gpt_block_on_a_gpu_keeps_what_the_published_formula_says(backend, sco
     """
     s, b, h, a = 1024, 4, 768, 12
     config = resolve("gpt2", dropout=0.1, attention_backend=backend)
-    chain, _ = measured_pieces(config, b, s, "bfloat16", "none", "cuda", True)
+    chain, _ = measured_pieces(config, b, s, "bfloat16", "none", "cuda", True, False)
     published = 34 * s * b * h + scores * a * s * s * b
     assert chain[1].saved.total() == pytest.approx(published, rel=0.01)
 
@@ -379,7 +382,7 @@ def test_a_gpt_block_on_a_gpu_keeps_what_the_published_formula_says(backend, sco
 def test_flash_attention_on_a_gpu_keeps_no_scores_and_what_cannot_use_it_says_so():
     def attention(preset, dtype="bfloat16", **keys):
         config = resolve(preset, n_layer=1, n_head=8, n_embd=512, vocab_size=64, block_size=2048, **keys)
-        return measured_pieces(config, 2, 2048, dtype, "none", "cuda", True)[0][1].saved["attention"]
+        return measured_pieces(config, 2, 2048, dtype, "none", "cuda", True, False)[0][1].saved["attention"]
 
     scores = 2 * 8 * 2048 * 2048  # numbers
     assert attention("llama") < attention("llama", "float32") < scores  # flash; memory-efficient

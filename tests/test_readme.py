@@ -89,7 +89,9 @@ def test_every_command_of_the_readme_runs(tmp_path, small_pydocs, preloaded, mon
             if any(word.startswith("--init_from=hf:") for word in arguments):  # the model is given
                 extra = ("--max_iters=2", "--eval_iters=1")
             else:
-                extra = () if {"--help", "--print_config"} & set(arguments) else (*TINY, f"--max_iters={iterations}")
+                extra = (
+                    () if {"--help", "--help_all", "--print_config"} & set(arguments) else (*TINY, f"--max_iters={iterations}")
+                )
             code = train.main([*arguments, *extra])
         elif program == "convert.py":
             code = convert.main(arguments)

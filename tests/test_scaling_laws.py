@@ -44,7 +44,16 @@ def test_the_constants_are_the_published_ones():
     assert all(law.source for law in LAWS.values())
     assert not k.embeddings and hoffmann.embeddings and besiroglu.embeddings
     for n, d in ((1e8, 1e9), (3e9, 3e11), (1e12, 1e10)):  # Kaplan et al. 2020, eq. 1.5, as it is printed
-        assert k.loss(n, d) == pytest.approx(((8.8e13 / n) ** (0.076 / 0.095) + 5.4e13 / d) ** 0.095, rel=1e-12)
+        assert k.loss(n, d) == pytest.approx(((6.4e13 / n) ** (0.076 / 0.103) + 1.8e13 / d) ** 0.103, rel=1e-12)
+
+
+@pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: law.name)
+def test_a_run_that_repeats_nothing_has_the_loss_of_the_law(law):
+    """Issue 14.9: parameters beyond those that the dataset calls for were charged though no token came twice."""
+    for n in (1e7, 1e9, 1e11):
+        for d in (1e8, 1e9, 9.999e9, 1e10):
+            assert law.loss_with_repeats(n, d, 1e10) == law.loss(n, d)
+        assert law.loss_with_repeats(n, 4e10, 1e10) >= law.loss(n, 4e10)
 
 
 @pytest.mark.parametrize("law, n, d, digits", [("hoffmann", 2.1e9, 108e9, 2), ("besiroglu", 3.25e9, 70e9, 2)])

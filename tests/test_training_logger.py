@@ -19,7 +19,7 @@ import training_logger
 from training_logger import CURVE_POINTS, RunLogError, TrainingLogger, hardware_facts, read_run, rebuild, versions
 
 FACTS = {
-    "config": {"n_layer": {"value": 2, "origin": "command line"}},
+    "config": {"n_layer": 2},
     "model": {"name": "2L", "parameters": 12_345},
     "hardware": {"device": "cpu"},
     "versions": {"torch": "2"},

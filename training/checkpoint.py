@@ -20,30 +20,32 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import shutil
 import sys
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from command_line import Failure
+from command_line import Failure, parse_json, printable
 from data.files import fsync
 from training.manifest import (
     FORMAT_VERSION,
     CheckpointError,
     FileEntry,
+    Removed,
     UnknownFormat,
     UnlistedFile,
     as_json,
+    damage,
     listed_files,
+    model_of,
     read_state,
     tensor_entry,
     tokenizer_files,
@@ -56,6 +58,7 @@ from training.shards import StoredTensors, held, kind_of, share_out, write_shard
 from training.tensor_files import SUFFIX, Written, write_streamed
 
 _STEP, _TEMPORARY, _REPLACED = "step_", ".writing_", ".replaced_"
+LOOKS = 3  # times at which a reader looks for checkpoints that a run removes before they are read
 _STREAM_BYTES = 256 << 20
 
 
@@ -78,6 +81,7 @@ class CheckpointStore:
     def lock(self) -> Iterator[None]:
         """Be the only process that writes to this out_dir. Raises CheckpointError if another one is."""
         file = self.folder.with_name(".lock")
+        made = not file.exists()
         with open(file, "a+", encoding="utf-8") as handle:
             try:
                 import fcntl
@@ -108,6 +112,9 @@ class CheckpointStore:
                 yield
             finally:
                 self._lock = None
+                if made and locked and not self.folder.exists() and not any(file.parent.glob("run_*.jsonl")):
+                    with suppress(OSError):  # a start that failed before it wrote anything leaves nothing behind
+                        file.unlink()
 
     def check_still_there(self) -> None:
         """Raise OSError if the out_dir whose lock this process holds was deleted, or is another one by now."""
@@ -160,6 +167,15 @@ class CheckpointStore:
             return None
         return target if target.name.startswith(_STEP) and (target / "manifest.json").is_file() else None
 
+    def snapshots(self) -> list[Path]:
+        """The checkpoints that stay, whatever keep_last says, in the order in which they were saved."""
+        try:
+            names = (self.folder / "snapshots").read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError):
+            return []
+        found = [self.folder / Path(name).name for name in names if Path(name).name.startswith(_STEP)]
+        return [path for path in found if (path / "manifest.json").is_file()]
+
     def newest_intact(
         self,
         warn: Callable[[str], None],
@@ -171,9 +187,21 @@ class CheckpointStore:
 
         holding: as for `verify`. world: the processes that call this and share the work; alone if it is not given. among:
         which checkpoints count at all; rank 0 asks it. Raises
-        CheckpointError if there are checkpoints and every one is damaged, UnknownFormat and UnlistedFile at the first.
+        CheckpointError if there are checkpoints and every one is damaged, UnknownFormat and UnlistedFile at the first. Where
+        a run that goes on removes them meanwhile, those that it has written since are looked at.
         """
         world = world or World()
+        for _ in range(LOOKS - 1):
+            try:
+                return self._newest_intact(warn, holding, world, among)
+            except Removed:
+                pass
+        return self._newest_intact(warn, holding, world, among)
+
+    def _newest_intact(
+        self, warn: Callable[[str], None], holding: str | None, world: World, among: Callable[[Path], bool]
+    ) -> Path | None:
+        """As newest_intact, once; raises Removed where one of the checkpoints goes away meanwhile."""
         names, note = world.from_main(lambda: self._candidates(among))
         if note:
             warn(note)
@@ -182,7 +210,7 @@ class CheckpointStore:
             try:
                 verify(candidate, holding, world)
                 return candidate
-            except (UnknownFormat, UnlistedFile):  # not damaged: it is neither passed over nor moved out of the way
+            except (UnknownFormat, UnlistedFile, Removed):  # not damaged: it is neither passed over nor moved out of the way
                 raise
             except CheckpointError as error:
                 reasons.append(str(error))
@@ -234,11 +262,12 @@ class CheckpointStore:
         keep_last: int,
         tokenizer_folder: Path | None = None,
         best: bool = False,
+        snapshot: bool = False,
     ) -> Path:
         """Write a checkpoint of this step, publish it, point 'latest' (and 'best') at it and drop old ones.
 
-        keep_last: how many to keep besides the best; 0 keeps all. Every process of `world` calls this; each writes and
-        checks its own part, rank 0 publishes.
+        keep_last: how many to keep besides the best and those saved as a snapshot; 0 keeps all. Every process of `world`
+        calls this; each writes and checks its own part, rank 0 publishes.
 
         `tensors`: flat names → tensors (sharded ones are written by the ranks that hold them), or (name, tensor) pairs
         that are written as they come, without ever being in memory together. `state`: JSON-ready.
@@ -282,6 +311,8 @@ class CheckpointStore:
             self.point("latest", name)
             if best:
                 self.point("best", name)
+            if snapshot:
+                self.point("snapshots", "\n".join(dict.fromkeys([*(kept.name for kept in self.snapshots()), name])))
             self._prune(keep_last)
 
         try:
@@ -308,7 +339,7 @@ class CheckpointStore:
         return self.folder / name
 
     def point(self, pointer: str, name: str) -> None:
-        """Make 'latest' or 'best' name this folder, in one atomic replacement."""
+        """Make 'latest' or 'best' name this folder, or 'snapshots' these, a line each; in one atomic replacement."""
         temporary = self.folder / f".{pointer}.new"
         temporary.write_text(name + "\n", encoding="utf-8")
         fsync(temporary)
@@ -326,7 +357,7 @@ class CheckpointStore:
     def _prune(self, keep_last: int) -> None:
         if keep_last == 0:
             return
-        kept = {self.pointed("latest"), self.pointed("best"), *self.all()[-keep_last:]}
+        kept = {self.pointed("latest"), self.pointed("best"), *self.snapshots(), *self.all()[-keep_last:]}
         for old in set(self.all()) - kept:
             doomed = self.folder / f"{_TEMPORARY}{old.name}"  # a name that clean() removes if this is cut short
             shutil.rmtree(doomed, ignore_errors=True)
@@ -360,10 +391,10 @@ def _number(checkpoint: Path) -> int:
 @functools.lru_cache(maxsize=1024)
 def _number_in(manifest: Path, *version: int) -> int:
     try:
-        number = json.loads(manifest.read_text(encoding="utf-8")).get("number", 0)
+        number = parse_json(manifest.read_text(encoding="utf-8")).get("number", 0)
     except (OSError, ValueError, AttributeError):  # damaged: whoever wants to use it will say so
         return 0
-    return number if isinstance(number, int) else 0
+    return number if isinstance(number, int) and not isinstance(number, bool) else 0
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -396,7 +427,9 @@ def find_checkpoint(
             )
         verify(best, holding, world)
         return best
-    found = store.newest_intact(warn or (lambda message: print(f"warning: {message}", file=sys.stderr)), holding, world)
+    found = store.newest_intact(
+        warn or (lambda message: print(f"warning: {printable(message)}", file=sys.stderr)), holding, world
+    )
     if found is None:
         what = "has no checkpoint in it" if path.exists() else "does not exist"
         raise CheckpointError(
@@ -409,16 +442,16 @@ def stored_tensors(checkpoint: Path, kinds: Collection[str] | None = None) -> St
     """What the listed tensor files hold; only those with tensors of these kinds, if they are given. Raises CheckpointError."""
     entries = {name: entry for name, entry in listed_files(checkpoint).items() if name.lower().endswith(SUFFIX)}
     if kinds is not None:
-        entries = {name: entry for name, entry in entries.items() if not kinds.isdisjoint(entry.get("holds", kinds))}
+        entries = {name: entry for name, entry in entries.items() if not kinds.isdisjoint(entry.get("holds") or kinds)}
     try:
         stored = StoredTensors(checkpoint / name for name in entries)
         for name, parts in stored.parts.items():
             for part in parts:
-                if kind_of(name) not in entries[part.path.name].get("holds", [kind_of(name)]):
+                if kind_of(name) not in (entries[part.path.name].get("holds") or [kind_of(name)]):
                     raise ValueError(f"{part.path.name} holds {name}, which the manifest does not say of it")
         return stored
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: {error}.") from error
+        raise damage(checkpoint, str(error)) from error
 
 
 def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str, ...] = (), world: World | None = None) -> None:
@@ -443,7 +476,7 @@ def load_tensors(checkpoint: Path, into: dict[str, Tensor], optional: tuple[str,
         try:
             stored.load(wanted, world.moved)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"Checkpoint {checkpoint} cannot be read: {error}.") from error
+            raise damage(checkpoint, f"it cannot be read ({error})") from error
 
     world.everywhere(load, f"reading {checkpoint}")
 
@@ -466,7 +499,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", which: str 
     """
     from data.tokenization import load_tokenizer
     from model_builder import build_model
-    from model_config import ModelConfig
     from training import huggingface_files as huggingface
 
     if huggingface.is_folder(path):
@@ -477,7 +509,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", which: str 
         huggingface.load_weights(model, folder)
         return model.eval(), load_tokenizer(folder)
     checkpoint = find_checkpoint(path, which=which, holding="model")
-    config = ModelConfig.from_dict(read_state(checkpoint)["model"]["config"])
+    config = model_of(checkpoint)
     model = build_model(config, device="meta").to_empty(device=device)
     load_tensors(checkpoint, model_tensors(model))
     return model.eval(), load_tokenizer(checkpoint)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
-from command_line import Parser, UsageError, guarded, labelled, text_table
+from command_line import Parser, guarded, labelled, printable, text_table
+from data.files import staged
 from training.checkpoint import CheckpointStore, find_checkpoint, stored_tensors
 from training.manifest import (
     FORMAT_VERSION,
@@ -70,7 +72,7 @@ def inspect(path: str, list_tensors: bool = False) -> int:
     rows = [
         ("checkpoint", folder),
         ("intact", damage or "yes, every file has its size and checksum"),
-        ("model", f"{model['name']}   (fingerprint {model['fingerprint']})"),
+        ("model", f"{model.get('name')}   (fingerprint {model.get('fingerprint')})"),
         ("step", state["step"]),
         ("tokens", f"{progress['tokens']:,}" if "tokens" in progress else "unknown"),
         (
@@ -91,13 +93,15 @@ def inspect(path: str, list_tensors: bool = False) -> int:
         ("files", f"{len(files)}, {sum(f['bytes'] for f in files.values()) / 1e6:,.1f} MB"),
     ]
     rows += [(kind, f"{len(sizes)} tensors, {sum(sizes) / 1e6:,.1f} MB") for kind, sizes in kinds.items()]
-    print(labelled(rows))
+    print(printable(labelled(rows)))
     if list_tensors and tensors:
         listed = [
             (name, NAMES[tensors.dtype(name)], "×".join(map(str, tensors.shape(name))) or "scalar", len(parts))
             for name, parts in sorted(tensors.parts.items())
         ]
-        print("\n" + text_table(("tensor", "dtype", "shape", "parts"), listed, "lllr"))
+        print("\n" + printable(text_table(("tensor", "dtype", "shape", "parts"), listed, "lllr")))
+    if damage:
+        print(printable(damage), file=sys.stderr)
     return 1 if damage else 0
 
 
@@ -107,8 +111,6 @@ def consolidate(path: str, out: str) -> Path:
     Memory for one tensor is enough. Raises CheckpointError, or UsageError if `out` exists and is not empty.
     """
     source, target = find_checkpoint(path, holding="model"), Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} exists already; name a new folder.")
     state = read_state(source)
     stored = stored_tensors(source, {"model"})
     shapes = {
@@ -122,17 +124,17 @@ def consolidate(path: str, out: str) -> Path:
         stored.load({name: tensor})
         return tensor
 
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        written = write_tensors(target / "model.safetensors", shapes, metadata={"format": "pt"}, fetch=fetch)
-    except ValueError as error:
-        raise CheckpointError(f"Checkpoint {source} cannot be read: {error}.") from error
     about = ("step", "model", "config", "origins", "dataset", "versions", "run", "source", "dtype")
     document = {"format_version": FORMAT_VERSION, **{key: state[key] for key in about if key in state}}
-    files = {
-        "model.safetensors": tensor_entry(written, shapes),
-        "state.json": write_bytes(target / "state.json", as_json(document)),
-        **{file.name: write_bytes(target / file.name, file.read_bytes()) for file in tokenizer_files(source)},
-    }
-    write_manifest(target, files, number=1)
+    with staged(target, last="manifest.json") as folder:
+        try:
+            written = write_tensors(folder / "model.safetensors", shapes, metadata={"format": "pt"}, fetch=fetch)
+        except ValueError as error:
+            raise CheckpointError(f"Checkpoint {source} cannot be read: {error}.") from error
+        files = {
+            "model.safetensors": tensor_entry(written, shapes),
+            "state.json": write_bytes(folder / "state.json", as_json(document)),
+            **{file.name: write_bytes(folder / file.name, file.read_bytes()) for file in tokenizer_files(source)},
+        }
+        write_manifest(folder, files, number=1)
     return target

@@ -6,7 +6,18 @@ import os
 from typing import Any
 
 from command_line import UsageError, text_table
-from model_config import component, expand_pattern, shortest_pattern, usual_d_ff
+from model_config import (
+    NO,
+    as_type,
+    component,
+    expand_pattern,
+    model_keys,
+    resolve,
+    shortest_pattern,
+    type_in_words,
+    usual_d_ff,
+)
+from training.manifest import CheckpointError
 from training.train_config import (
     EXCLUSIVE,
     FROM_CHECKPOINT,
@@ -17,6 +28,7 @@ from training.train_config import (
     TrainConfig,
     fixed_on_resume,
     keys_of_the_model,
+    type_of,
 )
 
 BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "total_batch_tokens")
@@ -34,6 +46,7 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
     (device, parallelism); the compute dtype is the one that was used.
     """
     saved, saved_origins = state["config"], {key: _own(origin) for key, origin in state["origins"].items()}
+    check_saved(saved, where, needed=("batch_size",))
 
     def comes_back(key: str) -> bool:
         """Whether the key was given on the command line then, and is not given there now."""
@@ -41,6 +54,8 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
 
     fixed = fixed_on_resume()
     values = {key: saved[key] for key in fixed if comes_back(key)}
+    if "min_lr" in values or "min_lr_ratio" in values:
+        values |= {key: saved.get(key) for key in ("min_lr", "min_lr_ratio")}  # one of the two, as on the command line then
     if any(comes_back(key) and saved[key] is None for key in ("ffn_expansion_ratio", "ffn_multiple")):
         values["d_ff"] = saved["d_ff"]  # in which a ratio that was given is kept
     if not any(now.origins[key] == COMMAND_LINE for key in BATCH_KEYS):
@@ -61,6 +76,29 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
     merged = Configuration(_replaced(now, values), origins)
     _check_same_run(merged, saved, saved_origins, where)
     return merged
+
+
+def check_saved(saved: dict[str, Any], where: str, needed: tuple[str, ...] = ()) -> None:
+    """Hold a checkpoint's configuration against the types of its keys. Raises CheckpointError with all that is wrong with it.
+
+    needed: keys that it must have besides those of a model.
+    """
+    needed = (*needed, *(name for name, key in model_keys().items() if key.required), "n_layer", "n_embd", "n_head")
+    problems = [f"it has no {key}" for key in dict.fromkeys(needed) if saved.get(key) is None]
+    problems += [
+        f"{key}={value!r} is not {type_in_words(type_of(key))}"
+        for key, value in saved.items()
+        if key in KEYS and value is not None and as_type(type_of(key), value) is NO
+    ]
+    if not problems:
+        values = {key: as_type(type_of(key), value) for key, value in saved.items() if key in KEYS and value is not None}
+        problems = TrainConfig.of(values).problems(with_model=False)
+        try:
+            resolve("custom", **{key: value for key, value in values.items() if key in model_keys()})
+        except ValueError as error:
+            problems += str(error).split("\n")
+    if problems:
+        raise CheckpointError(f"The configuration in {where} is damaged, or of another version: {'; '.join(problems)}.")
 
 
 def _replaced(now: Configuration, values: dict[str, Any]) -> TrainConfig:
@@ -150,6 +188,7 @@ def take_model(now: Configuration, saved: dict[str, Any], where: str) -> tuple[C
     The keys of the model come with the weights. Returns the configuration and a note for each value of a config file that
     they overrule. Raises UsageError naming every such key for which the command line says otherwise.
     """
+    check_saved(saved, where)
     values, origins, notes, problems = {}, dict(now.origins), [], []
     decided = _decided_by_weights(saved)
     for key in (key for key in keys_of_the_model() if key in saved):

@@ -177,7 +177,8 @@ def sum_of_floors(count: int, divisor: int, factor: int, shift: int) -> int:
 class DataLoader:
     """This rank's rows of any batch of training sequences; the batch after it is read in the background meanwhile.
 
-    split: what is read, or the splits of a mixture, whose shares `phases` gives (see MixedOrder). eos_id: documents that end
+    split: what is read, or the splits of a mixture, whose shares `phases` gives: (tokens of training from which on they hold,
+    shares in millionths); the first sequence that begins there or later is the first of a phase. eos_id: documents that end
     with it are kept apart (see next_token_batch).
     """
 
@@ -206,7 +207,8 @@ class DataLoader:
                 )
         seeds = [data_seed + i * int(GOLDEN) for i in range(len(self.splits))]  # an order of its own for each
         orders = [WindowOrder(len(one), block_size, seed, order_version) for one, seed in zip(self.splits, seeds)]
-        self.order = orders[0] if len(orders) == 1 else MixedOrder(orders, phases, data_seed)
+        from_sequence = [(-(-tokens // block_size), shares) for tokens, shares in phases]
+        self.order = orders[0] if len(orders) == 1 else MixedOrder(orders, from_sequence, data_seed)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data_loader") if prefetch else None
         self._guess: tuple[tuple[int, int], Future] | None = None
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,8 +124,7 @@ def _shape_problem(folder: Path, checkpoint: Path) -> str | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from model_config import ModelConfig
-    from training.checkpoint import read_state
+    from training.checkpoint import model_of
     from training.huggingface_files import read_config, tensors_on_disk
 
     with torch.device("meta"):
@@ -140,7 +138,7 @@ def _shape_problem(folder: Path, checkpoint: Path) -> str | None:
             f"{len(astray)} tensors are not as transformers builds them, e.g. {name} with the shape {found.get(name)} "
             f"instead of {expected.get(name)}."
         )
-    wanted = ModelConfig.from_dict(read_state(checkpoint)["model"]["config"])
+    wanted = model_of(checkpoint)
     plain = dict(pad_vocab_multiple=1, attention_backend="sdpa", dropout=0.0, zero_init=False)
     one, other = (dataclasses.replace(config, **plain) for config in (wanted, read_config(folder)))
     return None if one == other else f"its config.json is of the model {other.name}, the checkpoint's is {one.name}."
@@ -156,22 +154,12 @@ def _bytes_of(folder: Path) -> int:
     return 4 * (numbers + 2 * largest + 4 * ROWS * TOKENS * config.vocab_size)
 
 
-def _free_bytes() -> int:
-    """Memory that this process may still take: the machine's, and what a container leaves of it."""
-    free = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    except (OSError, StopIteration):
-        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]
-        free.append(limit - used + int(cached))
-    except (OSError, ValueError, KeyError):  # no limit, or no such file
-        pass
-    return max(0, min(free))
+def _free_bytes() -> float:
+    import torch
+
+    from training.meter import free_memory
+
+    return free_memory(torch.device("cpu"))
 
 
 def main(argv: list[str]) -> int:

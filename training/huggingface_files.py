@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from command_line import parse_json
+from command_line import Mandatory, check_shape, parse_json
 from model_config import ModelConfig
 from training.huggingface import config_from_hf, tensor_rules
 from training.huggingface_families import FAMILIES
@@ -134,13 +134,9 @@ def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
     try:
-        content = parse_json(path.read_text(encoding="utf-8"), parse_constant=refuse)
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
+        content = parse_json(path.read_text(encoding="utf-8"))
+        check_shape(content, Mandatory(dict))
         return content
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read ({error}); fetch it again.") from error

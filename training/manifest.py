@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from command_line import Failure
+from command_line import Failure, Mandatory, check_shape, parse_json
 from data.files import fsync, sha256
+from model_config import ModelConfig
 from training.processes import World
 from training.shards import kind_of, threads
 from training.tensor_files import HashedStream, Written
@@ -26,6 +27,37 @@ _TENSOR_FILES = frozenset(  # what may hold tensors, for us or for others who re
     + (".gguf", ".ggml", ".h5", ".hdf5", ".msgpack", ".onnx")
 )
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
+# What state.json says, as far as anybody relies on it; of a run's, what `training/continuing.py` and `Progress` need besides.
+_JUDGED = {"val_loss": float, "val_step": int, "best_val_loss": float, "best_step": int, "evaluations_without_gain": int}
+STATE = {
+    "step": Mandatory(int),
+    "config": {"*": object},
+    "origins": {"*": str},
+    "run": str,
+    "dtype": str,
+    "parallelism": str,
+    "world_size": int,
+    "threads": int,
+    "versions": {"*": object},
+    "model": {"name": str, "fingerprint": str, "config": Mandatory({"*": object})},
+    "progress": {"step": int, "sequences": int, "tokens": int, "skipped": int, "skipped_in_a_row": int, "saved_step": int}
+    | _JUDGED
+    | {"val_tokens": int},
+    "dataset": {
+        "name": str,
+        "fingerprint": str,
+        "order": int,
+        "tokenizer": {"name": str, "fingerprint": str},
+        "splits": {"*": {"tokens": int, "bytes": int, "documents": int}},
+    },
+    "objective": {"name": str, "fingerprint": str},
+    "launch": {"slurm_job": str, "torchrun": str, "agents": [str]},
+    "source": {"huggingface": str, "config": dict, "generation": dict, "dtype": str, "dtypes": {"*": str}, "ids": dict},
+}
+MANIFEST = {
+    "number": int,
+    "files": Mandatory({"*": Mandatory({"bytes": Mandatory(int), "sha256": Mandatory(str), "holds": [str]})}),
+}
 FileEntry = dict[str, Any]  # of the manifest: bytes, sha256, and what kinds of tensors a tensor file holds
 
 
@@ -37,17 +69,42 @@ class UnknownFormat(CheckpointError):
     """A checkpoint of another format version: it is whole, but this code does not know how to read it."""
 
 
+class Removed(CheckpointError):
+    """A checkpoint that was there is there no more: its run goes on, and keeps the latest ones only."""
+
+
 class UnlistedFile(CheckpointError):
     """A checkpoint's folder holds a file that its manifest does not list, and that would be read by somebody."""
 
 
+def damage(checkpoint: Path, problem: str) -> CheckpointError:
+    """The error that says what is wrong with a checkpoint. A folder that is gone was not damaged, it was removed."""
+    if not checkpoint.exists():
+        return Removed(
+            f"Checkpoint {checkpoint} was removed while it was read; a run that goes on keeps its latest ones only (keep_last). "
+            "Try again with the run's out_dir, whose latest one is taken."
+        )
+    return CheckpointError(f"Checkpoint {checkpoint} is damaged: {problem}.")
+
+
 def read_state(checkpoint: Path, needs: tuple[str, ...] = ("model",)) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError if it is unreadable, of a later format, or lacks what is needed."""
-    state = _read_versioned(checkpoint / "state.json")
+    """state.json of a checkpoint. Raises CheckpointError if it is unreadable, of a later format, or not as STATE declares it,
+    or lacks an object that is needed."""
+    state = _read_versioned(checkpoint / "state.json", STATE)
     missing = [key for key in needs if not isinstance(state.get(key), dict)]
     if missing:
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its state.json has no {', '.join(missing)}.")
+        raise damage(checkpoint, f"its state.json has no {', '.join(missing)}")
     return state
+
+
+def model_of(checkpoint: Path, state: dict[str, Any] | None = None) -> ModelConfig:
+    """The model of a checkpoint, from its state.json (or what was read of it). Raises CheckpointError."""
+    state = state or read_state(checkpoint)
+    try:
+        return ModelConfig.from_dict(state["model"]["config"])
+    except (ValueError, TypeError) as error:
+        reason = "; ".join(str(error).split("\n"))
+        raise CheckpointError(f"Checkpoint {checkpoint} is damaged, or of another version: model.config: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -59,23 +116,19 @@ def listed_files(checkpoint: Path) -> dict[str, FileEntry]:
     Raises CheckpointError where the manifest is not one, or names what is not a file of this folder; UnknownFormat where it
     is of another version; UnlistedFile where there are tensors or a tokenizer beside what it lists.
     """
-    files = _read_versioned(checkpoint / "manifest.json").get("files")
-    if not isinstance(files, dict) or "state.json" not in files or not all(map(_is_entry, files.values())):
-        raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists no files with size and checksum.")
+    files = _read_versioned(checkpoint / "manifest.json", MANIFEST)["files"]
+    if "state.json" not in files:
+        raise damage(checkpoint, "its manifest lists no files with size and checksum")
     for name in files:
         plain = name == os.path.basename(name) and not set("\\\0") & set(name)
         if not plain or (checkpoint / name).resolve().parent != checkpoint.resolve():
-            raise CheckpointError(f"Checkpoint {checkpoint} is damaged: its manifest lists {name!r}, which is not a file in it.")
+            raise damage(checkpoint, f"its manifest lists {name!r}, which is not a file in it")
     for unlisted in _unlisted(checkpoint, files):
         raise UnlistedFile(
             f"{unlisted} is not of this checkpoint: its manifest does not list it. Nothing but what is listed is loaded; move it "
             "elsewhere."
         )
     return files
-
-
-def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 def _unlisted(checkpoint: Path, files: dict[str, FileEntry]) -> Iterator[Path]:
@@ -100,7 +153,9 @@ def verify(checkpoint: Path, holding: str | None = None, world: World | None = N
 
     def check() -> tuple[type[CheckpointError], str] | None:
         try:
-            return (CheckpointError, problem) if (problem := _damage(checkpoint, holding, world)) else None
+            if problem := _problem(checkpoint, holding, world):
+                raise damage(checkpoint, problem)
+            return None
         except CheckpointError as error:
             return type(error), str(error)
 
@@ -109,10 +164,10 @@ def verify(checkpoint: Path, holding: str | None = None, world: World | None = N
         raise kind(text)
 
 
-def _damage(checkpoint: Path, holding: str | None, world: World) -> str | None:
+def _problem(checkpoint: Path, holding: str | None, world: World) -> str | None:
     """What is wrong with this process's share of the files, or None."""
     files = listed_files(checkpoint)
-    wanted = {name: entry for name, entry in sorted(files.items()) if holding in (None, *entry.get("holds", [holding]))}
+    wanted = {name: entry for name, entry in sorted(files.items()) if holding in (None, *(entry.get("holds") or [holding]))}
     total, before, mine = sum(entry["bytes"] for entry in wanted.values()), 0, []
     for name, entry in wanted.items():  # a process that reads what it wrote checks its own files: they are in order of rank
         if (before + entry["bytes"] // 2) * world.size // max(total, 1) == world.rank:
@@ -132,8 +187,7 @@ def _damage(checkpoint: Path, holding: str | None, world: World) -> str | None:
             return f"{name} cannot be read ({error.strerror})"
 
     with ThreadPoolExecutor(threads()) as pool:
-        problem = next(filter(None, pool.map(check, mine)), None)
-    return f"Checkpoint {checkpoint} is damaged: {problem}." if problem else None
+        return next(filter(None, pool.map(check, mine)), None)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -141,28 +195,35 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern))
 
 
-def _read_versioned(path: Path) -> dict[str, Any]:
-    """state.json or manifest.json. Raises UnknownFormat if it is of another version, CheckpointError if it names none."""
+def _read_versioned(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    """state.json or manifest.json, held against its declared shape.
+
+    Raises UnknownFormat if it is of another version, CheckpointError if it names none or is of another shape.
+    """
     content = _read_json(path)
     version = content.get("format_version")
     if version is None:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: its {path.name} does not name a format version.")
+        raise damage(path.parent, f"its {path.name} does not name a format version")
     if version != FORMAT_VERSION:
         raise UnknownFormat(
             f"{path.parent} has checkpoint format {version!r}, and this version of kitbash reads {FORMAT_VERSION}. "
             "Use the version of kitbash that wrote it, or a later one."
         )
+    try:
+        check_shape(content, shape)
+    except ValueError as error:
+        raise damage(path.parent, f"in its {path.name}, {error}") from error
     return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):
             raise ValueError("not a JSON object")
         return document
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+        raise damage(path.parent, f"{path.name} cannot be read ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------- writing

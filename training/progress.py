@@ -58,6 +58,9 @@ class Judgement:
         return bool(patience) and self.evaluations_without_gain >= patience
 
 
+_NEEDED_TO_GO_ON = ("progress", "dataset", "world_size", "threads", "model")
+
+
 @dataclass
 class Progress:
     """Steps, sequences and tokens so far, skipped updates, the last step saved, and the evaluations."""
@@ -71,14 +74,22 @@ class Progress:
     evaluations: Judgement = field(default_factory=Judgement)
 
     @classmethod
-    def restored(cls, saved: Any, where: Path) -> Progress:
-        """The progress that a checkpoint's state.json holds. Raises CheckpointError where it holds none."""
+    def restored(cls, state: dict[str, Any], where: Path) -> Progress:
+        """The progress that a checkpoint's state.json holds. Raises CheckpointError where it is not of a run that can go on."""
+        saved = state.get("progress")
         try:
+            if lacking := [key for key in _NEEDED_TO_GO_ON if state.get(key) is None]:
+                raise TypeError(f"no {', '.join(lacking)}")
+            if state["dataset"].get("fingerprint") is None or not {"step", "sequences", "tokens"} <= saved.keys():
+                raise TypeError("no place in the data")
+            counters = [f.name for f in dataclasses.fields(cls) if f.name in saved and f.name != "saved_step"]
+            if any(saved[key] is None for key in counters):
+                raise TypeError("a count is null")
             judged = {f.name: saved[f.name] for f in dataclasses.fields(Judgement) if f.name in saved}
             return cls(**{key: value for key, value in saved.items() if key not in judged}, evaluations=Judgement(**judged))
         except (TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{where} cannot be resumed: it holds weights only, or its state.json is damaged. Start a "
+                f"{where} cannot be resumed: it holds weights only, or its state.json is damaged ({error}). Start a "
                 f"new run from its weights with --init_from=weights:{where}."
             ) from error
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from command_line import duration, labelled
-from flops_parameter_counting.hardware import Peak, measure_cpu_peak
+from command_line import duration, labelled, printable
+from flops_parameter_counting.hardware import Peak, best_dtype, measure_cpu_peak
 from flops_parameter_counting.parameters import count_active_parameters, count_padding, count_parameters
 from model_config import COMPONENT_KINDS, component, model_keys, shortest_pattern
 from training.evaluation import Evaluation
 from training.meter import StepMeter, peak_memory_gb
 from training.profiling import NoProfiler, Profiler
 from training.progress import Progress
+from training.registry import OPTIMIZERS, STRATEGIES
 from training.stages import Data, Learner, Machine, Start
 from training.trackers import open_trackers
 from training.train_config import TrainConfig
@@ -79,7 +81,7 @@ def start_report(start: Start, machine: Machine, data: Data, learner: Learner, d
         (
             "batch",
             f"{sequences} sequences × {model.block_size} tokens = {tokens:,} tokens per iteration, in "
-            f"micro-batches of {min(config.batch_size, sequences)}",
+            f"micro-batches of {min(config.micro_batch_size, sequences)}",
         ),
         (
             "length",
@@ -114,18 +116,35 @@ def step_line(
     memory_gb: float,
     skipped: int,
     figures: dict[str, float],
+    width: int | None = None,
 ) -> str:
-    """One line of the log for people; times in ms, memory in GB, the rest of the run in words."""
+    """One line of the log for people; times in ms, memory in GB, the rest of the run in words.
+
+    width: columns that there are; what is least asked for is then left out until the line fits.
+    """
     laps = ", ".join(f"{name} {ms:.1f}" for name, ms in step_ms.items() if name != "total")
     utilisation = f" | mfu {mfu:.1%}" if mfu is not None else ""
     again = f" | skipped {skipped}" if skipped else ""
     more = "".join(f" | {name} {value:.4g}" for name, value in figures.items())
     left = duration((length - step) * step_ms["total"] / 1e3)
-    return (
-        f"step {step}/{length} | loss {loss:.4f}{more} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
-        f"{tokens_per_s:,.0f} tok/s | {step_ms['total']:.1f} ms ({laps}){utilisation} | {memory_gb:.1f} GB{again} | "
-        f"{left} left"
-    )
+    total = f" | {step_ms['total']:.1f} ms"
+    pieces = {  # in the order of the line
+        "loss": f"step {step}/{length} | loss {loss:.4f}",
+        "figures": more,
+        "lr": f" | lr {lr:.2e}",
+        "norm": f" | grad norm {grad_norm:.3f}",
+        "rate": f" | {tokens_per_s:,.0f} tok/s",
+        "ms": total,
+        "laps": f" ({laps})",
+        "mfu": utilisation,
+        "memory": f" | {memory_gb:.1f} GB",
+        "skipped": again,
+        "left": f" | {left} left",
+    }
+    for least in ("laps", "memory", "ms", "norm", "lr", "figures", "mfu", "rate", "left"):
+        if width is not None and sum(map(len, pieces.values())) > width:
+            pieces[least] = ""
+    return "".join(pieces.values())
 
 
 def evaluation_line(step: int, evaluation: Evaluation, best: bool) -> str:
@@ -161,14 +180,58 @@ def closing_lines(
     return "\n".join(lines)
 
 
+def out_of_memory(config: TrainConfig) -> str:
+    """What to do where memory has run out: how much the run takes by prediction, how much there is, and what would fit.
+
+    Raises ValueError where nothing can be predicted.
+    """
+    from flops_parameter_counting.memory import estimate_memory, largest_micro_batch
+
+    device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    try:
+        there = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else hardware_facts("cpu")["memory_gb"] * 1e9
+    except TypeError as error:  # the system does not tell
+        raise ValueError("the memory of this machine is not known") from error
+    model, processes = config.model_config(), int(os.environ.get("WORLD_SIZE", "1"))
+    strategy = STRATEGIES.get(config.parallelism)
+    how = dict(
+        dtype=best_dtype(device) if config.dtype == "auto" else config.dtype,
+        checkpointing=config.activation_checkpointing,
+        optimizer=OPTIMIZERS[config.optimizer].rule,
+        sharding=strategy.rule if strategy and processes > 1 else None,
+        world_size=processes if strategy and processes > 1 else 1,
+        device=device,
+    )
+    asked = min(config.batch_size, config.sequences_per_iteration(model.block_size))
+    whole, one = estimate_memory(model, batch_size=asked, **how), estimate_memory(model, batch_size=1, **how)
+    fits = largest_micro_batch(model, there / 1e9, **how)
+    said = (
+        f"Out of memory: by prediction a micro-batch of {asked} × {model.block_size} tokens takes {whole.total / 1e9:.2f} GB, "
+        f"one sequence alone {one.total / 1e9:.2f} GB (weights {one.weights / 1e9:.2f}, gradients {one.gradients / 1e9:.2f}, "
+        f"optimizer {one.optimizer / 1e9:.2f}); this {'GPU' if device == 'cuda' else 'machine'} has {there / 1e9:.2f} GB. "
+    )
+    if fits == 0:
+        return said + (
+            "No batch size fits: use --activation_checkpointing=full, fewer or narrower layers (--n_layer, --n_embd), a shorter "
+            "--block_size, or share the model between several processes with --parallelism=fsdp."
+        )
+    if fits < asked:
+        steps = -(-config.sequences_per_iteration(model.block_size) // fits)
+        return said + (
+            f"--batch_size={fits} fits, with --gradient_accumulation_steps={steps} for about the same global batch; "
+            "--activation_checkpointing=full lets more of it fit."
+        )
+    return said + "That should fit: something else holds memory there. Halve --batch_size, or end the other programs."
+
+
 class Display:
     """Lines on stdout; on a terminal also a tqdm bar, in a pipe none. Ranks other than 0 are silent.
 
     If stdout goes away (`| head`, a full disk) it falls silent too: the log is the truth, and training goes on.
     """
 
-    def __init__(self, enabled: bool = True):
-        self.enabled, self.bar = enabled, None
+    def __init__(self, enabled: bool = True, stream: TextIO | None = None):
+        self.enabled, self.bar, self.stream = enabled, None, stream  # stream: another one than stdout
 
     def start_bar(self, first: int, total: int) -> None:
         """Show a bar of the run's steps, if a person is watching."""
@@ -176,6 +239,18 @@ class Display:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, leave=False)
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal that the lines go to; None where it is a pipe or a file, which have all of them."""
+        if self.stream is not None or sys.stdout is None or not sys.stdout.isatty():
+            return None
+        return shutil.get_terminal_size().columns
+
+    def note(self, text: str) -> None:
+        """Show a figure behind the bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
 
     def advance(self) -> None:
         """One step further."""
@@ -186,12 +261,13 @@ class Display:
         """Print a line without tearing the bar."""
         if not self.enabled or sys.stdout is None:
             return
+        text = printable(text)
         try:
             if self.bar is not None:
                 self.bar.write(text)
                 sys.stdout.flush()
             else:
-                print(text, flush=True)
+                print(text, flush=True, file=self.stream)
         except OSError:
             self.enabled = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that nothing fails when the process ends either
@@ -280,8 +356,17 @@ class Report:
         sources = {"sources": read} if (read := self.sources(progress.sequences)) else {}
         self.logger.step(progress.step, progress.tokens, **shown, **utilisation, skipped=progress.skipped, **extra, **sources)
         self.display.line(
-            step_line(progress.step, self.length, **shown, mfu=utilisation["mfu"], skipped=progress.skipped, figures=extra)
+            step_line(
+                progress.step,
+                self.length,
+                **shown,
+                mfu=utilisation["mfu"],
+                skipped=progress.skipped,
+                figures=extra,
+                width=self.display.width,
+            )
         )
+        self.display.note(f"loss {shown['loss']:.4f}")
 
     def evaluation(self, progress: Progress, found: Evaluation) -> None:
         """Judge an evaluation; one line on the terminal and in the run log."""
@@ -299,6 +384,23 @@ class Report:
             **({"val_loss_by_source": found.by_source} if found.by_source else {}),
         )
         self.display.line(evaluation_line(progress.step, found, progress.is_best))
+
+    def statistics(self, step: int, found: dict[str, Any]) -> None:
+        """Norms of one step: all of them to the log, the extremes to the terminal."""
+        self.logger.statistics(step, **found)
+        gradients, activations = found["gradient_norm"], found["activation_rms"]
+        most = max(gradients, key=gradients.get)
+        words = [f"stats at {step}", f"largest gradient norm {gradients[most]:.3g} ({most})"]
+        if activations:
+            words.append(f"output rms {min(activations.values()):.3g} to {max(activations.values()):.3g}")
+        if found["largest_logit"] is not None:
+            words.append(f"largest logit {found['largest_logit']:.3g}")
+        self.display.line(" | ".join(words))
+
+    def sample(self, step: int, text: str) -> None:
+        """A sample of text."""
+        self.logger.sample(step, text)
+        self.display.line(f"sample at {step} | {printable(text)}")
 
     def end(self, outcome: str, progress: Progress, processes: int, price_per_hour: float | None) -> dict[str, float | None]:
         """Close bar, profiler and log, with how the run came out. Returns what it took: seconds, device-hours, their price."""
@@ -331,21 +433,25 @@ def open_report(
     `identity` is what `saving.describe` says of the run.
     """
     config, world, origin, progress = start.config, machine.world, start.origin, start.progress
-    resumed_from = dict(checkpoint=str(origin.path), step=progress.step, run=start.saved["run"]) if origin else None
+    resumed_from = dict(checkpoint=str(origin.path), step=progress.step, run=start.saved.get("run")) if origin else None
     logger = TrainingLogger(config.out_dir, enabled=world.is_main, resumed_from=resumed_from)
-    logger.trackers = world.from_main(lambda: open_trackers(config, logger.path.stem)) or []
     hardware, flops, peak = hardware_facts(machine.device), dataclasses.asdict(learner.flops), machine.peak
     n, active = learner.model.num_parameters(), count_active_parameters(data.model_config)
     cost = dict(parameters=n, flops_per_token=flops, **({} if active == n else {"active_parameters": active}))
-    world.from_main(
-        lambda: logger.start(
-            **{**identity, "model": {**identity["model"], **cost}},
-            hardware=hardware,
-            peak=dataclasses.asdict(peak) if peak else None,
-            length=data.length,
-            tokens_per_iteration=data.tokens,
+    try:
+        logger.trackers = world.from_main(lambda: open_trackers(config, logger.path.stem)) or []
+        world.from_main(
+            lambda: logger.start(
+                **{**identity, "model": {**identity["model"], **cost}},
+                hardware=hardware,
+                peak=dataclasses.asdict(peak) if peak else None,
+                length=data.length,
+                tokens_per_iteration=data.tokens,
+            )
         )
-    )
+    except BaseException:
+        logger.discard()
+        raise
     display.line(start_report(start, machine, data, learner, hardware["device_name"], logger.path))
     meter = StepMeter(machine.device, on_lap=lambda lap: world.at(progress.step, f"after {lap}"))
     figures = {"mfu": flops["full"], "mfu_causal": flops["causal"], "hfu": flops["hardware"]}

@@ -24,7 +24,7 @@ def learning_rate(iteration: int, config: TrainConfig, length: int) -> float:
     below min_lr; 'constant' stays at the peak. wsd's decay takes the last lr_decay_fraction of what follows warm-up.
     """
     peak = config.learning_rate
-    floor = config.min_lr if config.min_lr is not None else peak / 10
+    floor = lowest_rate(config)
     warmup, end = config.warmup_iters, config.lr_decay_iters or length
     if iteration < warmup:
         return peak * (iteration + 1) / (warmup + 1)
@@ -32,6 +32,13 @@ def learning_rate(iteration: int, config: TrainConfig, length: int) -> float:
         return max(floor, peak * math.sqrt(max(1, warmup) / max(1, iteration)))
     progress = 1.0 if iteration >= end else (iteration - warmup) / (end - warmup)
     return floor + (peak - floor) * _SHAPES[config.lr_schedule](progress, config)
+
+
+def lowest_rate(config: TrainConfig) -> float:
+    """The learning rate at the end of the schedule: min_lr, or min_lr_ratio of the peak, or a tenth of it."""
+    if config.min_lr is not None:
+        return config.min_lr
+    return config.learning_rate * (0.1 if config.min_lr_ratio is None else config.min_lr_ratio)
 
 
 def run_length(config: TrainConfig, block_size: int, sequences_per_epoch: float, steps: int = 0, sequences: int = 0) -> int:

@@ -19,11 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from command_line import Failure
 from training.batch import IGNORE
 from training.objectives import next_token_loss
+from training.tensor_files import as_bytes
 
 READ_AT_ONCE = 2**20  # tokens whose bytes and words are counted together
 
@@ -167,6 +168,12 @@ def count_text(stream: Stream, tokenizer: Any, first: int) -> tuple[int, int]:
     special = [i for i in (tokenizer.eos_id, tokenizer.bos_id) if i is not None]
     counter = _WordCounter()
     held: list[int] = []  # of a document, where ids have no bytes of their own
+
+    def count_held() -> None:
+        nonlocal size, words, held
+        text = tokenizer.decode(held)
+        size, words, held = size + len(text.encode()), words + len(text.split()), []
+
     for start in range(first, len(stream), READ_AT_ONCE):
         ids = stream.read(start, min(len(stream), start + READ_AT_ONCE))
         cuts = np.flatnonzero(np.isin(ids, special))
@@ -174,8 +181,7 @@ def count_text(stream: Stream, tokenizer: Any, first: int) -> tuple[int, int]:
             if number:  # begins with a special id
                 words += counter.end()
                 if not tokenizer.byte_level:
-                    size, words = size + len(tokenizer.decode(held).encode()), words + len(tokenizer.decode(held).split())
-                    held = []
+                    count_held()
                 part = part[1:]
             if tokenizer.byte_level:
                 text = tokenizer.decode_bytes(part.tolist())
@@ -184,7 +190,7 @@ def count_text(stream: Stream, tokenizer: Any, first: int) -> tuple[int, int]:
             else:
                 held += part.tolist()
     if held:
-        size, words = size + len(tokenizer.decode(held).encode()), words + len(tokenizer.decode(held).split())
+        count_held()
     return size, words + counter.end()
 
 
@@ -220,9 +226,5 @@ def weights_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_raw(tensor))
+        digest.update(as_bytes(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()[:16]
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -51,6 +51,11 @@ class Start:
         """Whether this run continues a checkpoint in every respect (and not only with its weights)."""
         return self.origin is not None and not self.origin.weights_only
 
+    @property
+    def vocabulary(self) -> int | None:
+        """The size of the dataset's vocabulary, as far as a checkpoint that is continued says it."""
+        return self.saved["config"].get("vocab_size") if self.resumes else None
+
 
 @dataclass(frozen=True)
 class Machine:

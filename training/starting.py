@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UsageError
+from data.files import remove_empty
 from data.token_dataset import TokenDataset
 from data.tokenization import load_tokenizer
 from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
@@ -61,6 +62,12 @@ def find_origin(config: TrainConfig, store: CheckpointStore, warn: Callable[[str
     if kind == "weights":
         return Origin(find_checkpoint(name, warn, holding="model", world=world), weights_only=True)
     return None
+
+
+def starts_from_files(config: TrainConfig) -> bool:
+    """Whether the run starts with what lies on this machine's disk, so that it can be looked at before the run."""
+    kind, _, name = config.init_from.partition(":")
+    return config.resume != "no" or kind == "weights" or (kind == "hf" and Path(name).expanduser().exists())
 
 
 def launch_names(world: World) -> dict[str, Any]:
@@ -189,11 +196,16 @@ def tokenizer_warnings(origin: Origin | None, dataset: TokenDataset) -> list[str
     return warnings
 
 
-def prepare_out_dir(out_dir: str, world: World) -> None:
-    """Make the folder and see that every process can write there. Raises OSError or UsageError with a sentence."""
+def prepare_out_dir(out_dir: str, world: World) -> list[str]:
+    """Make the folder and see that every process can write there. Raises OSError or UsageError with a sentence.
+
+    Returns, in rank 0, the folders that it made: a start that comes to nothing takes them away again (`remove_empty`).
+    """
     word = world.from_main(lambda: uuid.uuid4().hex)  # another run may be looking at the same folder
     probes = [Path(out_dir) / f".probe_{word}_{rank}" for rank in range(world.size)]
     mine = probes[world.rank]
+    folder = Path(os.path.abspath(out_dir))
+    made = world.from_main(lambda: [str(path) for path in (folder, *folder.parents) if not path.exists()])
 
     def write() -> None:
         try:
@@ -212,9 +224,14 @@ def prepare_out_dir(out_dir: str, world: World) -> None:
     try:
         world.everywhere(write)
         world.everywhere(see_all)
-    finally:
+    except BaseException:
         with suppress(OSError):
             mine.unlink()
+        remove_empty(made)
+        raise
+    with suppress(OSError):
+        mine.unlink()
+    return made if world.is_main else []
 
 
 def resume_command(argv: list[str]) -> str:

@@ -102,6 +102,12 @@ class TrainConfig(_ModelKeys):
     )
     data_seed: int = _key(1337, "random seed of the order in which the data is read", "data", resume="fixed")
     batch_size: int = _key(12, "sequences in a micro-batch, at most", "data")
+    micro_batch: Literal["auto"] | int | None = _key(
+        None,
+        "sequences in a micro-batch where it is not batch_size, the global batch staying what it is; auto (also "
+        "--batch_size=auto): the largest that fits into memory; a resumed run keeps what was chosen",
+        "execution",
+    )
     gradient_accumulation_steps: int = _key(
         1, "micro-batches a step: the global batch is batch_size × this many sequences on any machine", "data"
     )
@@ -129,6 +135,7 @@ class TrainConfig(_ModelKeys):
     )
     warmup_iters: int = _key(0, "iterations over which the learning rate rises linearly to its peak", "schedule", resume="fixed")
     min_lr: float | None = _key(None, "learning rate at the end of the schedule [learning_rate / 10]", "schedule", resume="fixed")
+    min_lr_ratio: float | None = _key(None, "min_lr as a share of learning_rate, instead of min_lr", "schedule", resume="fixed")
     lr_decay_iters: int | None = _key(None, "iteration at which the learning rate reaches min_lr [the run's length]", "schedule")
     lr_decay_fraction: float = _key(0.2, "share of lr_decay_iters over which lr_schedule=wsd decays", "schedule", resume="fixed")
     max_iters: int | None = _key(None, "length of the run in iterations", "schedule")
@@ -147,6 +154,15 @@ class TrainConfig(_ModelKeys):
         "watching",
     )
     keep_last: int = _key(2, "checkpoints to keep, besides the best", "watching")
+    snapshot_epochs: float | None = _key(
+        None, "passes over the training data between snapshots: checkpoints that stay, whatever keep_last says", "watching"
+    )
+    sample_interval: int = _key(0, "iterations between samples of text, on the terminal and in the log; 0: none", "watching")
+    sample_prompt: str = _key("", "what samples continue [the end of a document]", "watching")
+    sample_tokens: int = _key(64, "tokens of a sample", "watching")
+    stats_interval: int = _key(
+        0, "iterations between norms of each block's output and gradient and the largest logit, in the log; 0: none", "watching"
+    )
     nonfinite_limit: int = _key(20, "skipped updates in a row (non-finite gradients) that stop the run", "watching")
 
     tensorboard: bool = _key(False, "also write event files to out_dir/tensorboard", "watching")
@@ -183,6 +199,12 @@ class TrainConfig(_ModelKeys):
     async_checkpoint: bool = _key(False, "write checkpoints in the background; training waits only for the copy", "execution")
     collective_timeout: int = _key(
         600, "seconds without progress after which several processes give up and say who hangs", "execution"
+    )
+    peak_tflops: float | None = _key(
+        None,
+        "dense peak of one device in the compute dtype, in TFLOP/s, which mfu is measured against, for what is not in the table "
+        "of flops_parameter_counting/hardware.py [the table's; a CPU's is measured]",
+        "execution",
     )
     threads: int | None = _key(None, "CPU threads [PyTorch's choice; a resumed run: as before]", "execution")
 
@@ -225,6 +247,11 @@ class TrainConfig(_ModelKeys):
             return self.total_batch_tokens // block_size
         return self.batch_size * self.gradient_accumulation_steps
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in a micro-batch, at most; batch_size as long as micro_batch=auto is not settled."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else self.batch_size
+
     def problems(self, with_model: bool = True) -> list[str]:
         """Every reason why this run cannot start, one sentence each.
 
@@ -236,10 +263,12 @@ class TrainConfig(_ModelKeys):
             if getattr(self, key) is not None and not least <= getattr(self, key) < math.inf
         ]
         problems += [
-            f"{key}={getattr(self, key)} must be below {most}."
+            f"{key}={getattr(self, key)} must be below {most:,}."
             for key, most in _BELOW.items()
-            if getattr(self, key) is not None and getattr(self, key) >= most
+            if getattr(self, key) is not None and most <= getattr(self, key) < math.inf
         ]
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            problems.append(f"micro_batch={self.micro_batch} must be at least 1, or auto.")
         if not self.out_dir:
             problems.append("out_dir='' is empty; name a folder.")
         for key in ("learning_rate", "adam_eps"):
@@ -250,15 +279,27 @@ class TrainConfig(_ModelKeys):
                 problems.append(f"{key}={getattr(self, key)} must be in [0, 1).")
         if not 0 < self.lr_decay_fraction <= 1:
             problems.append(f"lr_decay_fraction={self.lr_decay_fraction} must be in (0, 1].")
+        if self.min_lr_ratio is not None and not 0 <= self.min_lr_ratio <= 1:
+            problems.append(f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]: it is a share of learning_rate.")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             problems.append(
                 f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it (the usual choice is a tenth)."
+            )
+        if self.snapshot_epochs is not None and not self.snapshot_epochs > 0:
+            problems.append(f"snapshot_epochs={self.snapshot_epochs} must be above 0; leave it out for no snapshots.")
+        elif self.snapshot_epochs is not None and (self.save_interval or 0) < 0:
+            problems.append(
+                f"snapshot_epochs={self.snapshot_epochs} needs checkpoints; save_interval={self.save_interval} is none at all."
             )
         if self.init_from != "scratch" and not self.init_from.startswith(("weights:", "hf:")):
             problems.append(
                 f"init_from={self.init_from!r} is neither 'scratch' nor 'weights:…' nor 'hf:…'. To start a new run with the "
                 f"weights that are there: --init_from=weights:{self.init_from}. To go on with the run that made them: --resume, "
                 "with its --out_dir."
+            )
+        if self.init_from in ("weights:", "hf:"):
+            problems.append(
+                f"init_from={self.init_from!r} names nothing after the colon; give a path, such as {self.init_from}out/x."
             )
         device = self.device.split(":")[0]
         if device not in ("auto", "cpu", "cuda"):
@@ -300,6 +341,9 @@ _AT_LEAST = dict(
     save_interval=-1,
     keep_last=1,
     nonfinite_limit=1,
+    sample_interval=0,
+    sample_tokens=1,
+    stats_interval=0,
     threads=1,
     min_lr=0,
     seed=0,
@@ -307,9 +351,29 @@ _AT_LEAST = dict(
     hsdp_shard_size=2,
     collective_timeout=1,
     price_per_gpu_hour=0,
+    peak_tflops=1e-6,
 )
 
-_BELOW = dict(seed=2**63, data_seed=2**63, threads=1025)
+# Beyond these no run is meant, and counting would overflow, or take until tomorrow, before anything is said.
+_COUNTS = ("total_batch_tokens", "max_iters", "max_tokens", "max_train_tokens", "warmup_iters", "lr_decay_iters")
+_INTERVALS = ("eval_interval", "eval_iters", "patience", "log_interval", "save_interval", "keep_last", "nonfinite_limit")
+_BELOW = dict(
+    seed=2**63,
+    data_seed=2**63,
+    threads=1025,
+    batch_size=2**31,
+    gradient_accumulation_steps=2**31,
+    hsdp_shard_size=2**20,
+    collective_timeout=10**7,
+    epochs=10**9,
+    learning_rate=1e40,
+    weight_decay=1e40,
+    grad_clip=1e40,
+    adam_eps=1e40,
+    price_per_gpu_hour=10**12,
+    peak_tflops=10**9,
+    **dict.fromkeys((*_COUNTS, *_INTERVALS), 10**15),
+)
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "own"}  # the keys that are always there
 FIELDS = {"arch_preset": FIELDS["arch_preset"], **FIELDS}
@@ -364,14 +428,18 @@ GROUPS = ("run", "architecture", "data", "optimizer", "schedule", "watching", "e
 EXCLUSIVE = (
     ("max_iters", "max_tokens", "epochs"),
     ("gradient_accumulation_steps", "total_batch_tokens"),
+    ("min_lr", "min_lr_ratio"),
     ("d_ff", "ffn_expansion_ratio"),
 )
 
-# Other names of keys' values: {alias: (key, value)}; alias=True says key=value, alias=False nothing.
-ALIASES = {"use_zero1": ("parallelism", "zero1"), "use_fsdp": ("parallelism", "fsdp")}
-
 FROM_CHECKPOINT = "checkpoint: "  # before the origin that a value had in the run that goes on
-OF_THE_MACHINE = ("device", "parallelism", "hsdp_shard_size", "collective_timeout")  # never taken from a checkpoint
+OF_THE_MACHINE = (
+    "device",
+    "parallelism",
+    "hsdp_shard_size",
+    "collective_timeout",
+    "peak_tflops",
+)  # never taken from a checkpoint
 OF_THE_START = ("out_dir", "init_from", "resume")  # where this start of the run begins and writes
 
 

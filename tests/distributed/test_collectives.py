@@ -55,7 +55,10 @@ PER_UNIT = {  # operation → how often a unit does it in one step
 @pytest.mark.parametrize(
     "size, strategy, model",
     [
-        *((2, strategy, "untied") for strategy in STRATEGIES[2]),
+        *(
+            pytest.param(2, strategy, "untied", marks=pytest.mark.slow if strategy in ("ddp", "zero2") else ())
+            for strategy in STRATEGIES[2]
+        ),
         *(pytest.param(2, strategy, "tied", marks=() if strategy == "fsdp" else pytest.mark.slow) for strategy in STRATEGIES[2]),
         pytest.param(4, "zero1", "untied", marks=pytest.mark.slow),
         (4, "hsdp", "untied"),

@@ -122,7 +122,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
 # ------------------------------------------------------------------------------------------- the same again
 
 
-USUAL = ((1, "none"), (2, "zero1"), (2, "fsdp"), (4, "ddp"), (4, "hsdp"))
+USUAL = ((1, "none"), (2, "zero1"), (2, "fsdp"), (2, "zero2"), (4, "ddp"), (4, "hsdp"))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_same_processes_and_strategy_go_on_bit_for_bit(tmp_path, whole, size
     [
         (2, "zero1", ("--dtype=bfloat16", "--activation_checkpointing=full")),
         pytest.param(4, "hsdp", ("--optimizer=muon",), marks=pytest.mark.slow),
-        (2, "fsdp", ("--arch_preset=gpt2", "--async_checkpoint=True")),
+        pytest.param(2, "fsdp", ("--arch_preset=gpt2", "--async_checkpoint=True"), marks=pytest.mark.slow),
     ],
 )
 def test_dropout_goes_on_bit_for_bit_in_every_rank(tmp_path, whole, size, strategy, options):
@@ -165,13 +165,13 @@ def test_the_runs_show_a_lost_optimizer_state(tmp_path, whole):
 # ------------------------------------------------------------------------------------------- every pair
 
 PAIRS = [pair for pair in product(ALL, ALL) if pair[0] != pair[1]]
-CHOSEN = [(ALL[i], ALL[(i + 5) % len(ALL)]) for i in range(len(ALL))]  # each saves once, and is resumed once
+CHOSEN = [(USUAL[i], USUAL[(i + 2) % len(USUAL)]) for i in range(len(USUAL))]  # each saves once, and is resumed once
 
 
 def test_the_chosen_pairs_hold_every_strategy_and_number_of_processes_on_both_sides():
-    assert {a for a, _ in CHOSEN} == {b for _, b in CHOSEN} == set(ALL) and set(CHOSEN) <= set(PAIRS)
-    assert all(a[0] != b[0] or a[1] != b[1] for a, b in CHOSEN)
-    assert {strategy for _, strategy in ALL} == {"none", *STRATEGIES[4]}
+    assert {a for a, _ in CHOSEN} == {b for _, b in CHOSEN} == set(USUAL) and set(CHOSEN) <= set(PAIRS)
+    assert {strategy for _, strategy in ALL} == {strategy for _, strategy in USUAL} == {"none", *STRATEGIES[4]}
+    assert {size for size, _ in ALL} == {size for size, _ in USUAL}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_run_goes_on_under_another_strategy(tmp_path, whole, before, after):
     "option, tolerance",
     [
         ("--dtype=bfloat16", BF16),
-        ("--activation_checkpointing=full", FP32),
+        pytest.param("--activation_checkpointing=full", FP32, marks=pytest.mark.slow),
         ("--batch_size=2 --gradient_accumulation_steps=8", FP32),
         ("--async_checkpoint=True", FP32),
         pytest.param("--compile=True", FP32, marks=pytest.mark.slow),
