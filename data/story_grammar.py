@@ -3,7 +3,7 @@
 A sentence is one of `TEMPLATES`: words and slots. A slot such as `{place}` takes a word from its list; in one sentence the
 same slot has the same word. `{h}` and `{f}` are two different characters, the hero and a friend, each a girl, a boy or an
 animal; `{h.they}`, `{h.them}`, `{h.their}` are pronouns that agree with them, `{h.kind}` is what they are ("girl", "dog").
-A story (`stories`) keeps its characters, its toy and its place from the first sentence to the last. `parse` reads one
+A story (`stories`) keeps its characters, its toy and its place from the first sentence to the last. `parse_sentence` reads one
 sentence by the same tables and says which template it is, or None; the vocabulary is about that of the simplest children's
 stories.
 """
@@ -187,7 +187,7 @@ CHARACTERS = [Character("girl", word) for word in GIRLS] + [Character("boy", wor
 CHARACTERS += [Character("animal", word) for word in ANIMALS]
 
 
-def vocabulary() -> set[str]:
+def known_words() -> set[str]:
     """Every word and mark that a story can have, as the tables write it (the first word of a sentence has a capital)."""
     words = {word for values in SLOTS.values() for word in values} | {*GIRLS, *BOYS, *ANIMALS, "girl", "boy", "an"}
     words |= {word for forms in PRONOUNS.values() for word in forms}
@@ -342,7 +342,7 @@ class _Reading:
         return self.agrees(name, {gender for gender in GENDERS if PRONOUNS[gender][place] == word})
 
 
-def parse(sentence: str) -> str | None:
+def parse_sentence(sentence: str) -> str | None:
     """The template that this sentence is of, or None where the grammar does not make it.
 
     Spaces, capitals and marks count too: the sentence has to be what `realize` writes.

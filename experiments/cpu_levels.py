@@ -25,9 +25,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from any working directory
 
 from command_line import Failure, Parser, UsageError, duration, guarded
-from training.checkpoint import load_model
-
-__all__ = ["load_model", "main"]
 
 OUT_DIR = "out/cpu_levels"
 TOKENIZERS = ("bpe", "gpt2")
@@ -100,6 +97,8 @@ def check_options(options: argparse.Namespace, rest: Sequence[str]) -> None:
         problems.append("generate takes one model: give --level=N.")
     if options.prompt and what not in ("test", "generate", "all"):
         problems.append("--prompt is for test and generate.")
+    if what in ("test", "all") and any(not prompt.strip() or len(prompt.splitlines()) > 1 for prompt in options.prompt or ()):
+        problems.append("A --prompt of test is one line that is not empty.")
     if options.text is not None and what not in ("test", "all"):
         problems.append("--text is for test.")
     if rest and what in ("test", "plot"):
@@ -130,7 +129,7 @@ def train_levels(options: argparse.Namespace, rest: Sequence[str], levels: Seque
     try:
         train_runs(out_dir, plan_runs(out_dir, levels, options.seeds, given), lambda line: print(line, flush=True))
     except (Stopped, KeyboardInterrupt) as stop:
-        print(f"Stopped; what is finished stays. To go on: {again(options, rest)}", flush=True)
+        print(f"Stopped; what is finished stays. To go on: {to_go_on(options, rest)}", flush=True)
         if isinstance(stop, KeyboardInterrupt):
             raise
         return False
@@ -169,7 +168,7 @@ def show_tests(options: argparse.Namespace, levels: Sequence[int] | None) -> Non
     print(f"that do not stand in the training text. All figures and samples: {out_dir / 'outputs' / RESULTS}")
 
 
-def draw(options: argparse.Namespace, levels: Sequence[int] | None) -> None:
+def draw_curves(options: argparse.Namespace, levels: Sequence[int] | None) -> None:
     """Write the picture."""
     from experiments.level_plots import write_curves
 
@@ -191,7 +190,7 @@ def generate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return sample.main([str(out_dir / "models" / chosen["name"]), *usual, *words, *rest])
 
 
-def again(options: argparse.Namespace, rest: Sequence[str]) -> str:
+def to_go_on(options: argparse.Namespace, rest: Sequence[str]) -> str:
     """The command that goes on with a study."""
     words = [options.what, f"--out_dir={options.out_dir}", f"--seeds={options.seeds}"]
     words += [f"--levels={','.join(map(str, options.levels))}"] if options.levels else []
@@ -209,7 +208,7 @@ def do(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.what in ("test", "all"):
         show_tests(options, options.levels)
     if options.what in ("plot", "all"):
-        draw(options, options.levels)
+        draw_curves(options, options.levels)
     return 0
 
 
@@ -263,6 +262,15 @@ def main(argv: Sequence[str]) -> int:
         return menu()
 
     return guarded("cpu_levels.py", list(argv), job)
+
+
+def __getattr__(name: str) -> Any:
+    """load_model("out/cpu_levels/models/…") → (model, tokenizer): `training.checkpoint.load_model`, imported when it is used."""
+    if name != "load_model":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from training.checkpoint import load_model
+
+    return load_model
 
 
 def at_a_terminal() -> bool:

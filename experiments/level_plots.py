@@ -12,6 +12,7 @@ from comparison.runs import RunSummary, load_runs
 from experiments.level_runs import LEVELS, read_index, run_folder
 from experiments.level_tests import RESULTS
 
+DPI = 110
 TRAIN, VALIDATION, SMOOTHED = "#0072b2", "#d55e00", 9  # colours; logged losses that a point of the training curve is the mean of
 
 
@@ -53,7 +54,7 @@ def write_curves(out_dir: Path, levels: Sequence[int] | None) -> Path:
     path = out_dir / "outputs" / "training_curves.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.new")
-    figure.savefig(aside, dpi=110, format="png")
+    figure.savefig(aside, dpi=DPI, format="png")
     aside.replace(path)
     return path
 

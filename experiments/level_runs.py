@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ablation.execution import LAST_LINES, OUTPUT, Job
 from ablation.variants import Variant, make_variant
 from command_line import PROJECT, Failure, Mandatory, UsageError, check_shape, duration, parse_json
@@ -47,9 +49,12 @@ ENTRY = {
     "tokens": Mandatory(int),
     "iterations": Mandatory(int),
     "parameters": Mandatory(int),
+    "epochs": Mandatory(float),
+    "dataset": Mandatory({"name": Mandatory(str)}),
     "train_loss": float,
     "val_loss": float,
     "gap": float,
+    "best_val_loss": float,
     "iterations_per_second": float,
     "seconds": float,
 }
@@ -128,7 +133,9 @@ def _variant(level: int, given: Mapping[str, str | bool]) -> Variant:
     """The configuration of a level. Its 20 evaluations are spread over the run, however long that is."""
     base = make_variant(config_of(level), dict(given))
     every = max(1, base.length // 20)
-    made = make_variant(config_of(level), {**given, "eval_interval": str(every)})
+    made = base
+    if base.train.eval_interval != every:
+        made = make_variant(config_of(level), {**given, "eval_interval": str(every)})
     return dataclasses.replace(made, name=f"level {level} ({LEVELS[level].replace('_', ' ')})")
 
 
@@ -144,6 +151,7 @@ def train_runs(out_dir: Path, runs: Sequence[LevelRun], say: Callable[[str], Non
         (out_dir / "models").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Failure(f"out_dir={str(out_dir)!r} cannot be written: {error.strerror}. Choose another --out_dir.") from error
+    torch.set_num_threads(1)  # as the level's configs say; also for the losses of models that are there already
     with CheckpointStore(out_dir).lock():
         for leftover in (out_dir / "models").glob(".writing_*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -282,6 +290,7 @@ def _entry(out_dir: Path, name: str, *version: int) -> Mapping[str, Any]:
         "fingerprint": state["model"]["fingerprint"],
         "dataset": {key: state["dataset"].get(key) for key in ("name", "fingerprint")},
         **losses,
+        "best_val_loss": summary and summary.best_val_loss,
         "iterations_per_second": summary and summary.tokens_per_s and summary.tokens_per_s / summary.tokens_per_step,
         "seconds": summary and summary.seconds,
     }
@@ -350,6 +359,8 @@ def check_entry(out_dir: Path, entry: Mapping[str, Any]) -> None:
     expected = (entry["level"] in LEVELS and model_name(entry["level"], entry["tokens"], entry["seed"])) or ""
     if name != expected or entry["level_name"] != LEVELS[entry["level"]]:
         raise ValueError(f"level {entry['level']}, {entry['tokens']} tokens and seed {entry['seed']} are not those of {name!r}")
+    if not entry["parameters"]:
+        raise ValueError(f"parameters of {name} is 0")
     folder = out_dir / "models" / name
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} is not there")

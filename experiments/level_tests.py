@@ -1,7 +1,7 @@
 """What the saved models of the five levels can do: how well they predict a new text, and what they write.
 
-Quality is the share of the generated sentences that the corpus's own grammar parses (`data.story_grammar.parse`). It is taken
-over continuations of prompts from stories that no model has seen: the first sentence of a story and two words of the
+Quality is the share of the generated sentences that the corpus's own grammar parses (`story_grammar.parse_sentence`). It is
+taken over continuations of prompts from stories that no model has seen: the first sentence of a story and two words of the
 second. Sentences that the model itself began and those that it only finished count; the prompt's first sentence does not,
 nor does a last one that was cut off, unless it is longer than any sentence of the grammar. Of the grammatical ones, those
 that do not stand in the text that the model has learnt from count as new.
@@ -32,6 +32,7 @@ COLUMNS = (
     ("train_loss", "train loss", ".2f"),
     ("val_loss", "val loss", ".2f"),
     ("gap", "gap", ".2f"),
+    ("best_val_loss", "lowest val loss", ".2f"),
     ("new_perplexity", "new perplexity", ".3g"),
     ("quality", "quality", ".0%"),
     ("quality_new", "… and new", ".0%"),
@@ -55,7 +56,7 @@ def judge_texts(prompts: Sequence[str], texts: Sequence[str], learnt: str) -> di
     for prompt, text in zip(prompts, texts):
         given = len(story_grammar.sentences_of(prompt)[0])
         sentences, rest = story_grammar.sentences_of(text)
-        judged += [(story_grammar.parse(one) is not None, one not in known) for one in sentences[given:]]
+        judged += [(story_grammar.parse_sentence(one) is not None, one not in known) for one in sentences[given:]]
         if len(rest.split()) > story_grammar.LONGEST:
             judged.append((False, True))
     share = [right for right, _ in judged]

@@ -35,22 +35,23 @@ DOCUMENTED = {  # tokens, n_layer / n_head / n_embd, iterations: the table of th
 def stories(tmp_path_factory):
     """A dataset like data/stories, of fewer stories, in a folder of that name."""
     folder = tmp_path_factory.mktemp("data") / "stories"
-    assert run_recipe(embedded("stories"), [f"--out={folder}", "--max_samples=300", "--num_proc=1"]) == 0
+    assert run_recipe(embedded("stories"), [f"--out={folder}", "--max_samples=100", "--num_proc=1"]) == 0
     return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_tests():
-    """Few prompts and short texts."""
+    """Few prompts, short texts, a small picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(level_tests, "NEW_STORIES", 6)
         patch.setattr(level_tests, "NEW_TOKENS", 25)
+        patch.setattr(level_plots, "DPI", 20)
         yield
 
 
 def command(out_dir, stories, what, *more):
     """The command with this out_dir, at a tiny size where it trains; returns the exit code."""
-    tiny = (f"--dataset={stories}", "--max_iters=6") if what in ("train", "all") else ()
+    tiny = (f"--dataset={stories}", "--max_iters=4") if what in ("train", "all") else ()
     return cpu_levels.main([what, f"--out_dir={out_dir}", *tiny, *more])
 
 
@@ -59,9 +60,7 @@ def finished(tmp_path_factory, stories):
     """A study with everything, of levels 1 and 2; level 1 has a second seed, level 2 has not. Not to be changed."""
     out_dir = tmp_path_factory.mktemp("study") / "levels"
     assert command(out_dir, stories, "train", "--levels=1", "--seeds=2") == 0
-    assert command(out_dir, stories, "all", "--levels=1,2", "--seeds=1", "--prompt=Once upon a time") == 0
-    assert cpu_levels.main(["test", f"--out_dir={out_dir}"]) == 0
-    assert cpu_levels.main(["plot", f"--out_dir={out_dir}"]) == 0
+    assert command(out_dir, stories, "all", "--levels=1,2", "--seeds=1") == 0
     return out_dir
 
 
@@ -106,6 +105,7 @@ def test_the_losses_of_the_index_are_those_of_the_run_log_and_of_a_plain_cross_e
         model, _ = cpu_levels.load_model(finished / "models" / one["name"])
         ids = torch.from_numpy(data.split("train").read(0, one["tokens"]))
         losses = []
+        model.requires_grad_(False)
         for start in range(0, len(ids) - 1, 32):
             window = ids[start : start + 33]
             losses.append(F.cross_entropy(model(window[None, :-1])[0].float(), window[1:], reduction="none"))
@@ -115,7 +115,7 @@ def test_the_losses_of_the_index_are_those_of_the_run_log_and_of_a_plain_cross_e
         last = read_run(log)["evals"][-1]
         assert one["val_loss"] == pytest.approx(last["val_loss"], rel=1e-4)
         assert last["val_tokens"] == len(data.split("val")) - 1
-        assert one["epochs"] == pytest.approx(6 * 128 / one["tokens"]) and one["parameters"] == model.num_parameters()
+        assert one["epochs"] == pytest.approx(4 * 128 / one["tokens"]) and one["parameters"] == model.num_parameters()
 
 
 def test_seeds_give_different_models_from_the_same_text(finished):
@@ -132,6 +132,7 @@ def test_the_results_of_the_tests(finished, capsys):
     assert by_level[1]["seeds"] == [0, 1] and by_level[2]["seeds"] == [0]
     for one in document["models"]:
         model, tokenizer = cpu_levels.load_model(finished / "models" / one["name"])
+        model.requires_grad_(False)
         ids = torch.tensor(list(itertools.chain.from_iterable([*tokenizer.encode(text), tokenizer.eos_id] for text in new)))
         nll = 0.0
         for start in range(0, len(ids) - 1, 32):
@@ -207,17 +208,17 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_model(tmp_path, stories, f
     def interrupt(report):
         step_done(report)
         steps.append(1)
-        if len(steps) == 8:  # the second step of the second run
+        if len(steps) == 6:  # the second step of the second run
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Report, "step_done", interrupt)
     assert command(tmp_path, stories, "train", "--levels=1,2", "--seeds=1") == 0
     out = capsys.readouterr().out
-    assert "Stopped" in out and "[1/2]" in out and "[2/2]" not in out and len(steps) == 8
+    assert "Stopped" in out and "[1/2]" in out and "[2/2]" not in out and len(steps) == 6
     assert not (tmp_path / "models" / "model_tiny_200_tokens").exists()
     assert f"To go on: python experiments/cpu_levels.py train --out_dir={tmp_path} --seeds=1 --levels=1,2" in out
     assert command(tmp_path, stories, "train", "--levels=1,2", "--seeds=1") == 0
-    assert len(steps) == 12  # four steps were left
+    assert len(steps) == 8  # two steps were left
     model, _ = cpu_levels.load_model(tmp_path / "models" / "model_tiny_200_tokens")
     whole, _ = cpu_levels.load_model(finished / "models" / "model_tiny_200_tokens")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters()))
@@ -230,7 +231,7 @@ def test_asked_to_stop_while_a_run_finishes_no_other_one_is_begun(tmp_path, stor
 
     def interrupt(report, progress, found):
         evaluation(report, progress, found)
-        if progress.step == 6:
+        if progress.step == 4:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Report, "evaluation", interrupt)
@@ -270,12 +271,14 @@ def test_before_anything_is_trained(what, tmp_path, capsys):
     [
         (lambda index: "no JSON", "Expecting value"),
         (lambda index: [], "not an object"),
-        (lambda index: {**index, "models": None}, "models is None"),
+        (lambda index: {**index, "models": None}, "it lacks models"),
         (lambda index: {**index, "format_version": 99}, "format_version is 99"),
         (lambda index: {**index, "models": []}, "names no models"),
         (lambda index: edited(index, train_loss="low"), "train_loss is 'low'"),
         (lambda index: edited(index, name="../../elsewhere"), "are not those of '../../elsewhere'"),
         (lambda index: edited(index, level=9), "level 9"),
+        (lambda index: edited(index, parameters=0), "parameters of model_ultra_tiny_100_tokens is 0"),
+        (lambda index: edited(index, dataset={}), "it lacks models[0].dataset.name"),
         (lambda index: edited(index, seed=5, name="model_ultra_tiny_100_tokens_seed5"), "is not there"),
         (lambda index: edited(index, tokens=777, name="model_ultra_tiny_777_tokens"), "is not there"),
     ],
@@ -326,6 +329,8 @@ def test_a_model_that_was_put_in_the_place_of_another_is_found(study, capsys):
         (["train", "--tokenizer=char"], "invalid choice: 'char'"),
         (["test", "--max_iters=3"], "--max_iters=3 is not an option of test"),
         (["test", "--text=nowhere.txt"], "there is no such file"),
+        (["test", "--prompt=Tom", "--prompt= "], "one line that is not empty"),
+        (["test", "--prompt=Tom\nand"], "one line that is not empty"),
         (["generate", "--levels=1"], "give --level=N"),
         (["plot", "--level=1"], "--level is for generate"),
     ],
@@ -380,16 +385,14 @@ def test_the_menu(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     shutil.copytree(finished, tmp_path / "out" / "cpu_levels")
-    answers = iter(["", "9", "2", "7", "5", "4", "Tom saw a", "q"])
+    answers = iter(["", "9", "2", "7", "4", "Tom saw a", "q"])
     monkeypatch.setattr(cpu_levels, "at_a_terminal", lambda: True)
     monkeypatch.setattr(builtins, "input", lambda question: next(answers))
     monkeypatch.setattr(cpu_levels.menu, "__defaults__", (builtins.input,))
-    (tmp_path / "out" / "cpu_levels" / "outputs" / "training_curves.png").unlink()
     assert cpu_levels.main([]) == 0 and next(answers, None) is None
     out, err = capsys.readouterr()
     assert "'9' is none of 1, 2, 3, 4, 5, 6 and q." in out and "Tom saw a" in out
     assert "'7' is not a level from 1 to 5" in err
-    assert (tmp_path / "out" / "cpu_levels" / "outputs" / "training_curves.png").is_file()
 
     def closed(question):
         raise EOFError
@@ -421,3 +424,106 @@ def test_tinystories_take_the_same_recipe(stories, tmp_path):
     assert f"{config.max_iters * 8192 / 1e6:.0f} M tokens" in text and re.search(r"163,840 tokens", text) and 20 * 8192 == 163_840
     tiny = ["--n_embd=32", "--batch_size=2", "--max_iters=2", "--eval_iters=1", f"--dataset={stories}", "--device=cpu"]
     assert train.main(["config/cpu_level6_tinystories.py", *tiny, f"--out_dir={tmp_path}"]) == 0
+
+
+def run_notebook(path, parameters):
+    """Execute the code cells of a notebook by plain Python in a namespace of their own, as Jupyter would one after the other.
+
+    parameters: Python that takes the place of the cell tagged "parameters".
+    """
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) >= (4, 5) and len({cell["id"] for cell in notebook["cells"]}) > 10
+    namespace, run = {"__name__": "__main__"}, 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            chosen = "parameters" in cell["metadata"].get("tags", ())
+            text = parameters if chosen else "".join(cell["source"])
+            exec(compile(text, f"{path.name} {cell['id']}", "exec"), namespace)
+            run += 1
+    assert "parameters" in str(notebook) and run >= 8
+    return namespace
+
+
+def test_the_notebook_runs(stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    more = [f"--dataset={stories}", "--max_iters=4"]
+    found = run_notebook(
+        ROOT / "docs" / "overfitting.ipynb", f"OUT_DIR, LEVELS, SEEDS, MORE = {str(tmp_path / 'book')!r}, '2', 1, {more!r}"
+    )
+    out = capsys.readouterr().out
+    assert [one["level"] for one in found["index"]] == [2] and "tokens a parameter: train" in out
+    assert "Lily lost his doll in the park.     None" in out and "{h} lost {h.their} {thing} in the {place}." in out
+    assert (tmp_path / "book" / "outputs" / "training_curves.png").is_file() and "Tom and Lily" in out
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """The results that docs/OVERFITTING.md is written from, as `cpu_levels.py all` wrote them."""
+    return json.loads((ROOT / "docs" / "overfitting_results.json").read_text(encoding="utf-8"))
+
+
+def test_the_page_shows_what_was_recorded_and_nothing_selected(recorded):
+    page = (ROOT / "docs" / "OVERFITTING.md").read_text(encoding="utf-8")
+    assert level_tests.levels_markdown(recorded["levels"]) in page
+    for one in recorded["models"]:
+        if one["seed"] == 0 and one["level"] in (4, 5):
+            assert len(one["samples"]) == len(level_tests.PROMPTS)
+            assert all(f"> {sample['text']}\n" in page for sample in one["samples"])
+    assert (ROOT / "docs" / "overfitting_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert recorded["models"][0]["dataset"]["name"] == "stories" and len(recorded["models"]) == 15
+
+
+def test_what_the_page_claims_is_in_the_record(recorded):
+    levels = {one["level"]: one for one in recorded["levels"]}
+    gap, quality = ({level: one[key] for level, one in levels.items()} for key in ("gap", "quality"))
+    assert all(gap[level][1] > gap[level + 1][2] for level in (2, 3, 4))  # falls, and no two of these ranges meet
+    assert gap[1][1] >= 3 * gap[5][2]
+    assert gap[1][0] < gap[2][0] and levels[1]["train_loss"][1] > 2  # the exception, and why
+    medians = [quality[level][0] for level in sorted(quality)]
+    assert medians == sorted(medians) and len(set(medians)) == 5
+    for one in recorded["models"]:  # the sums and shares of the table, again
+        assert one["gap"] == one["val_loss"] - one["train_loss"]
+        assert one["epochs"] == DOCUMENTED[one["level"]][2] * 128 / one["tokens"]
+        assert one["new_loss"] == pytest.approx(one["val_loss"], rel=0.1)  # two texts of the same grammar
+
+
+def test_every_command_of_the_page_can_be_given(finished, stories, tmp_path, monkeypatch, capsys):
+    """Those that train are given to the parser and to the planner; the others run on a study that is finished."""
+    import shlex
+
+    page = (ROOT / "docs" / "OVERFITTING.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^python .*", page, re.M) + re.findall(r"`(python experiments/.*?)`", page)
+    done = set()
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] == "train.py":
+            configure(words[1:])
+        elif words[0] == "experiments/cpu_levels.py" and words[1:]:
+            options, rest = cpu_levels.make_parser().parse_known_args(words[1:])
+            cpu_levels.check_options(options, rest)
+            given = dict(word.removeprefix("--").split("=") for word in rest)
+            if options.what in ("train", "all"):
+                given |= {"dataset": str(stories)}
+                level_runs.plan_runs(tmp_path / "none", (options.levels or (1,))[:1], 1, {**given, "max_train_tokens": "100"})
+            elif options.what == "generate":
+                level = f"--level={min(2, options.level or 2)}"
+                words = [word for word in words[1:] if not word.startswith("--level=")]
+                assert cpu_levels.main([*words, level, f"--out_dir={finished}", "--max_new_tokens=2"]) == 0
+            done.add(options.what)
+    assert done == {"all", "train", "test", "plot", "generate"}
+    for code in re.findall(r'python -c "(.*?)"', page):
+        exec(code, {})
+    assert "{h} lost {h.their} {thing} in the {place}." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_study_itself_shows_what_the_page_says(tmp_path):
+    """One seed of all five levels, some minutes."""
+    assert cpu_levels.main(["all", "--seeds=1", f"--out_dir={tmp_path}"]) == 0
+    results = json.loads((tmp_path / "outputs" / "test_results_new_data.json").read_text())["models"]
+    gaps, quality = [one["gap"] for one in results], [one["quality"] for one in results]
+    assert gaps[1] > gaps[2] > gaps[3] > gaps[4] and gaps[0] > 3 * gaps[4] and quality == sorted(quality)

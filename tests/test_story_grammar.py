@@ -80,11 +80,11 @@ def changed(sentence: str, number: int) -> str:
 
 def test_both_readers_take_every_sentence_that_is_written_and_agree_on_those_that_are_spoilt():
     templates = [template for templates in grammar.TEMPLATES.values() for template in templates]
-    read = [grammar.parse(sentence) for sentence in SENTENCES]
+    read = [grammar.parse_sentence(sentence) for sentence in SENTENCES]
     assert None not in read and set(read) == set(templates)
     assert all(by_expressions(sentence) for sentence in SENTENCES[::5])
     spoilt = [changed(sentence, number) for number, sentence in enumerate(SENTENCES[:700])]
-    ours = [grammar.parse(sentence) is not None for sentence in spoilt]
+    ours = [grammar.parse_sentence(sentence) is not None for sentence in spoilt]
     assert ours == [by_expressions(sentence) for sentence in spoilt]
     assert 0.05 < sum(ours) / len(ours) < 0.5  # some are still, or again, sentences
 
@@ -119,7 +119,7 @@ def test_both_readers_take_every_sentence_that_is_written_and_agree_on_those_tha
     ],
 )
 def test_sentences_that_a_person_can_judge(sentence, right):
-    assert (grammar.parse(sentence) is not None) is right
+    assert (grammar.parse_sentence(sentence) is not None) is right
     assert by_expressions(sentence) is right
 
 
@@ -149,7 +149,7 @@ def test_a_story_keeps_its_hero_its_toy_and_its_place():
 
 def test_the_vocabulary_is_what_the_stories_use():
     words = {word for story in grammar.stories(3000) for word in re.findall(r"[A-Za-z]+|[.,!]", story)}
-    known = grammar.vocabulary()
+    known = grammar.known_words()
     assert {word if word in known else word.lower() for word in words} <= known
     assert 300 < len(known) < 400 and len(known - words - {word.lower() for word in words}) < 10
 
