@@ -22,8 +22,9 @@ def write_curves(out_dir: Path, levels: Sequence[int] | None) -> Path:
 
     entries = read_index(out_dir, levels)
     shown = sorted({entry["level"] for entry in entries})
-    figure = Figure(figsize=(15, 8.4), layout="constrained")
-    panels = figure.subplots(2, 3).flatten()
+    figure = Figure(figsize=(15, 8.8))
+    margins = {"left": 0.045, "right": 0.955, "top": 0.93, "bottom": 0.065, "hspace": 0.4, "wspace": 0.2}
+    panels = figure.subplots(2, 3, gridspec_kw=margins).flatten()
     highest = 1.0
     for panel, level in zip(panels, shown):
         of_level = [entry for entry in entries if entry["level"] == level]
@@ -61,7 +62,7 @@ def write_curves(out_dir: Path, levels: Sequence[int] | None) -> Path:
 
 def plot_gaps(panel: Any, entries: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
     """The gap of every model against the tokens it has learnt from; beside it the quality, where that was tested."""
-    panel.set_title("what is left at the end: a point a seed, lines through the medians")
+    panel.set_title("what is left at the end\na point a seed, lines through the medians")
     by_tokens: dict[int, list[float]] = {}
     for entry in entries:
         if entry["gap"] is not None:

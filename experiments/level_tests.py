@@ -33,7 +33,7 @@ COLUMNS = (
     ("val_loss", "val loss", ".2f"),
     ("gap", "gap", ".2f"),
     ("best_val_loss", "lowest val loss", ".2f"),
-    ("new_perplexity", "new perplexity", ".3g"),
+    ("new_perplexity", "new perplexity", ",.1f"),
     ("quality", "quality", ".0%"),
     ("quality_new", "… and new", ".0%"),
     ("distinct_2", "distinct-2", ".2f"),
