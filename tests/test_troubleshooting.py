@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def said(tmp_path, tiny_dataset, monkeypatch, capsys):
     for error in (type("GatedRepoError", (Exception,), {})(), type("ConnectError", (Exception,), {})()):
         texts.append(hub_reason(error, "meta-llama/Llama-2-7b-hf"))
     texts.append("train.py: " + error_text(torch.OutOfMemoryError("CUDA out of memory"), "Out of memory. …"))
-    monkeypatch.setattr("train.device_peak", lambda device, dtype: None)
+    monkeypatch.setattr("train.device_peak", lambda *device: None)
     monkeypatch.setattr(fitting, "free_memory", lambda device, processes: 1e6)
     ran("--max_iters=1", f"--out_dir={tmp_path / 'b'}")
     monkeypatch.undo()
@@ -90,3 +91,20 @@ def test_every_message_on_the_page_is_printed(said):
         elif not re.search(pattern(quote), said):
             missing.append(quote)
     assert not missing, f"not printed: {missing}\n{said}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the page's run read the documentation of Python 3.11")
+def test_the_first_command_prints_what_the_page_shows(tmp_path, capsys):
+    """python -m pytest -m slow tests/test_troubleshooting.py: 100 iterations of the quickstart."""
+    shown = re.search(r"```text\n(.*?)```", PAGE, re.S)[1].splitlines()
+    command = re.search(r"^`python train.py (config/quickstart.py [^`]*)`", PAGE, re.M)[1].split()
+    assert train.main([*command, f"--out_dir={tmp_path}", "--dtype=float32"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for line in shown:
+        head, loss, _ = re.match(r"(.*?loss )([\d.]+)( .*)", line).groups() if " loss " in line else (line, None, "")
+        if loss is None and not line.startswith("finished"):
+            assert line in printed
+        elif loss is not None:
+            own = next(found for found in printed if found.startswith(head))
+            assert abs(float(own[len(head) :].split()[0]) - float(loss)) < 0.1, (line, own)
