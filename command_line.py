@@ -92,9 +92,9 @@ def _be_quiet_while_importing() -> None:
     """
     program = getattr(sys.modules.get("__main__"), "__file__", None)
     ours = program is not None and Path(program).resolve().parent == PROJECT
-    if ours and threading.current_thread() is threading.main_thread():
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _leave_at_once)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if ours and main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_at_once)
 
 
 def _listen_to_interrupts() -> None:
@@ -111,16 +111,22 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, (UsageError, Failure, OSError))
 
 
-def error_text(error: Exception, memory_advice: str | Callable[[], str]) -> str:
-    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory left, on a GPU or here."""
     import torch
 
+    said = ("can't allocate memory", "std::bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
+def error_text(error: Exception, memory_advice: str | Callable[[], str]) -> str:
+    """An exception as the sentence a user can act on; one of an unexpected kind keeps its type's name."""
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and type(error).__str__ is OSError.__str__:
         return system_error(error)
     if is_expected(error):
         return text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         try:
             return memory_advice if isinstance(memory_advice, str) else memory_advice()
         except Exception:  # whatever stands in the way of better advice

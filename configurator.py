@@ -44,7 +44,7 @@ from training.train_config import (
 )
 from training_logger import SCHEMA_VERSION
 
-SWITCHES = ("help", "help_all", "print_config", "debug")  # what the command line has besides keys
+SWITCHES = ("help", "help_all", "print_config", "check", "debug")  # what the command line has besides keys
 reserve("the command line", (*SWITCHES, *ALIASES, "config", "base"))  # which is a name in config files
 
 
@@ -63,7 +63,7 @@ def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, str | boo
 
 
 def switches_in(argv: list[str]) -> set[str]:
-    """Which of --help, --help_all, --print_config and --debug are given, whatever else may be wrong."""
+    """Which of --help, --help_all, --print_config, --check and --debug are given, whatever else may be wrong."""
     return _split(argv)[2]
 
 
@@ -357,6 +357,12 @@ def configure(argv: list[str]) -> Configuration:
         except ConfigError as error:
             problems.append(f"--{error}")
     values = _in_tokens(_overlay(values, line, "the command line", problems), problems)
+    sized = values.keys() & {"batch_size", "total_batch_tokens"} or values.get("resume", ("no",))[0] != "no"
+    if values.get("micro_batch", (None,))[0] == "auto" and not sized:
+        problems.append(
+            "micro_batch=auto (batch_size=auto) needs the size of the global batch: give --total_batch_tokens=…, or a "
+            "batch_size=… in the config file, whose global batch is kept."
+        )
     train = TrainConfig.of({key: value for key, (value, _) in values.items()})
     train = replace(train, out_dir=os.path.expanduser(train.out_dir))
     unusable = [key for key in KEYS if any(re.search(rf"\b{key}=", problem) for problem in problems)]
@@ -448,8 +454,8 @@ def print_help_all(usage: str) -> None:
         print(f"  {line}")
     print(f"\npresets (--arch_preset): {', '.join(PRESETS)}")
     print(
-        "A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins;"
-        "\n--debug shows the traceback of an error."
+        "A default in [brackets] is worked out from other keys. --print_config shows the outcome with its origins,"
+        "\n--check whether the run can start here and what it will cost; --debug shows the traceback of an error."
     )
 
 

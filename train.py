@@ -4,6 +4,7 @@ python train.py [config/x.py | run_….json] [--key=value | --key value | --k]
 python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
 python train.py config/quickstart.py --resume
 python train.py --help | config/x.py --print_config
+python train.py config/x.py --check                                        # can it run here, and what will it cost
 torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 """
 
@@ -38,13 +39,16 @@ from flops_parameter_counting.hardware import best_dtype, device_peak
 from model_builder import initialize
 from model_components import auxiliary_losses
 from training.assembly import assemble, compile_blocks
+from training.checking import inspected
 from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeights, read_state
 from training.continuing import check_same_objective, go_on, take_model
 from training.data_loader import DataLoader, WindowOrder, document_end, repetitions
 from training.evaluation import Evaluator
+from training.fitting import fit_into_memory, settle_micro_batch
 from training.objectives import OBJECTIVES, Objective, Tally
-from training.optimizers import OPTIMIZERS, Optimizer, clip_and_check
-from training.parallelism import choose, parallelize
+from training.observing import Observer
+from training.optimizers import Optimizer, clip_and_check
+from training.parallelism import parallelize
 from training.precision import LossScale, SkipCounter, dropout_seed
 from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
 from training.progress import Diverged, Progress, check_outcome, stop_if_diverged
@@ -180,25 +184,17 @@ def open_data(start: Start, machine: Machine, resources: ExitStack) -> Data:
     return Data(dataset, portable_spec(dataset, config.dataset), loader, model_config, sequences, length, warnings)
 
 
-def choose_strategy(start: Start, machine: Machine, data: Data, objective: Objective) -> tuple[str, str]:
-    """The name of the strategy, and a sentence about it where parallelism='auto' chose it."""
-    config, world = start.config, machine.world
-    if config.parallelism != "auto":
-        return config.parallelism, ""
-    if start.resumes and start.saved["world_size"] == world.size > 1 and "parallelism" in start.saved:
-        return start.saved["parallelism"], ""  # whatever is free at this moment: a restart changes nothing
-    rule, extra = OPTIMIZERS[config.optimizer].rule, objective.memory(config.batch_size, data.model_config.block_size)
-    return world.from_main(lambda: choose(config, data.model_config, world, machine.device, machine.dtype, rule, extra))
-
-
-def make_learner(start: Start, machine: Machine, data: Data) -> Learner:
-    """Build the model, share it, and give it the weights that the run starts from."""
-    config, device = start.config, machine.device
-    objective = OBJECTIVES[config.objective](config, data.model_config)
+def make_objective(start: Start, data: Data) -> Objective:
+    """What is minimised; of a run that goes on, the same as before."""
+    objective = OBJECTIVES[start.config.objective](start.config, data.model_config)
     if start.resumes:
         check_same_objective(start.saved, objective.fingerprint(), str(start.origin.path))
-    parallelism, why = choose_strategy(start, machine, data, objective)
-    start.notes.extend([why] if why else [])
+    return objective
+
+
+def make_learner(start: Start, machine: Machine, data: Data, objective: Objective, parallelism: str) -> Learner:
+    """Build the model, share it, and give it the weights that the run starts from."""
+    config, device = start.config, machine.device
     model = assemble(data.model_config, objective, config, machine.compute_dtype)
     parallel = parallelize(model, parallelism, machine.world, device, machine.compute_dtype, config.hsdp_shard_size)
     model.to_empty(device=device)
@@ -235,6 +231,7 @@ def train(
     evaluate: Evaluator,
     report: Report,
     checkpoints: Checkpoints,
+    observer: Observer,
     stop: StopRequest,
 ) -> str:
     """Train until the run's length, a request to stop or the end of patience; returns the outcome."""
@@ -255,14 +252,16 @@ def train(
 
         tally = Tally(data.tokens, machine.device)
         scale = loss_scale.scale / data.tokens
-        for micro_batch in learner.parallel.accumulate(batch.split(config.batch_size)):
-            with auxiliary_losses(scale) as auxiliary:
-                losses, count, figures = objective(model, micro_batch.to(machine.device))
-            (losses * scale).backward()
-            tally.add(losses, count, {**figures, **auxiliary.totals})
+        with observer.forward(progress.step):
+            for micro_batch in learner.parallel.accumulate(batch.split(config.micro_batch_size)):
+                with auxiliary_losses(scale) as auxiliary:
+                    losses, count, figures = objective(model, micro_batch.to(machine.device))
+                (losses * scale).backward()
+                tally.add(losses, count, {**figures, **auxiliary.totals})
         loss, share, figures = tally.over(world.sum)  # of the global batch
         meter.lap("compute")
 
+        observer.backward_done(progress.step, loss_scale.scale * share)
         lr = learning_rate(progress.step, config, data.length)
         grad_norm, skip = clip_and_check(model, loss, config.grad_clip, loss_scale.scale * share)
         optimizer.step(lr, skip)  # skip: something is not finite, which only the device knows
@@ -277,6 +276,7 @@ def train(
         last = progress.step == data.length
         if last or progress.step % config.log_interval == 0:
             report.step(progress, loss, lr, grad_norm, figures, learner.skips)
+        observer.step_done(progress, loss, last)
         stop_if_diverged(progress, learner.skips, config.nonfinite_limit, start.store)
         if last or (config.eval_interval and progress.step % config.eval_interval == 0):
             with meter.excluded():
@@ -304,15 +304,20 @@ def run(configuration: Configuration, to_go_on: str) -> int:
         world = resources.enter_context(join(device, timeout=asked.collective_timeout, alone=alone))
         display = Display(enabled=world.is_main)
         start = find_start(configuration, world, display)
-        config, progress = start.config, start.progress
+        progress = start.progress
         saver = open_out_dir(start, world, resources)
         machine = prepare_machine(start, world, device)
         data = open_data(start, machine, resources)
-        if start.resumes and progress.step >= data.length and not config.eval_only:
+        if start.resumes and progress.step >= data.length and not start.config.eval_only:
             display.line(f"nothing to do: {progress.step} of {data.length} iterations are done; --max_iters says how many.")
             return 0
-        learner = make_learner(start, machine, data)
-        identity = describe(start, machine, data, learner)
+        objective = make_objective(start, data)
+        fit = fit_into_memory(start, machine, data, objective)
+        if fit.too_large:
+            display.line(f"warning: {fit.in_words()}")  # now, as the next line may be the last one
+        learner = make_learner(start, machine, data, objective, fit.parallelism)
+        start = settle_micro_batch(start, machine, data, learner, fit)
+        config, identity = start.config, describe(start, machine, data, learner)
         report = open_report(start, machine, data, learner, identity, display)
         for warning in [*data.warnings, *world.from_main(launch_warnings)]:
             report.warn(warning)
@@ -324,9 +329,10 @@ def run(configuration: Configuration, to_go_on: str) -> int:
                 outcome = "evaluated"
             else:
                 checkpoints = Checkpoints(saver, start, machine, data, learner, report, identity)
+                observer = Observer(start, machine, data, learner, report)
                 display.start_bar(progress.step, data.length)
                 with stop:
-                    outcome = train(start, machine, data, learner, evaluate, report, checkpoints, stop)
+                    outcome = train(start, machine, data, learner, evaluate, report, checkpoints, observer, stop)
         except (Diverged, NonFiniteWeights):
             outcome = "diverged"
             raise
@@ -336,6 +342,20 @@ def run(configuration: Configuration, to_go_on: str) -> int:
             raise Failure(lost)
         display.line(closing_lines(outcome, stop.name, progress, config, cost, report.logger.path, to_go_on))
     return 0
+
+
+def check(configuration: Configuration) -> int:
+    """Say whether the run could start on this machine and what it would cost, without writing anything. Exit code."""
+    asked, here = configuration.train, launched_as()
+    device = choose_device(asked.device, here.local_rank, here.local_size)
+    with ExitStack() as resources:
+        world = resources.enter_context(join(device, timeout=asked.collective_timeout))
+        display = Display(enabled=world.is_main)
+        start = find_start(configuration, world, display)
+        machine = prepare_machine(start, world, device)
+        said, possible = inspected(start, machine, lambda: open_data(start, machine, resources))
+        display.line(said)
+    return 0 if possible else 1
 
 
 def main(argv: list[str]) -> int:
@@ -356,6 +376,8 @@ def main(argv: list[str]) -> int:
                 configuration, vocabulary = start.configuration, start.vocabulary
             print_config(configuration, vocabulary)
             return 0
+        if "check" in switches:
+            return check(configuration)
         return run(configuration, resume_command(argv))
 
     advice = lambda: out_of_memory(configure(argv).train)  # noqa: E731  asked only where it is needed

@@ -1,8 +1,9 @@
 """One run, one log: `run_<date>_<time>.jsonl`, an event a line as it happens, and `.json`, the same run as one document.
 
 The `.jsonl` is the truth: append-only, one strict-JSON object a line with "event" and "time", what `tail -f` follows.
-Events: run_start, step, eval, checkpoint, warning, run_end. The `.json` document is what `compare_architectures.py`
-reads; `rebuild` makes the same document from the `.jsonl` of a run that was killed, through the same `RunDocument`.
+Events: run_start, step, eval, checkpoint, warning, stats, sample, run_end. The `.json` document is what
+`compare_architectures.py` reads; `rebuild` makes the same document from the `.jsonl` of a run that was killed,
+through the same `RunDocument`.
 
 JSON has no NaN: a non-finite number under `key` is written as `"key": null, "key_repr": "nan"` ("inf", "-inf"), so that a
 diverged loss differs from one that was not measured. Inside a list it becomes null.
@@ -391,6 +392,14 @@ class TrainingLogger:
         """eval: losses and what follows from them; the document is replaced."""
         self._record("eval", step=step, tokens=tokens, **results)
         self._write_document()
+
+    def statistics(self, step: int, **found) -> None:
+        """stats: norms of each block's output and gradient, and the largest logit, at one step."""
+        self._record("stats", step=step, **found)
+
+    def sample(self, step: int, text: str) -> None:
+        """sample: a text that the model wrote after so many steps."""
+        self._record("sample", step=step, text=text)
 
     def checkpoint(self, step: int, path: str | os.PathLike, seconds: float, best: bool = False, **facts) -> None:
         """checkpoint: one was saved at `path`, which took `seconds`."""

@@ -64,7 +64,7 @@ class Stepper:
         self._wait()
         before = time.perf_counter()
         tally, scale = Tally(self.tokens, self.device), self.loss_scale.scale / self.tokens
-        for micro_batch in batch.split(self.train.batch_size):
+        for micro_batch in batch.split(self.train.micro_batch_size):
             with auxiliary_losses(scale):
                 losses, count, figures = self.objective(self.model, micro_batch.to(self.device))
             (losses * scale).backward()

@@ -19,3 +19,4 @@ weight_decay, grad_clip = 0.1, 1.0
 eval_interval = 250
 eval_iters = 0                              # the whole validation set
 log_interval = 50
+snapshot_epochs = 5                         # checkpoints that stay

@@ -33,8 +33,16 @@ MEANT = [
     ("dataset", "wikitext", "dataset", "wikitext2"),
     ("dataset", "wikitext-103", "dataset", "wikitext103"),
     ("dataset", "wikitext-2", "dataset", "wikitext2"),
+    ("batch_size", "auto", "micro_batch", "auto"),
     ("init_from", "resume", "resume", "yes"),
     ("init_from", "auto", "resume", "auto"),
+    *(
+        ("init_from", name, "init_from", f"hf:openai-community/{name}")
+        for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    ),
+    ("always_save_checkpoint", "False", "keep_last", 1),
+    ("decay_lr", "True", "lr_schedule", "cosine"),
+    ("decay_lr", "False", "lr_schedule", "constant"),
 ]
 
 
@@ -49,11 +57,11 @@ def test_every_row_of_the_table_is_tried_here():
 @pytest.mark.parametrize("name, text, key, value", MEANT)
 def test_an_alias_means_the_key_on_a_command_line_and_in_a_file(tmp_path, name, text, key, value):
     for words in ([f"--{name}={text}"], [f"--{name}", text]):
-        got = configure(words)
+        got = configure([*words, "--total_batch_tokens=4096"] if text == "auto" else words)
         assert getattr(got.train, key) == value and got.origins[key] == "command line"
     file = tmp_path / "x.py"
     file.write_text(f"seed = 3\n{name} = {text if text[0].isdigit() or text in ('True', 'False') else repr(text)}\n")
-    got = configure([str(file)])
+    got = configure([str(file), *(["--total_batch_tokens=4096"] if text == "auto" else [])])
     assert getattr(got.train, key) == value and got.origins[key] == f"{file}:2"
 
 

@@ -84,3 +84,23 @@ def test_best_is_the_best_of_those_that_were_saved_also_after_going_on(tmp_path,
         20: False,
         40: True,
     }
+
+
+def test_a_snapshot_every_n_epochs_stays_also_after_going_on(tmp_path, tiny_dataset):
+    """An epoch of 640 tokens is 10 steps. The run stops in mid-epoch, at step 24, and goes on."""
+    run = (*TINY_RUN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path}", "--max_train_tokens=640", "--eval_interval=0")
+    run += ("--epochs=6", "--snapshot_epochs=2", "--save_interval=7", "--keep_last=1", "--lr_schedule=constant")
+    store = CheckpointStore(tmp_path)
+    assert train.main([*run, "--epochs=2.4"]) == 0
+    assert [int(path.name[-9:]) for path in store.all()] == [20, 24]
+    assert train.main([*run, "--resume"]) == 0
+    assert [int(path.name[-9:]) for path in store.snapshots()] == [20, 40, 60]
+    others = {path.name for path in store.all()} - {path.name for path in store.snapshots()}
+    assert others <= {store.pointed("best").name}
+
+
+@pytest.mark.parametrize(
+    "words, reason", [(["--snapshot_epochs=0"], "above 0"), (["--snapshot_epochs=1", "--save_interval=-1"], "none at all")]
+)
+def test_snapshots_that_cannot_be_are_refused(words, reason, capsys):
+    assert train.main(words) == 2 and reason in capsys.readouterr().err

@@ -126,6 +126,7 @@ ALIASES: dict[str, Alias] = {
 SPELLINGS: dict[tuple[str, str], tuple[str, str]] = {
     ("init_from", "resume"): ("resume", "yes"),  # nanoGPT's
     ("init_from", "auto"): ("resume", "auto"),
+    ("batch_size", "auto"): ("micro_batch", "auto"),  # the global batch stays what it is without it
     **{("init_from", name): ("init_from", f"hf:openai-community/{name}") for name in _GPT2},
     ("dataset", "wikitext"): ("dataset", "wikitext2"),
     ("dataset", "wikitext-2"): ("dataset", "wikitext2"),

@@ -167,6 +167,15 @@ class CheckpointStore:
             return None
         return target if target.name.startswith(_STEP) and (target / "manifest.json").is_file() else None
 
+    def snapshots(self) -> list[Path]:
+        """The checkpoints that stay, whatever keep_last says, in the order in which they were saved."""
+        try:
+            names = (self.folder / "snapshots").read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError):
+            return []
+        found = [self.folder / Path(name).name for name in names if Path(name).name.startswith(_STEP)]
+        return [path for path in found if (path / "manifest.json").is_file()]
+
     def newest_intact(
         self,
         warn: Callable[[str], None],
@@ -253,11 +262,12 @@ class CheckpointStore:
         keep_last: int,
         tokenizer_folder: Path | None = None,
         best: bool = False,
+        snapshot: bool = False,
     ) -> Path:
         """Write a checkpoint of this step, publish it, point 'latest' (and 'best') at it and drop old ones.
 
-        keep_last: how many to keep besides the best; 0 keeps all. Every process of `world` calls this; each writes and
-        checks its own part, rank 0 publishes.
+        keep_last: how many to keep besides the best and those saved as a snapshot; 0 keeps all. Every process of `world`
+        calls this; each writes and checks its own part, rank 0 publishes.
 
         `tensors`: flat names → tensors (sharded ones are written by the ranks that hold them), or (name, tensor) pairs
         that are written as they come, without ever being in memory together. `state`: JSON-ready.
@@ -301,6 +311,8 @@ class CheckpointStore:
             self.point("latest", name)
             if best:
                 self.point("best", name)
+            if snapshot:
+                self.point("snapshots", "\n".join(dict.fromkeys([*(kept.name for kept in self.snapshots()), name])))
             self._prune(keep_last)
 
         try:
@@ -327,7 +339,7 @@ class CheckpointStore:
         return self.folder / name
 
     def point(self, pointer: str, name: str) -> None:
-        """Make 'latest' or 'best' name this folder, in one atomic replacement."""
+        """Make 'latest' or 'best' name this folder, or 'snapshots' these, a line each; in one atomic replacement."""
         temporary = self.folder / f".{pointer}.new"
         temporary.write_text(name + "\n", encoding="utf-8")
         fsync(temporary)
@@ -345,7 +357,7 @@ class CheckpointStore:
     def _prune(self, keep_last: int) -> None:
         if keep_last == 0:
             return
-        kept = {self.pointed("latest"), self.pointed("best"), *self.all()[-keep_last:]}
+        kept = {self.pointed("latest"), self.pointed("best"), *self.snapshots(), *self.all()[-keep_last:]}
         for old in set(self.all()) - kept:
             doomed = self.folder / f"{_TEMPORARY}{old.name}"  # a name that clean() removes if this is cut short
             shutil.rmtree(doomed, ignore_errors=True)

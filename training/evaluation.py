@@ -50,7 +50,7 @@ class Evaluator:
                 split,
                 model.block_size,
                 windows,
-                config.batch_size,
+                config.micro_batch_size,
                 world.data_rank,
                 world.data_size,
                 vocab_size=model.vocab_size,

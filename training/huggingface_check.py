@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -155,22 +154,12 @@ def _bytes_of(folder: Path) -> int:
     return 4 * (numbers + 2 * largest + 4 * ROWS * TOKENS * config.vocab_size)
 
 
-def _free_bytes() -> int:
-    """Memory that this process may still take: the machine's, and what a container leaves of it."""
-    free = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    except (OSError, StopIteration):
-        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]
-        free.append(limit - used + int(cached))
-    except (OSError, ValueError, KeyError):  # no limit, or no such file
-        pass
-    return max(0, min(free))
+def _free_bytes() -> float:
+    import torch
+
+    from training.meter import free_memory
+
+    return free_memory(torch.device("cpu"))
 
 
 def main(argv: list[str]) -> int:

@@ -20,7 +20,6 @@ reduced in fp32.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from command_line import Failure, UsageError
 from flops_parameter_counting.memory_rules import OptimizerRule, ShardingRule
 from model_config import ModelConfig
+from training.meter import free_memory
 from training.processes import World
 from training.registry import STRATEGIES
 from training.tensor_files import as_bytes
@@ -273,13 +273,13 @@ def choose(
 
     available = memory_of(device, world)
     sequences = config.sequences_per_iteration(model_config.block_size)
-    micro_batches = -(-sequences // (world.data_size * config.batch_size))  # of one process
+    micro_batches = -(-sequences // (world.data_size * config.micro_batch_size))  # of one process
     automatic = {name: strategy for name, strategy in STRATEGIES.items() if strategy.automatic}
     for name, strategy in automatic.items():
         try:
             needed = estimate_memory(
                 model_config,
-                batch_size=config.batch_size,
+                batch_size=config.micro_batch_size,
                 dtype=dtype,
                 checkpointing=config.activation_checkpointing,
                 optimizer=optimizer,
@@ -303,10 +303,5 @@ def choose(
 
 
 def memory_of(device: torch.device, world: World) -> float:
-    """Bytes that one process may use: its GPU's memory, or its share of what this machine has free."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world.local_size
-    except (ValueError, OSError):  # not Linux
-        return float("inf")
+    """Bytes that one process may use: what its GPU has free, or its share of what this machine has."""
+    return free_memory(device, world.local_size)

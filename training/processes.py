@@ -146,6 +146,13 @@ class World:
             dist.all_reduce(tensor, group=self.group if self.mesh is None else self.mesh.get_group(DATA))
         return tensor
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The tensor, in place, with the largest values over the shares of the global batch."""
+        if self.data_size > 1:
+            group = self.group if self.mesh is None else self.mesh.get_group(DATA)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+        return tensor
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Each flag, true if it is true in at least one process: what all of them may act on. Host memory only."""
         if self.size == 1:

@@ -81,7 +81,7 @@ def start_report(start: Start, machine: Machine, data: Data, learner: Learner, d
         (
             "batch",
             f"{sequences} sequences × {model.block_size} tokens = {tokens:,} tokens per iteration, in "
-            f"micro-batches of {min(config.batch_size, sequences)}",
+            f"micro-batches of {min(config.micro_batch_size, sequences)}",
         ),
         (
             "length",
@@ -193,7 +193,7 @@ def out_of_memory(config: TrainConfig) -> str:
     except TypeError as error:  # the system does not tell
         raise ValueError("the memory of this machine is not known") from error
     model, processes = config.model_config(), int(os.environ.get("WORLD_SIZE", "1"))
-    strategy = STRATEGIES[config.parallelism] if config.parallelism in STRATEGIES else None
+    strategy = STRATEGIES.get(config.parallelism)
     how = dict(
         dtype=best_dtype(device) if config.dtype == "auto" else config.dtype,
         checkpointing=config.activation_checkpointing,
@@ -384,6 +384,23 @@ class Report:
             **({"val_loss_by_source": found.by_source} if found.by_source else {}),
         )
         self.display.line(evaluation_line(progress.step, found, progress.is_best))
+
+    def statistics(self, step: int, found: dict[str, Any]) -> None:
+        """Norms of one step: all of them to the log, the extremes to the terminal."""
+        self.logger.statistics(step, **found)
+        gradients, activations = found["gradient_norm"], found["activation_rms"]
+        most = max(gradients, key=gradients.get)
+        words = [f"stats at {step}", f"largest gradient norm {gradients[most]:.3g} ({most})"]
+        if activations:
+            words.append(f"output rms {min(activations.values()):.3g} to {max(activations.values()):.3g}")
+        if found["largest_logit"] is not None:
+            words.append(f"largest logit {found['largest_logit']:.3g}")
+        self.display.line(" | ".join(words))
+
+    def sample(self, step: int, text: str) -> None:
+        """A sample of text."""
+        self.logger.sample(step, text)
+        self.display.line(f"sample at {step} | {printable(text)}")
 
     def end(self, outcome: str, progress: Progress, processes: int, price_per_hour: float | None) -> dict[str, float | None]:
         """Close bar, profiler and log, with how the run came out. Returns what it took: seconds, device-hours, their price."""

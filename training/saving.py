@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 import time
@@ -235,6 +236,8 @@ class Checkpoints:
         self.first_step = start.progress.step
         self.started_here = start.resumes and start.store.holds(start.origin.path)
         self.best = machine.world.from_main(start.store.best_loss) if self.started_here else None
+        self.epoch = data.loader.order.sequences_per_epoch  # sequences
+        self.snapshots = self._snapshots_by(start.progress)
 
     @property
     def interval(self) -> int:
@@ -247,12 +250,19 @@ class Checkpoints:
         return self.saver.failed or self.report.logger.lost(seen_within=LOOK_INTERVAL) is not None
 
     def due(self, progress: Progress) -> bool:
-        """Whether this step ends with a checkpoint: at its interval, or for a new best; not while updates fail."""
+        """Whether this step ends with a checkpoint: at its interval, or for a new best or a snapshot; not while updates fail."""
         step, interval = progress.step, self.interval
-        if interval <= 0 or progress.saved_step == step:
+        if interval < 0 or progress.saved_step == step:
             return False
-        due = step % interval == 0 or (progress.is_best and best_is_due(step, progress.saved_step, interval))
+        due = interval > 0 and (step % interval == 0 or (progress.is_best and best_is_due(step, progress.saved_step, interval)))
+        due = due or self._snapshots_by(progress) > self.snapshots
         return due and self.learner.skips.read()[1] == 0  # which waits for a GPU, so it is asked last
+
+    def _snapshots_by(self, progress: Progress) -> int:
+        """How many snapshots belong to a run that has come so far: one every `snapshot_epochs`."""
+        if not self.config.snapshot_epochs:
+            return 0
+        return math.floor(progress.sequences / (self.config.snapshot_epochs * self.epoch) + 1e-9)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint and point 'latest' at it, and 'best' if it has the lowest loss of those that were saved.
@@ -269,6 +279,7 @@ class Checkpoints:
             step, progress.saved_step = progress.step, progress.step
             best = progress.evaluations.better_than(self.best, step)
             self.best = progress.evaluations.measured if best else self.best
+            snapshots_before, self.snapshots = self.snapshots, self._snapshots_by(progress)
             logger = self.report.logger
             try:
                 self.saver.save(
@@ -278,6 +289,7 @@ class Checkpoints:
                     keep_last=0 if progress.skipped_in_a_row else self.config.keep_last,  # drop nothing for a doubtful one
                     tokenizer_folder=self.tokenizer_folder,
                     best=best,
+                    snapshot=self.snapshots > snapshots_before,
                     done=lambda path, seconds: logger.checkpoint(step, str(path), seconds, best),
                 )
             except NonFiniteWeights:

@@ -13,7 +13,7 @@ from typing import Any
 
 from command_line import Failure
 
-PREFIX = {"step": "train", "eval": "val"}  # the events whose numbers are curves
+PREFIX = {"step": "train", "eval": "val", "stats": "stats"}  # the events whose numbers are curves
 
 
 class TrackerError(Failure):
@@ -47,6 +47,8 @@ class TensorBoard:
         """Draw the event's numbers; keep the configuration as text."""
         if event["event"] == "run_start":
             self.writer.add_text("run", f"```\n{json.dumps(event, indent=1)}\n```")
+        elif event["event"] == "sample":
+            self.writer.add_text("sample", event["text"], global_step=event["step"])
         for name, value in numbers(event):
             self.writer.add_scalar(name, value, global_step=event["step"])
         self.writer.flush()

@@ -102,6 +102,12 @@ class TrainConfig(_ModelKeys):
     )
     data_seed: int = _key(1337, "random seed of the order in which the data is read", "data", resume="fixed")
     batch_size: int = _key(12, "sequences in a micro-batch, at most", "data")
+    micro_batch: Literal["auto"] | int | None = _key(
+        None,
+        "sequences in a micro-batch where it is not batch_size, the global batch staying what it is; auto (also "
+        "--batch_size=auto): the largest that fits into memory; a resumed run keeps what was chosen",
+        "execution",
+    )
     gradient_accumulation_steps: int = _key(
         1, "micro-batches a step: the global batch is batch_size × this many sequences on any machine", "data"
     )
@@ -148,6 +154,15 @@ class TrainConfig(_ModelKeys):
         "watching",
     )
     keep_last: int = _key(2, "checkpoints to keep, besides the best", "watching")
+    snapshot_epochs: float | None = _key(
+        None, "passes over the training data between snapshots: checkpoints that stay, whatever keep_last says", "watching"
+    )
+    sample_interval: int = _key(0, "iterations between samples of text, on the terminal and in the log; 0: none", "watching")
+    sample_prompt: str = _key("", "what samples continue [the end of a document]", "watching")
+    sample_tokens: int = _key(64, "tokens of a sample", "watching")
+    stats_interval: int = _key(
+        0, "iterations between norms of each block's output and gradient and the largest logit, in the log; 0: none", "watching"
+    )
     nonfinite_limit: int = _key(20, "skipped updates in a row (non-finite gradients) that stop the run", "watching")
 
     tensorboard: bool = _key(False, "also write event files to out_dir/tensorboard", "watching")
@@ -232,6 +247,11 @@ class TrainConfig(_ModelKeys):
             return self.total_batch_tokens // block_size
         return self.batch_size * self.gradient_accumulation_steps
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in a micro-batch, at most; batch_size as long as micro_batch=auto is not settled."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else self.batch_size
+
     def problems(self, with_model: bool = True) -> list[str]:
         """Every reason why this run cannot start, one sentence each.
 
@@ -247,6 +267,8 @@ class TrainConfig(_ModelKeys):
             for key, most in _BELOW.items()
             if getattr(self, key) is not None and most <= getattr(self, key) < math.inf
         ]
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            problems.append(f"micro_batch={self.micro_batch} must be at least 1, or auto.")
         if not self.out_dir:
             problems.append("out_dir='' is empty; name a folder.")
         for key in ("learning_rate", "adam_eps"):
@@ -262,6 +284,12 @@ class TrainConfig(_ModelKeys):
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             problems.append(
                 f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it (the usual choice is a tenth)."
+            )
+        if self.snapshot_epochs is not None and not self.snapshot_epochs > 0:
+            problems.append(f"snapshot_epochs={self.snapshot_epochs} must be above 0; leave it out for no snapshots.")
+        elif self.snapshot_epochs is not None and (self.save_interval or 0) < 0:
+            problems.append(
+                f"snapshot_epochs={self.snapshot_epochs} needs checkpoints; save_interval={self.save_interval} is none at all."
             )
         if self.init_from != "scratch" and not self.init_from.startswith(("weights:", "hf:")):
             problems.append(
@@ -313,6 +341,9 @@ _AT_LEAST = dict(
     save_interval=-1,
     keep_last=1,
     nonfinite_limit=1,
+    sample_interval=0,
+    sample_tokens=1,
+    stats_interval=0,
     threads=1,
     min_lr=0,
     seed=0,
