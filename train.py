@@ -4,7 +4,7 @@ python train.py [config/x.py | run_….json] [--key=value | --key value | --k]
 python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
 python train.py config/quickstart.py --resume
 python train.py --help | config/x.py --print_config
-python train.py config/x.py --check                                        # can it run here, and what will it cost
+python train.py config/x.py --check           # can it run here, at what cost
 torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 """
 
