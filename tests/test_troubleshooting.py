@@ -53,7 +53,7 @@ def said(tmp_path, tiny_dataset, monkeypatch, capsys):
     for error in (type("GatedRepoError", (Exception,), {})(), type("ConnectError", (Exception,), {})()):
         texts.append(hub_reason(error, "meta-llama/Llama-2-7b-hf"))
     texts.append("train.py: " + error_text(torch.OutOfMemoryError("CUDA out of memory"), "Out of memory. …"))
-    monkeypatch.setattr("train.device_peak", lambda device, dtype: None)
+    monkeypatch.setattr("train.device_peak", lambda device, dtype, tflops: None)
     monkeypatch.setattr(fitting, "free_memory", lambda device, processes: 1e6)
     ran("--max_iters=1", f"--out_dir={tmp_path / 'b'}")
     monkeypatch.undo()
