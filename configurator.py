@@ -468,7 +468,8 @@ def print_introduction() -> None:
     for path in files:
         if not path.name.startswith("arch_"):
             about = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
-            print(f"  config/{path.name:<27}" + textwrap.shorten(about, HELP_WIDTH - 36, placeholder=" …"))
+            print(f"  config/{path.name}")
+            print(textwrap.fill(" ".join(about.split()), HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
     shapes = ", ".join(path.stem.removeprefix("arch_") for path in files if path.name.startswith("arch_"))
     print(
         textwrap.fill(
