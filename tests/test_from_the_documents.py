@@ -346,6 +346,23 @@ def test_a_command_is_refused_as_the_row_says(row, command, monkeypatch):
     assert_promised(row, said)
 
 
+SNIPPETS = [row for row in ROWS if "config/arch_custom.py --" in row.here]
+
+
+@pytest.mark.parametrize("row", SNIPPETS, ids=lambda row: row.there[:30])
+def test_the_flags_of_a_snippet_are_also_the_text_of_a_config_file(tmp_path, row):
+    """As the documents write them: arch_preset = 'custom' and the keys, one a line, in a file of their own."""
+    [command] = row.commands
+    flags = dict(word.removeprefix("--").split("=") for word in shlex.split(command)[3:])
+    plain = {key: value if value in ("True", "False") or value[0].isdigit() else repr(value) for key, value in flags.items()}
+    file = tmp_path / "mine.py"
+    file.write_text("arch_preset = 'custom'\n" + "".join(f"{key} = {value}\n" for key, value in plain.items()))
+    custom = ["--arch_preset=custom", *shlex.split(command)[3:]]
+    model = configure([str(file)]).train.model_config(256)
+    assert model == configure(custom).train.model_config(256)
+    assert {key: str(getattr(model, key)) for key in flags} == flags
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row, command", [c for c in commands_checked("run") if c.values[1].startswith("torchrun ")])
 def test_torchrun_starts_as_many_processes_as_the_row_says(place, run_python, row, command):
