@@ -94,7 +94,7 @@ def rows_of(page: str) -> list[Row]:
     for number, line in enumerate(page.splitlines(), 1):
         if line.startswith("## "):
             document = line[3:].strip()
-        elif document in DOCUMENTS and line.startswith("|") and not re.match(r"\|[\s|-]*\||\| there \|", line):
+        elif document in DOCUMENTS and line.startswith("|") and not re.fullmatch(r"[|\s-]*|\| there \|.*", line):
             cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
             assert len(cells) == 3, f"line {number} has {len(cells)} cells: {line}"
             rows.append(Row(number, document, cells[0], cells[1], tuple(re.split(r"\s*;\s*", cells[2]))))
@@ -155,6 +155,9 @@ def test_every_document_has_its_section():
     page = PAGE.read_text(encoding="utf-8")
     assert re.findall(r"^## (.*)", page, re.M)[-len(DOCUMENTS) :] == list(DOCUMENTS)
     assert {row.document for row in ROWS} == set(DOCUMENTS)
+    tables = page[page.index(f"## {DOCUMENTS[0]}") :].splitlines()
+    lines = [line for line in tables if line.startswith("|")]  # a table has two lines of head
+    assert len(ROWS) == len(lines) - 2 * lines.count("| there | here | checked by |")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -344,6 +347,23 @@ def test_a_command_is_refused_as_the_row_says(row, command, monkeypatch):
     code, said = run(shlex.split(command)[1:])
     assert code in (1, 2) and "Traceback" not in said, said
     assert_promised(row, said)
+
+
+SNIPPETS = [row for row in ROWS if "config/arch_custom.py --" in row.here]
+
+
+@pytest.mark.parametrize("row", SNIPPETS, ids=lambda row: row.there[:30])
+def test_the_flags_of_a_snippet_are_also_the_text_of_a_config_file(tmp_path, row):
+    """As the documents write them: arch_preset = 'custom' and the keys, one a line, in a file of their own."""
+    [command] = row.commands
+    flags = dict(word.removeprefix("--").split("=") for word in shlex.split(command)[3:])
+    plain = {key: value if value in ("True", "False") or value[0].isdigit() else repr(value) for key, value in flags.items()}
+    file = tmp_path / "mine.py"
+    file.write_text("arch_preset = 'custom'\n" + "".join(f"{key} = {value}\n" for key, value in plain.items()))
+    custom = ["--arch_preset=custom", *shlex.split(command)[3:]]
+    model = configure([str(file)]).train.model_config(256)
+    assert model == configure(custom).train.model_config(256)
+    assert {key: str(getattr(model, key)) for key in flags} == flags
 
 
 @pytest.mark.slow
