@@ -121,6 +121,7 @@ LONG = (
     "test_huggingface",
     "test_layer_pruning.py",
     "test_memory.py",
+    "test_language_models.py",
     "test_mixtures_of_datasets.py::test_a_run",
     "test_mixtures_of_datasets.py::test_max_train",
     "test_mixtures_of_datasets.py::test_repeated",
@@ -145,6 +146,7 @@ LONG = (
     "test_tokenization.py",
     "test_trackers.py",
     "test_train.py",
+    "test_troubleshooting.py",
     "test_wheel.py",
 )
 

@@ -45,7 +45,7 @@ def test_everything_that_is_missing_is_said_at_once(tmp_path, monkeypatch, capsy
     failed = [line.split()[1] for line in lines if line.startswith("FAIL")]
     assert failed == ["data", "packages", "memory", "disk"] and lines[-1] == "4 of these would stop the run"
     text = " ".join(" ".join(lines).split())
-    assert "this run needs 0.0 GB of memory a process, there are 0.0 free." in text and "pip install wandb" in text
+    assert "GB of memory a process, there are 0.001 free. What would fit:" in text and "pip install wandb" in text
     assert not any(line[5:].startswith("step") for line in lines)
 
 

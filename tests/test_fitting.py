@@ -188,11 +188,11 @@ def test_a_run_that_will_not_fit_is_warned_about_before_the_model_is_built(tmp_p
     warning = next(line for line in printed.split("\n") if line.startswith("warning: this run needs"))
     assert printed.index(warning) < printed.index("parameters N =")
     needs, free = re.search(r"needs ([\d.]+) GB of memory a process, there are ([\d.]+) free", warning).groups()
-    assert float(free) == 0.0
+    assert float(free) == 0.004
     largest = int(re.search(r"What would fit: --batch_size=(\d+)", warning).group(1))
     asked = demand(*run, vocab_size=256)
     assert asked.needs(largest, "none", 1) <= 4_000_000 * 0.92 < asked.needs(largest + 1, "none", 1) and largest > 4
-    assert float(needs) == pytest.approx(asked.needs(256, "none", 1) / 1e9, abs=0.06)
+    assert float(needs) == pytest.approx(asked.needs(256, "none", 1) / 1e9, rel=0.06)
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_auto_is_within_a_tenth_of_the_largest_that_runs(tmp_path, tiny_dataset,
 
     def start(micro_batch, number):
         run = [*words, f"--micro_batch={micro_batch}", f"--out_dir={tmp_path / str(number)}"]
-        return run_python("-c", LIMITED, str(limit), *run)
+        return run_python("-c", LIMITED, str(limit), *run, timeout=500)
 
     done = start("auto", "auto")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model_config
 from command_line import UsageError
-from configurator import ConfigError, configure, print_config, print_help, read_config_file
+from configurator import ConfigError, configure, print_config, print_help_all, read_config_file
 from flops_parameter_counting.flops import breakdown, flops_per_token
 from flops_parameter_counting.parameters import count_active_parameters, count_parameters
 from flops_parameter_counting.scaling_laws import LAWS, candidates, size_for
@@ -172,7 +172,7 @@ def test_its_keys_stand_in_config_files_presets_and_help(tmp_path, monkeypatch, 
     printed = {line.split(" = ")[0]: line.split("#") for line in capsys.readouterr().out.splitlines() if " = " in line}
     assert printed["n_experts"][0].strip() == "n_experts = 6" and printed["n_experts"][1].strip() == "preset mine"
     assert printed["balance_weight"][1].strip() == "derived"
-    print_help("usage")
+    print_help_all("usage")
     text = capsys.readouterr().out
     assert "--n_experts: a whole number\n        feed-forwards that a token can be sent to (mixture only) [4]" in text
 

@@ -54,8 +54,11 @@ def go_on(now: Configuration, state: dict[str, Any], where: str) -> Configuratio
 
     fixed = fixed_on_resume()
     values = {key: saved[key] for key in fixed if comes_back(key)}
-    if "min_lr" in values or "min_lr_ratio" in values:
-        values |= {key: saved.get(key) for key in ("min_lr", "min_lr_ratio")}  # one of the two, as on the command line then
+    ends = ("min_lr", "min_lr_ratio")  # one of the two, as on the command line then
+    if any(now.origins[key] == COMMAND_LINE for key in ends):
+        values = {key: value for key, value in values.items() if key not in ends}
+    elif any(key in values for key in ends):
+        values |= {key: saved.get(key) for key in ends}
     if any(comes_back(key) and saved[key] is None for key in ("ffn_expansion_ratio", "ffn_multiple")):
         values["d_ff"] = saved["d_ff"]  # in which a ratio that was given is kept
     if not any(now.origins[key] == COMMAND_LINE for key in BATCH_KEYS):

@@ -176,6 +176,8 @@ def laid_out(start: Start, demand: Demand, world: World, device: torch.device, a
     share = max(1, demand.sequences // processes)
     auto = config.micro_batch == "auto"
     micro_batch = min(share, config.micro_batch_size)
+    if config.eval_only:  # no gradients, no optimizer: nothing that the model of a step says
+        return Fit(parallelism, micro_batch, None, available)
     if not auto and not closely and rough_bound(demand, micro_batch) * (1 if parallelism == "none" else 2) < SMALL * available:
         return Fit(parallelism, micro_batch, None, available)
     try:
@@ -194,7 +196,7 @@ def laid_out(start: Start, demand: Demand, world: World, device: torch.device, a
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f}"
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"
 
 
 # ------------------------------------------------------------------------------------------- trying a micro-batch

@@ -267,8 +267,8 @@ class TrainConfig(_ModelKeys):
             for key, most in _BELOW.items()
             if getattr(self, key) is not None and most <= getattr(self, key) < math.inf
         ]
-        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
-            problems.append(f"micro_batch={self.micro_batch} must be at least 1, or auto.")
+        if isinstance(self.micro_batch, int) and not 1 <= self.micro_batch < 2**31:
+            problems.append(f"micro_batch={self.micro_batch} must be at least 1 and below {2**31:,}, or auto.")
         if not self.out_dir:
             problems.append("out_dir='' is empty; name a folder.")
         for key in ("learning_rate", "adam_eps"):
@@ -285,8 +285,8 @@ class TrainConfig(_ModelKeys):
             problems.append(
                 f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it (the usual choice is a tenth)."
             )
-        if self.snapshot_epochs is not None and not self.snapshot_epochs > 0:
-            problems.append(f"snapshot_epochs={self.snapshot_epochs} must be above 0; leave it out for no snapshots.")
+        if self.snapshot_epochs is not None and not 0 < self.snapshot_epochs < math.inf:
+            problems.append(f"snapshot_epochs={self.snapshot_epochs} must be above 0 and finite; leave it out for no snapshots.")
         elif self.snapshot_epochs is not None and (self.save_interval or 0) < 0:
             problems.append(
                 f"snapshot_epochs={self.snapshot_epochs} needs checkpoints; save_interval={self.save_interval} is none at all."
@@ -357,6 +357,7 @@ _AT_LEAST = dict(
 # Beyond these no run is meant, and counting would overflow, or take until tomorrow, before anything is said.
 _COUNTS = ("total_batch_tokens", "max_iters", "max_tokens", "max_train_tokens", "warmup_iters", "lr_decay_iters")
 _INTERVALS = ("eval_interval", "eval_iters", "patience", "log_interval", "save_interval", "keep_last", "nonfinite_limit")
+_INTERVALS += ("sample_interval", "sample_tokens", "stats_interval")
 _BELOW = dict(
     seed=2**63,
     data_seed=2**63,
