@@ -4,7 +4,7 @@ python train.py [config/x.py | run_….json] [--key=value | --key value | --k]
 python train.py config/quickstart.py --max_iters=100 --normalization=rmsnorm
 python train.py config/quickstart.py --resume
 python train.py --help | config/x.py --print_config
-python train.py config/x.py --check                                        # can it run here, and what will it cost
+python train.py config/x.py --check           # can it run here, at what cost
 torchrun --standalone --nproc_per_node=4 train.py config/x.py --parallelism=fsdp
 """
 
@@ -44,7 +44,7 @@ from training.checkpoint import CheckpointError, CheckpointStore, NonFiniteWeigh
 from training.continuing import check_same_objective, go_on, take_model
 from training.data_loader import DataLoader, WindowOrder, document_end, repetitions
 from training.evaluation import Evaluator
-from training.fitting import fit_into_memory, settle_micro_batch
+from training.fitting import fit_into_memory, out_of_memory, settle_micro_batch
 from training.objectives import OBJECTIVES, Objective, Tally
 from training.observing import Observer
 from training.optimizers import Optimizer, clip_and_check
@@ -52,7 +52,7 @@ from training.parallelism import parallelize
 from training.precision import LossScale, SkipCounter, dropout_seed
 from training.processes import World, first_to_say, join, launched, launched_as, leave, rank
 from training.progress import Diverged, Progress, check_outcome, stop_if_diverged
-from training.report import Display, Report, closing_lines, open_report, out_of_memory
+from training.report import Display, Report, closing_lines, open_report
 from training.saving import BackgroundSaver, Checkpoints, Saver, describe, restore, restored_names
 from training.schedules import learning_rate, run_length
 from training.signals import StopRequest

@@ -15,31 +15,43 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from command_line import short
-from data import corpora, tokenization
+from data import corpora, story_grammar, tokenization
 from data.corpora import Document
 from data.dataset_writer import STAGING, DatasetWriter, check_folder, finish_publishing, forget, locked, unfinished
 from data.pipeline import Pipeline
 from data.plan import BPE_VOCAB_SIZE, Options, Plan
-from data.sources import Documents, Source
+from data.sources import Documents, Source, Splits
 from data.token_dataset import DATA_DIR, PUBLISHING, DatasetError, is_prepared, read_meta, resolve_dataset
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus that comes with Python: where its documents come from, and the size of BPE that suits it."""
+    """A corpus that needs no download: where its documents come from, and the size of BPE that suits it.
+
+    validation: its documents for validation, where it has such of its own. version: what decides its text.
+    """
 
     documents: Callable[[], Iterator[Document]]
     bpe_vocab_size: int
     summary: str
+    validation: Callable[[], Iterator[Document]] | None = None
+    version: str = f"Python {platform.python_version()}"
 
     @property
     def source(self) -> str:
-        return f"{self.summary}, Python {platform.python_version()}"
+        return f"{self.summary}, {self.version}"
 
 
 EMBEDDED = {
     "pydocs": Corpus(corpora.pydocs_documents, 4096, "documentation topics and standard-library docstrings"),
     "pystdlib": Corpus(corpora.pystdlib_documents, 8192, "standard-library sources"),
+    "stories": Corpus(
+        story_grammar.training_stories,
+        1024,
+        f"{story_grammar.STORIES:,} simple stories",
+        validation=story_grammar.validation_stories,
+        version=f"grammar {story_grammar.fingerprint()}",
+    ),
 }
 
 
@@ -93,7 +105,7 @@ def prepare(
 
 
 def ensure_prepared(name_or_path: str | os.PathLike) -> None:
-    """Prepare a corpus that comes with Python when it is asked for and not there yet; do nothing for any other dataset.
+    """Prepare a corpus that needs no download when it is asked for and not there yet; do nothing for any other dataset.
 
     Nor where nanoGPT's own files lie in its folder: they are a dataset too, and not ours to replace. Safe to call from many
     processes at once: one prepares, the others wait.
@@ -114,12 +126,16 @@ def ensure_prepared(name_or_path: str | os.PathLike) -> None:
 
 
 def embedded_source(name: str) -> Source:
-    """The documents of a corpus that comes with Python."""
-    return Documents(EMBEDDED[name].documents, EMBEDDED[name].source, name)
+    """The documents of a corpus that needs no download."""
+    corpus = EMBEDDED[name]
+    documents = Documents(corpus.documents, corpus.source, name)
+    if corpus.validation is None:
+        return documents
+    return Splits({"train": documents, "val": Documents(corpus.validation, corpus.source, name)})
 
 
 def embedded_options(name: str) -> Options:
-    """How a corpus that comes with Python is prepared. Its documents never change, so their numbers decide the split."""
+    """How a corpus that needs no download is prepared. Its documents never change, so their numbers decide the split."""
     return Options(bpe_vocab_size=EMBEDDED[name].bpe_vocab_size, split_by="number")
 
 

@@ -44,8 +44,9 @@ class Recipe:
 
 
 def embedded(name: str) -> Recipe:
-    """The recipe of a corpus that comes with Python."""
-    summary = f"{EMBEDDED[name].summary} of this Python"
+    """The recipe of a corpus that needs no download."""
+    corpus = EMBEDDED[name]
+    summary = f"{corpus.summary} of this Python" if corpus.version.startswith("Python") else corpus.summary
     return Recipe(name, summary, lambda given: embedded_source(name), embedded_options(name), local=False)
 
 

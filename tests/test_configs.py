@@ -16,7 +16,8 @@ from training.train_config import KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
-SMALL = {"shakespeare_char_cpu.py", "quickstart.py", "ablation_small.py"}  # whose vocabulary is their dataset's
+LEVELS = {name for name in FILES if name.startswith("cpu_level")}
+SMALL = {"shakespeare_char_cpu.py", "quickstart.py", "ablation_small.py"} | LEVELS  # whose vocabulary is their dataset's
 LANGUAGE_MODELS = ("lm_tiny", "lm_small", "lm_medium")  # presets of their own shape, each with a recipe
 
 KNOWN_N = {
@@ -37,6 +38,8 @@ TOKENS_PER_ITERATION = {
     "quickstart.py": 16 * 128,
     "shakespeare_char_cpu.py": 12 * 64,
     "ablation_small.py": 16 * 128,
+    **dict.fromkeys(LEVELS, 4 * 32),
+    "cpu_level6_tinystories.py": 32 * 256,
     "lm_tiny.py": 32 * 256,
     "lm_small.py": 32 * 512,
     "lm_medium.py": 32 * 1024,

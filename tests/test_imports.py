@@ -24,6 +24,7 @@ LAYERS = (
         "compare_architectures",
         "data.show",
         "data.*.prepare",
+        "experiments.cpu_levels",
         "flops_*.detailed_cost_analysis",
     ),
     ("data", "data.*"),
@@ -40,8 +41,10 @@ LAYERS = (
     ("comparison", "comparison.*"),
     ("ablation", "ablation.*"),
     ("layer_pruning", "layer_pruning.*"),
+    ("experiments", "experiments.*"),
 )
 PROGRAMS = LAYERS[1]
+STUDIES = "experiments.*"  # made of programs: these may import one
 AS_PROGRAM = " as a program"
 NO_MODULES = ("tests", "config", "build", "out")  # folders with other Python files
 Edge = tuple[str, str, int]  # (who imports, what, in which line)
@@ -148,11 +151,15 @@ def layer(module: str) -> int:
 
 
 def faults(edges: list[Edge]) -> list[str]:
-    """A sentence for each import that points upwards, at a program, or from the cost model to what trains."""
+    """A sentence for each import that points upwards, at a program, or from the cost model to what trains.
+
+    A study may import the programs that it is made of, but no other study's command.
+    """
     found = []
     for importer, imported, line in edges:
         if any(fnmatch(imported, program) for program in PROGRAMS):
-            found.append(f"{importer}:{line} imports the program {imported}")
+            if not fnmatch(importer, STUDIES) or fnmatch(imported, STUDIES):
+                found.append(f"{importer}:{line} imports the program {imported}")
         elif layer(importer) < layer(imported):
             found.append(f"{importer}:{line} imports {imported}, which stands above it")
     return found
@@ -262,6 +269,20 @@ def test_a_circle_is_found_however_it_is_written(statement, tmp_path):
 )  # fmt: skip
 def test_an_import_upwards_is_found_however_it_is_written(module, statement, said, tmp_path):
     assert faults(planted(tmp_path, **{module: statement})) == [said]
+
+
+def test_a_study_may_import_programs_and_nobody_imports_a_study(tmp_path):
+    study = {
+        "experiments/__init__": "",
+        "experiments/runs": "import train",
+        "experiments/cpu_levels": "from experiments import runs",
+    }
+    assert not faults(planted(tmp_path, **study))
+    edges = planted(tmp_path, **{"model_config": "import experiments.runs", "experiments/other": "from . import cpu_levels"})
+    assert faults(edges) == [
+        "experiments.other:1 imports the program experiments.cpu_levels",
+        "model_config:1 imports experiments.runs, which stands above it",
+    ]
 
 
 @pytest.mark.parametrize("test", ["__name__ == '__main__'", "__name__ != '__main__'", "True"])

@@ -15,6 +15,7 @@ import pytest
 
 from data import estimate, hub, pipeline, prepare_command
 from data.plan import Options
+from data.preparation import EMBEDDED
 from data.prepare_command import run_recipe, run_textfile
 from data.sources import Documents, Splits, TextFiles
 from data.token_dataset import DATA_DIR, DatasetError, TokenDataset, is_prepared
@@ -123,7 +124,7 @@ def bytes_between(ids, eos):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("pydocs", "pystdlib")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in EMBEDDED])
 def test_each_recipe_prepares_a_copy_laid_out_as_on_the_hub(name, tmp_path, capsys):
     """By way of the real `datasets` library, by bytes, so that every document can be read off again; offline."""
     pytest.importorskip("datasets")
@@ -154,7 +155,7 @@ def test_each_recipe_has_a_readme_and_a_help(name, capsys):
         run_recipe(recipe(name), ["--help"])
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--max_tokens", "--num_proc", "--dry_run", "--fallback", "--overwrite"))
-    if name not in ("pydocs", "pystdlib"):
+    if name not in EMBEDDED:
         assert all(word in readme for word in ("icence", "okens", "isk")), "licence, tokens and disk belong into it"
 
 

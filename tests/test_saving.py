@@ -66,7 +66,7 @@ def test_best_is_the_best_of_those_that_were_saved_also_after_going_on(tmp_path,
     def loss(step: int) -> float:
         return {40: 4.35}.get(step, 5.0 - 0.1 * step if step <= 7 else 4.6)
 
-    steps = iter(range(1, 41))
+    steps = iter(range(41))  # each is evaluated, and the untrained model
     monkeypatch.setattr("training.evaluation.mean_loss", lambda *_: (loss(next(steps)), 100))
     run = (*TINY_RUN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path}", "--eval_interval=1", "--save_interval=20")
     store = CheckpointStore(tmp_path)

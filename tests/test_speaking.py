@@ -18,8 +18,9 @@ import ablate
 import command_line
 import train
 from configurator import ConfigError, configure
-from training import report
-from training.report import Display, out_of_memory, step_line
+from training import fitting
+from training.fitting import out_of_memory
+from training.report import Display, step_line
 
 LINE = dict(
     loss=3.14159,
@@ -237,11 +238,11 @@ def test_out_of_memory_names_the_sizes_and_what_would_fit(monkeypatch):
     config = configure([*words, "--batch_size=64", "--device=cpu", "--dtype=float32"]).train
     said = {}
     for there in (0.05, 1.0, 400.0):
-        monkeypatch.setattr(report, "hardware_facts", lambda device, there=there: {"memory_gb": there})
+        monkeypatch.setattr(fitting, "total_memory", lambda device, there=there: there * 1e9)
         said[there] = out_of_memory(config)
         assert "a micro-batch of 64 × 256 tokens takes" in said[there] and f"has {there:.2f} GB" in said[there]
     assert "No batch size fits" in said[0.05] and "batch_size=" not in said[0.05]
-    assert "--batch_size=" in said[1.0] and "fits, with --gradient_accumulation_steps=" in said[1.0]
+    assert "What would fit: --batch_size=" in said[1.0] and "No batch size" not in said[1.0]
     assert "something else holds memory" in said[400.0]
 
 

@@ -890,7 +890,7 @@ def test_a_saved_run_is_a_config_whose_preset_and_parts_can_still_be_changed(tmp
         (["--out_dir="], ["out_dir"]),
         (["--threads=100000"], ["threads"]),
         (["--debug=False"], ["takes no value"]),
-        (["--init_from=resume", "--n_head=5", "--n_embd=32", "--print_config"], ["n_head=5"]),
+        (["--init_from=auto", "--out_dir=out/nothing_there", "--n_head=5", "--n_embd=32", "--print_config"], ["n_head=5"]),
     ],
 )
 def test_more_unusable_configurations_are_sentences_and_exit_code_2(arguments, words, capsys):

@@ -59,12 +59,14 @@ def test_the_wheel_holds_every_module_and_nothing_but_the_project(installed):
 COMMANDS = """
 import contextlib, io, sys
 import train, sample, score, convert, compress, ablate, compare_architectures, comparison.pictures, data.preparation
+from experiments import cpu_levels
 from flops_parameter_counting import detailed_cost_analysis
 
 for module in (train, ablate, detailed_cost_analysis, comparison.pictures, data.preparation):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
 assert comparison.pictures.PAGE.is_file()
-assert {"pydocs", "pystdlib", "textfile"} <= {path.parent.name for path in data.preparation.DATA_DIR.glob("*/prepare.py")}
+recipes = {path.parent.name for path in data.preparation.DATA_DIR.glob("*/prepare.py")}
+assert {"pydocs", "pystdlib", "stories", "textfile"} <= recipes
 
 def said(program, *words):
     with contextlib.redirect_stdout(io.StringIO()) as text:
@@ -75,7 +77,7 @@ def said(program, *words):
     assert not code, (program, words, code)
     return text.getvalue()
 
-for program in (train, sample, score, convert, compress, ablate, compare_architectures, detailed_cost_analysis):
+for program in (train, sample, score, convert, compress, ablate, compare_architectures, detailed_cost_analysis, cpu_levels):
     assert "--" in said(program, "--help")
 assert "quickstart" in said(train, "config/quickstart.py", "--print_config")
 options = detailed_cost_analysis.parse(["--model_config=config/full_llama_1.36b.py"])

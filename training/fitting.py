@@ -7,6 +7,7 @@ are bytes a process.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from command_line import Failure, is_out_of_memory
+from flops_parameter_counting.hardware import best_dtype
 from flops_parameter_counting.memory import HEADROOM_GB, HEADROOM_SHARE, estimate_memory, largest_micro_batch
 from flops_parameter_counting.parameters import count_parameters
 from model_builder import Transformer
@@ -197,6 +199,45 @@ def laid_out(start: Start, demand: Demand, world: World, device: torch.device, a
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"
+
+
+# ------------------------------------------------------------------------------------------- when it did not fit
+
+
+def out_of_memory(config: TrainConfig) -> str:
+    """What to say where memory has run out: what the run takes by prediction, what there is, and what would fit.
+
+    Raises ValueError where nothing can be predicted.
+    """
+    device = torch.device("cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    there, model, processes = total_memory(device), config.model_config(), int(os.environ.get("WORLD_SIZE", "1"))
+    dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
+    demand = Demand(model, config, dtype, device.type, config.sequences_per_iteration(model.block_size))
+    parallelism = config.parallelism if processes > 1 and config.parallelism in STRATEGIES else "none"
+    micro_batch = min(config.micro_batch_size, max(1, demand.sequences // processes))
+    whole, one = (demand.needs(size, parallelism, processes) for size in (micro_batch, 1))
+    alone = estimate_memory(model, batch_size=1, **demand.options(parallelism, processes))
+    said = (
+        f"Out of memory: by prediction a micro-batch of {micro_batch} × {model.block_size} tokens takes {whole / 1e9:.2f} GB, "
+        f"one sequence alone {one / 1e9:.2f} GB (weights {alone.weights / 1e9:.2f}, optimizer {alone.optimizer / 1e9:.2f}); this "
+        f"{'GPU' if device.type == 'cuda' else 'machine'} has {there / 1e9:.2f} GB. "
+    )
+    room = usable(device, there)
+    if whole <= room:
+        return (
+            said + "That should fit: something else holds memory there. End the other programs, or take a smaller --batch_size."
+        )
+    return said + ("No batch size fits as it is. " if one > room else "") + demand.remedy(room, parallelism, processes)
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes of the GPU, or of this machine as far as this process may take them. Raises ValueError where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in own_limits())])
+    except (AttributeError, OSError) as error:
+        raise ValueError("The memory of this machine is not known.") from error
 
 
 # ------------------------------------------------------------------------------------------- trying a micro-batch

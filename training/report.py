@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from command_line import duration, labelled, printable
-from flops_parameter_counting.hardware import Peak, best_dtype, measure_cpu_peak
+from flops_parameter_counting.hardware import Peak, measure_cpu_peak
 from flops_parameter_counting.parameters import count_active_parameters, count_padding, count_parameters
 from model_config import COMPONENT_KINDS, component, model_keys, shortest_pattern
 from training.evaluation import Evaluation
 from training.meter import StepMeter, peak_memory_gb
 from training.profiling import NoProfiler, Profiler
 from training.progress import Progress
-from training.registry import OPTIMIZERS, STRATEGIES
 from training.stages import Data, Learner, Machine, Start
 from training.trackers import open_trackers
 from training.train_config import TrainConfig
@@ -178,50 +177,6 @@ def closing_lines(
         why = "save_interval is -1." if (config.save_interval or 0) < 0 else "it was stopped before its first step."
         lines.append(f"Nothing was saved: {why}")
     return "\n".join(lines)
-
-
-def out_of_memory(config: TrainConfig) -> str:
-    """What to do where memory has run out: how much the run takes by prediction, how much there is, and what would fit.
-
-    Raises ValueError where nothing can be predicted.
-    """
-    from flops_parameter_counting.memory import estimate_memory, largest_micro_batch
-
-    device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    try:
-        there = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else hardware_facts("cpu")["memory_gb"] * 1e9
-    except TypeError as error:  # the system does not tell
-        raise ValueError("the memory of this machine is not known") from error
-    model, processes = config.model_config(), int(os.environ.get("WORLD_SIZE", "1"))
-    strategy = STRATEGIES.get(config.parallelism)
-    how = dict(
-        dtype=best_dtype(device) if config.dtype == "auto" else config.dtype,
-        checkpointing=config.activation_checkpointing,
-        optimizer=OPTIMIZERS[config.optimizer].rule,
-        sharding=strategy.rule if strategy and processes > 1 else None,
-        world_size=processes if strategy and processes > 1 else 1,
-        device=device,
-    )
-    asked = min(config.batch_size, config.sequences_per_iteration(model.block_size))
-    whole, one = estimate_memory(model, batch_size=asked, **how), estimate_memory(model, batch_size=1, **how)
-    fits = largest_micro_batch(model, there / 1e9, **how)
-    said = (
-        f"Out of memory: by prediction a micro-batch of {asked} × {model.block_size} tokens takes {whole.total / 1e9:.2f} GB, "
-        f"one sequence alone {one.total / 1e9:.2f} GB (weights {one.weights / 1e9:.2f}, gradients {one.gradients / 1e9:.2f}, "
-        f"optimizer {one.optimizer / 1e9:.2f}); this {'GPU' if device == 'cuda' else 'machine'} has {there / 1e9:.2f} GB. "
-    )
-    if fits == 0:
-        return said + (
-            "No batch size fits: use --activation_checkpointing=full, fewer or narrower layers (--n_layer, --n_embd), a shorter "
-            "--block_size, or share the model between several processes with --parallelism=fsdp."
-        )
-    if fits < asked:
-        steps = -(-config.sequences_per_iteration(model.block_size) // fits)
-        return said + (
-            f"--batch_size={fits} fits, with --gradient_accumulation_steps={steps} for about the same global batch; "
-            "--activation_checkpointing=full lets more of it fit."
-        )
-    return said + "That should fit: something else holds memory there. Halve --batch_size, or end the other programs."
 
 
 class Display:

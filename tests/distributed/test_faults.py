@@ -135,7 +135,7 @@ def write_text(path, *arguments, **options):
     return original(path, *arguments, **options)
 pathlib.Path.write_text = write_text"""
     refused(start(tmp_path / "out", "--max_iters=5", inject=readonly), 1, "out_dir", "Read-only file system")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()  # a start that fails takes away what it made
 
 
 def test_an_out_dir_that_is_not_the_same_for_all_is_refused(start, tmp_path):

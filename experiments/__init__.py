@@ -1,0 +1,1 @@
+"""Studies made of the commands: each of their runs goes through train.py's own loop."""
