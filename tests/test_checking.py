@@ -55,9 +55,10 @@ def test_a_diverging_first_loss_is_a_failure(tmp_path, tiny_dataset, monkeypatch
     assert "FAIL step     the first loss is nan" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_data", [False, True])
 def test_the_production_recipe_does_not_fit_a_machine_of_24_gb(tmp_path, tiny_dataset, monkeypatch, capsys, with_data):
-    """At 24 GB it needs 59 GB; what would fit is one sequence with checkpointing, and not even that on 20 GB."""
+    """python -m pytest -m slow tests/test_checking.py: it needs 59 GB; one sequence with checkpointing would fit."""
     for module in (checking, fitting):
         monkeypatch.setattr(module, "free_memory", lambda device, processes: 23.5e9)
     monkeypatch.setattr("train.device_peak", lambda *_, **__: None)

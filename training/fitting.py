@@ -263,7 +263,7 @@ def settle_micro_batch(start: Start, machine: Machine, data: Data, learner: Lear
 
 
 def largest_that_runs(works: Callable[[int], bool], first: int, most: int = 0) -> int:
-    """`first` if that works; else half of it and so on, and from there up again to within a tenth of what fails.
+    """`first` if that works; else half of it and so on, and from there up again, close to what fails.
 
     most: up to so many, a fifth more is tried as long as that works; for where running out of memory can be caught.
     Raises Failure where not even one sequence works.
@@ -282,7 +282,7 @@ def largest_that_runs(works: Callable[[int], bool], first: int, most: int = 0) -
             rows = more
         else:
             failed = more
-    while math.isfinite(failed) and failed - rows > max(1, 0.08 * rows):
+    while math.isfinite(failed) and failed - rows > max(1, 0.04 * rows):
         middle = (rows + int(failed)) // 2
         if works(middle):
             rows = middle
