@@ -581,6 +581,13 @@ def _uneven_heads(heads: int, width: int) -> str:
 
 
 def list_presets() -> None:
-    """Print every preset with its architecture's name and what it is."""
-    rows = [(name, resolve(name).name, about) for name, (about, _) in PRESETS.items()]
+    """Print every preset with its architecture's name and what it is.
+
+    Where nothing has imported the parts yet (`from model_config import list_presets`), an architecture has no name.
+    """
+    try:
+        rows = [(name, resolve(name).name, about) for name, (about, _) in PRESETS.items()]
+    except RuntimeError:
+        print(text_table(("arch_preset", "what it is"), [(name, about) for name, (about, _) in PRESETS.items()], "l"))
+        return
     print(text_table(("arch_preset", "name", "what it is"), rows, "l"))

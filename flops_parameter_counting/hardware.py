@@ -346,7 +346,8 @@ class Gpu:
 
 
 # Where a short name fits several, the first one is meant; they are ordered by how common they are in data centres.
-# Memory: the total that nvidia-smi (rocm-smi) shows, ECC as it is by default, as quoted for these cards.
+# Memory: the total that nvidia-smi (rocm-smi) shows, ECC as it is by default; 24,564 and 81,559 MiB as reported, the others not
+# verified.
 GPUS = tuple(
     Gpu(*row)
     for row in (

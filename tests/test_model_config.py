@@ -585,6 +585,12 @@ def test_a_pattern_written_in_several_ways_is_one_model():
 # ------------------------------------------------------------------------------------------- tables
 
 
+def test_list_presets_works_where_no_part_is_imported(run_python):
+    done = run_python("-c", "from model_config import list_presets; list_presets()")
+    assert done.returncode == 0 and done.stderr == ""
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == list(PRESETS)
+
+
 def test_list_presets_prints_every_preset_with_its_name(capsys):
     list_presets()
     lines = capsys.readouterr().out.splitlines()
