@@ -176,7 +176,7 @@ def test_the_key_of_an_execution_kind_changes_neither_name_nor_fingerprint(regis
 
 @pytest.mark.parametrize("registry", [OBJECTIVES, OPTIMIZERS], ids=lambda registry: registry.key)
 def test_an_entry_of_the_run_declares_keys_too(registry, capsys):
-    from configurator import print_help
+    from configurator import print_help_all
 
     key = Key("mine_strength", float, 0.5, "how strong it is")
     entry = next(iter(registry.values()))
@@ -191,7 +191,7 @@ def test_an_entry_of_the_run_declares_keys_too(registry, capsys):
             configure(["--mine_strength=2"])
         with pytest.raises(ConfigError, match="mine_strength='very' is not a number"):
             configure([f"--{registry.key}=mine", "--mine_strength=very"])
-        print_help("usage")
+        print_help_all("usage")
         assert "--mine_strength: a number\n        how strong it is [0.5]" in capsys.readouterr().out
         values, origins = got.resolved(got.train.model_config())
         assert values["mine_strength"] == 2.0

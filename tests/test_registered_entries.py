@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from strangers import registered
 
 import train
-from configurator import ConfigError, configure, print_help
+from configurator import ConfigError, configure, print_help_all
 from data.token_dataset import TokenDataset
 from flops_parameter_counting.memory import estimate_memory
 from flops_parameter_counting.parameters import count_parameters
@@ -55,7 +55,7 @@ def tensors(out_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_registered_names_are_listed_and_unknown_ones_refused(capsys):
-    print_help("usage")
+    print_help_all("usage")
     printed = capsys.readouterr().out
     for key, name in (("objective", "odd_bytes"), ("optimizer", "signed"), ("parallelism", "lazy")):
         assert repr(name) in next(line for line in printed.splitlines() if line.startswith(f"  --{key}:"))
