@@ -6,9 +6,11 @@ are bytes a process.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +36,7 @@ from training.train_config import TrainConfig
 CPU_SHARE = 0.08  # of what is free on a CPU is left alone: the allocator's rounding, what libraries take
 SMALL = 0.1  # of what is free: a run that by a rough bound from above needs less is not looked at closely
 WORLDS = (2, 4, 8, 16, 32, 64)  # processes that are tried to find out what would fit
+EDGE = 32
 TRIAL = 3  # micro-batches of a trial; from the second on the gradients of those before are there too
 
 
@@ -265,7 +268,8 @@ def settle_micro_batch(start: Start, machine: Machine, data: Data, learner: Lear
 def largest_that_runs(works: Callable[[int], bool], first: int, most: int = 0) -> int:
     """`first` if that works; else half of it and so on, and from there up again, close to what fails.
 
-    most: up to so many, a fifth more is tried as long as that works; for where running out of memory can be caught.
+    most: up to so many, a fifth more is tried as long as that works; for where running out of memory can be caught. Where
+    something failed, a 32nd less is taken than what worked: a run has more to do than a trial, and must not stand at the edge.
     Raises Failure where not even one sequence works.
     """
     rows, failed = first, math.inf
@@ -288,7 +292,7 @@ def largest_that_runs(works: Callable[[int], bool], first: int, most: int = 0) -
             rows = middle
         else:
             failed = middle
-    return rows
+    return rows if math.isinf(failed) else rows - rows // EDGE
 
 
 def runs(start: Start, machine: Machine, data: Data, learner: Learner, rows: int) -> bool:
@@ -318,9 +322,17 @@ def runs(start: Start, machine: Machine, data: Data, learner: Learner, rows: int
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _give_back(device)
     return False
+
+
+def _give_back(device: torch.device) -> None:
+    """Return freed memory to the system, so that what one trial leaves behind does not make the next one fail."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    with suppress(OSError, AttributeError):  # a C library that is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _accumulate(model: Transformer, learner: Learner, micro_batches: list[Batch], device: torch.device) -> None:
