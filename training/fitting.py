@@ -6,11 +6,9 @@ are bytes a process.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -322,17 +320,9 @@ def runs(start: Start, machine: Machine, data: Data, learner: Learner, rows: int
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
-        _give_back(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return False
-
-
-def _give_back(device: torch.device) -> None:
-    """Return freed memory to the system, so that what one trial leaves behind does not make the next one fail."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return
-    with suppress(OSError, AttributeError):  # a C library that is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _accumulate(model: Transformer, learner: Learner, micro_batches: list[Batch], device: torch.device) -> None:
