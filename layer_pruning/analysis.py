@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from command_line import Failure, UsageError, text_table
-from layer_pruning.criteria import CRITERIA, Cosines
+from layer_pruning.criteria import CRITERIA
 from layer_pruning.decoder import Decoder
 from training.batch import Batch
 
@@ -88,19 +88,18 @@ def analyze(
     """
     layers = len(decoder.layers)
     measure = CRITERIA[criterion](decoder, n, block_starts(layers, n, first), seed)
-    found = Cosines(layers + 1)
     for batch in batches:
         batch = batch.to(decoder.device)
         states = decoder.states(batch.inputs, range(layers + 1))
-        found.add(states)
+        measure.cosines.add(states)
         measure.add(batch, states)
         del states
-    means, scores = found.mean(), measure.scores()
-    if not found.count:
+    means, scores = measure.cosines.mean(), measure.scores()
+    if not measure.cosines.count:
         raise Failure("There is no text to measure on; give more of it.")
     if not means.isfinite().all() or any(math.isnan(score) for score in scores.values()):
         raise Failure(f"The states of {decoder.name} hold NaN or infinite numbers; its weights, or --dtype, are the reason.")
-    return Analysis(n, criterion, scores, measure.best(scores), means, found.count)
+    return Analysis(n, criterion, scores, measure.best(scores), means, measure.cosines.count)
 
 
 def draw(analysis: Analysis, path: Path, title: str) -> None:

@@ -21,11 +21,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layer_pruning.decoder import Decoder
 from training.batch import Batch
-from training.objectives import mean_loss, next_token_loss
+from training.objectives import next_token_loss
 
 CRITERIA: dict[str, type[Criterion]] = {}
 
@@ -44,31 +45,28 @@ def criterion(name: str) -> Callable[[type[Criterion]], type[Criterion]]:
 
 
 class Criterion:
-    """The base of all. n: layers of a block. starts: the first layer of each block that is a candidate."""
+    """The base of all. n: layers of a block. starts: the first layer of each block that is a candidate.
+
+    `cosines` has taken in the states of every batch before `scores` is asked.
+    """
 
     name: str
     high_is_better = False
-    needs_states = True  # whether `add` is given states; otherwise it runs the decoder itself
 
     def __init__(self, decoder: Decoder, n: int, starts: Sequence[int], seed: int = 0):
         self.decoder, self.n, self.starts, self.seed = decoder, n, list(starts), seed
+        self.cosines = Cosines(len(decoder.layers) + 1)
 
     def add(self, batch: Batch, states: Sequence[Tensor]) -> None:
-        """Take in a batch: its tokens, and all of its states 0 … L, each (B, T, D)."""
-        raise NotImplementedError
+        """Take in a batch: its tokens, and all of its states 0 … L, each (B, T, D). Nothing, where the cosines say it all."""
 
     def scores(self) -> dict[int, float]:
         """start → score."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define its scores.")
 
     def best(self, scores: dict[int, float]) -> int:
         """The start that the criterion chooses; of equal ones the first."""
         return (max if self.high_is_better else min)(self.starts, key=lambda start: scores[start])
-
-
-def cosines(one: Tensor, other: Tensor) -> Tensor:
-    """Cosines (B, T) between two states (B, T, D), in fp32."""
-    return torch.nn.functional.cosine_similarity(one.float(), other.float(), dim=-1)
 
 
 class Cosines:
@@ -79,7 +77,7 @@ class Cosines:
 
     def add(self, states: Sequence[Tensor]) -> None:
         """Take in all states of a batch."""
-        unit = [torch.nn.functional.normalize(state.float(), dim=-1) for state in states]
+        unit = [F.normalize(state.float(), dim=-1) for state in states]
         for i in range(len(unit)):
             for j in range(i + 1, len(unit)):
                 self.sums[i, j] += (unit[i] * unit[j]).sum(dtype=torch.float64).cpu()
@@ -96,57 +94,38 @@ class Cosine(Criterion):
 
     high_is_better = True
 
-    def __init__(self, decoder: Decoder, n: int, starts: Sequence[int], seed: int = 0):
-        super().__init__(decoder, n, starts, seed)
-        self.sums, self.count = dict.fromkeys(self.starts, 0.0), 0
-
-    def add(self, batch: Batch, states: Sequence[Tensor]) -> None:
-        for start in self.starts:
-            self.sums[start] += float(self.of(states[start], states[start + self.n]).sum(dtype=torch.float64))
-        self.count += self.counted(states[0])
-
-    def of(self, one: Tensor, other: Tensor) -> Tensor:
-        """What is averaged."""
-        return cosines(one, other)
-
-    def counted(self, state: Tensor) -> int:
-        """Over how many things of a batch."""
-        return state.size(0) * state.size(1)
-
     def scores(self) -> dict[int, float]:
-        return {start: total / max(1, self.count) for start, total in self.sums.items()}
-
-
-@criterion("angular_last")
-class AngularLast(Cosine):
-    """Mean angular distance arccos(cosine) / π at the last token (Gromov et al., "The Unreasonable Ineffectiveness of the
-    Deeper Layers", ICLR 2025)."""
-
-    high_is_better = False
-
-    def of(self, one: Tensor, other: Tensor) -> Tensor:
-        return cosines(one[:, -1:], other[:, -1:]).clamp(-1, 1).arccos() / math.pi
-
-    def counted(self, state: Tensor) -> int:
-        return state.size(0)
+        means = self.cosines.mean()
+        return {start: float(means[start, start + self.n]) for start in self.starts}
 
 
 @criterion("block_influence")
 class BlockInfluence(Criterion):
     """Sum of the layers' own influence, each 1 − mean cosine of its input and output (ShortGPT, Men et al. 2024)."""
 
+    def scores(self) -> dict[int, float]:
+        influence = 1 - self.cosines.mean().diagonal(1)
+        return {start: float(influence[start : start + self.n].sum()) for start in self.starts}
+
+
+@criterion("angular_last")
+class AngularLast(Criterion):
+    """Mean angular distance arccos(cosine) / π at the last token (Gromov et al., "The Unreasonable Ineffectiveness of the
+    Deeper Layers", ICLR 2025)."""
+
     def __init__(self, decoder: Decoder, n: int, starts: Sequence[int], seed: int = 0):
         super().__init__(decoder, n, starts, seed)
-        self.sums, self.count = [0.0] * len(decoder.layers), 0
+        self.sums, self.count = dict.fromkeys(self.starts, 0.0), 0
 
     def add(self, batch: Batch, states: Sequence[Tensor]) -> None:
-        for layer in range(len(self.sums)):
-            self.sums[layer] += float(cosines(states[layer], states[layer + 1]).sum(dtype=torch.float64))
-        self.count += states[0].size(0) * states[0].size(1)
+        last = [state[:, -1].float() for state in states]
+        for start in self.starts:
+            cosine = F.cosine_similarity(last[start], last[start + self.n], dim=-1).clamp(-1, 1)
+            self.sums[start] += float(cosine.arccos().sum(dtype=torch.float64)) / math.pi
+        self.count += len(batch)
 
     def scores(self) -> dict[int, float]:
-        influence = [1 - total / max(1, self.count) for total in self.sums]
-        return {start: sum(influence[start : start + self.n]) for start in self.starts}
+        return {start: total / max(1, self.count) for start, total in self.sums.items()}
 
 
 @criterion("linear_fit")
@@ -184,8 +163,6 @@ class LinearFit(Criterion):
 class BlockPerplexity(Criterion):
     """Perplexity of the model without the block (SLEB, Song et al. 2024): a forward pass for every start."""
 
-    needs_states = False
-
     def __init__(self, decoder: Decoder, n: int, starts: Sequence[int], seed: int = 0):
         super().__init__(decoder, n, starts, seed)
         self.sums, self.count = dict.fromkeys(self.starts, 0.0), 0
@@ -193,38 +170,17 @@ class BlockPerplexity(Criterion):
     def add(self, batch: Batch, states: Sequence[Tensor]) -> None:
         for start in self.starts:
             with self.decoder.without(start, self.n):
-                loss, count = mean_loss(_likelihood, _Logits(self.decoder), [batch], self.decoder.device)
-            self.sums[start] += loss * count
-        self.count += count
+                self.sums[start] += float(next_token_loss(self.decoder.logits, batch.inputs, batch.targets))
+        self.count += batch.targets.numel()
 
     def scores(self) -> dict[int, float]:
         means = {start: total / max(1, self.count) for start, total in self.sums.items()}
         return {start: math.exp(mean) if mean < 700 else math.inf for start, mean in means.items()}
 
 
-class _Logits(torch.nn.Module):
-    """A decoder as a module whose output is its logits."""
-
-    def __init__(self, decoder: Decoder):
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.decoder.logits(tokens)
-
-
-def _likelihood(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict]:
-    return next_token_loss(model, batch.inputs, batch.targets), torch.tensor(batch.targets.numel()), {}
-
-
 @criterion("random")
 class Random(Criterion):
     """A number in [0, 1) that the seed and the start decide."""
-
-    needs_states = False
-
-    def add(self, batch: Batch, states: Sequence[Tensor]) -> None:
-        """Looks at nothing."""
 
     def scores(self) -> dict[int, float]:
         digests = {start: hashlib.sha256(f"{self.seed} {start} {self.n}".encode()).digest() for start in self.starts}

@@ -26,6 +26,7 @@ from command_line import Failure
 from data.tokenization import Tokenizer, load_tokenizer
 from model_builder import COMPUTE_DTYPES
 from training.checkpoint import find_checkpoint, load_model
+from training.huggingface import quiet_transformers
 from training.huggingface_files import find_folder, is_folder
 from training.manifest import read_state
 from training.precision import set_compute_dtype
@@ -212,19 +213,16 @@ def _open_huggingface(folder: Path, name: str, device: torch.device | str, dtype
         import transformers
     except ImportError as error:
         raise Failure(f"{name} is a Hugging Face model, which needs transformers: pip install transformers.") from error
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
-        model, said = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with quiet_transformers():
+            model, said = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # of a hundred kinds, from a damaged file to an unknown family
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise Failure(f"{name} cannot be read as a causal language model by transformers: {reason}.") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     if missing := sorted(said.get("missing_keys", ())):
         raise Failure(
             f"{name} has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}: they would be random "

@@ -96,7 +96,7 @@ def _ask_class(family: Family, hf: dict[str, Any]) -> tuple[dict[str, Any], dict
         kind = CONFIG_MAPPING[family.model_type]
     except (ImportError, KeyError):  # not installed, or from before the family
         return None
-    with _quiet():
+    with quiet_transformers():
         try:
             config = kind.from_dict({key: value for key, value in copy.deepcopy(hf).items() if value != {}})
             if hasattr(config, "standardize_rope_params"):
@@ -123,7 +123,7 @@ def _own_defaults(kind: type) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' warnings about keys, which are told here as errors where they matter."""
     from transformers.utils import logging
 
